@@ -1,0 +1,83 @@
+"""Every key, with its default. Other configs are short differences from this one.
+
+Any key can be set on the command line: --config.model.dim=256
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+
+    config.seed = 0  # initial weights, dropout, order of the data
+    config.batch_size = 12  # sequences per step, all micro-batches together
+    config.num_steps = 0  # length of the run; 0: num_epochs instead
+    config.num_epochs = 1  # passes over the training part
+    config.learning_rate = 3e-3  # peak; for muon that of the matrices
+    config.quantize_steps = 0  # steps that phase quantisation in; 0: from the start
+    config.eval_interval = 250  # steps between evaluations on all held-out windows
+    config.save_interval = 250  # steps between checkpoints
+    config.log_interval = 10  # steps between reports of metrics
+    config.sample_interval = 500  # steps between samples; 0: only at the end
+    config.keep_checkpoints = 2  # the last so many, besides the best
+    config.init_from = ""  # workdir of a run whose weights to start from
+
+    config.model = model = ConfigDict()
+    model.vocab_size = 0  # 0: as the tokenizer has
+    model.dim = 128  # width of the residual stream; a multiple of 2 n_heads
+    model.n_layers = 4
+    model.n_heads = 4  # query heads
+    model.n_kv_heads = 0  # key-value heads, a divisor of n_heads; 0: n_heads
+    model.ffn_dim = 0  # feed-forward width; 0: 8/3 dim, to a multiple of 64
+    model.max_seq_len = 64  # context, in tokens
+    model.dropout = 0.0
+    model.activation = "swiglu"  # or "relu2": squared ReLU
+    model.rope_theta = 500_000.0  # base of the rotary embedding
+    model.norm_eps = 1e-5
+    model.init_std = 0.02
+    model.tie_embeddings = True  # the head reuses the embedding
+    model.ternary_head = False  # b1.58 keeps the head in full precision
+    model.quantize = True  # False: the full-precision twin
+    model.threshold = 0.5  # tau, in units of mean|W|; 0.5 is b1.58
+    model.weight_scale = "absmean"  # or "least_squares"
+    model.weight_granularity = "tensor"  # or "channel": a scale per output
+    model.activation_tracking = "token"  # or "ema": a tracked range
+    model.activation_momentum = 0.99  # of the tracked range
+    model.operands = "auto"  # dtype of the forward integers; equal results
+    model.dtype = "float32"  # compute; or "bfloat16", with float32 masters
+    model.scan_layers = False  # one traced block: compiles faster, same results
+    model.remat = False  # recompute blocks backward: less memory, same results
+
+    config.optim = optim = ConfigDict()
+    optim.name = "adamw"  # or "muon" for the matrices, AdamW for the rest
+    optim.adam_lr_ratio = 0.15  # muon: learning rate of the rest / of the matrices
+    optim.weight_decay = 0.1  # on matrices only
+    optim.beta1 = 0.9
+    optim.beta2 = 0.95
+    optim.eps = 1e-8
+    optim.momentum = 0.95  # of muon
+    optim.clip_norm = 1.0  # largest global gradient norm
+    optim.warmup_steps = 100
+    optim.schedule = "linear"  # or "cosine", "constant", "two_stage" (b1.58)
+    optim.final_ratio = 0.0  # learning rate at the end / peak
+    optim.second_stage_ratio = 2 / 3  # two_stage: peak of the second half / first
+    optim.accumulation_steps = 1  # micro-batches per step
+
+    config.data = data = ConfigDict()
+    data.path = ""  # text file, folder or glob; empty: Tiny Shakespeare
+    data.data_dir = ""  # download cache; empty: $VAANI_DATA_DIR, ~/.cache/vaani
+    data.fallback = True  # no network: train on Python's sources; False: an error
+    data.download_timeout = 10.0  # seconds
+    data.download_attempts = 3
+    data.tokenizer = "char"  # or "byte"
+    data.validation_fraction = 0.1  # the end of the text
+
+    config.sample = sample = ConfigDict()
+    sample.prompts = ("\n",)
+    sample.max_new_tokens = 200
+    sample.temperature = 0.8  # 0: greedy
+    sample.top_k = 0  # 0: off
+    sample.top_p = 1.0  # 1: off
+    sample.min_p = 0.0  # 0: off
+
+    return config.lock()

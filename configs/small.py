@@ -1,0 +1,21 @@
+"""A character model of 765 thousand parameters, at nanoGPT's CPU budget.
+
+python train.py --config=configs/small.py
+"""
+
+from configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.num_steps = 2000
+    config.batch_size = 12
+    config.learning_rate = 0.01
+    config.model.dim = 128
+    config.model.n_layers = 4
+    config.model.n_heads = 4
+    config.model.ffn_dim = 320
+    config.model.max_seq_len = 64
+    config.optim.name = "muon"
+    config.optim.weight_decay = 0.0
+    return config

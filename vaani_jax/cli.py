@@ -1,0 +1,185 @@
+"""The command line: ``python -m vaani_jax generate | evaluate | plot``.
+
+Results go to standard output, everything else to standard error.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from vaani_jax.errors import VaaniError
+
+
+def run_guarded(main: Callable[[Any], int], argument: Any) -> int:
+    """Runs a command; what a user can mend becomes one line and status 1."""
+    try:
+        return main(argument)
+    except VaaniError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # Whoever read our output has left. Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _notify(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from vaani_jax import generate
+    from vaani_jax.trainer import load_model
+
+    sampler = generate.SamplerConfig(
+        0.0 if options.greedy else options.temperature,
+        options.top_k,
+        options.top_p,
+        options.min_p,
+    )
+    model = load_model(options.workdir, checkpoint=options.checkpoint, notify=_notify)
+    prompt = model.tokenizer.encode(options.prompt)
+    if len(prompt) > model.config.max_seq_len:
+        _notify(
+            f"the prompt has {len(prompt)} tokens, the context"
+            f" {model.config.max_seq_len}: its end is used"
+        )
+    segments = generate.stream(
+        model.config,
+        model.params,
+        model.quant,
+        prompt,
+        max_new_tokens=options.max_new_tokens,
+        sampler=sampler,
+        seed=options.seed,
+        num_samples=options.num_samples,
+    )
+    alone = options.num_samples == 1 and not options.json
+    ids: list[list[int]] = [[] for _ in range(options.num_samples)]
+    shown = ""
+    if alone:
+        print(options.prompt, end="", flush=True)
+    for segment in segments:
+        for row, new in zip(ids, segment.tolist(), strict=True):
+            row.extend(new)
+        if alone:
+            # Decoded as a whole: a character may span two segments of bytes.
+            text = model.tokenizer.decode(ids[0])
+            ready = text.rstrip("\ufffd")
+            print(ready[len(shown) :], end="", flush=True)
+            shown = ready
+    texts = [model.tokenizer.decode(row) for row in ids]
+    if alone:
+        print(texts[0][len(shown) :])
+    elif options.json:
+        result = {
+            "prompt": options.prompt,
+            "samples": texts,
+            "checkpoint": model.step,
+            "seed": options.seed,
+        }
+        print(json.dumps(result))
+    else:
+        for i, text in enumerate(texts):
+            print(f"--- sample {i + 1}\n{options.prompt}{text}")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    import jax
+
+    from vaani_jax.data import load_corpus, split_tokens
+    from vaani_jax.step import make_eval_step
+    from vaani_jax.trainer import load_model, validation_set
+
+    model = load_model(options.workdir, checkpoint=options.checkpoint, notify=_notify)
+    corpus = load_corpus(model.run.data, _notify)
+    if corpus.sha256 != model.meta["corpus"]["sha256"]:
+        raise VaaniError(
+            f"the run was trained on {model.meta['corpus']['source']}, which is not"
+            f" {corpus.source} as it is now: bring the text back"
+        )
+    seq_len = model.config.max_seq_len
+    split = split_tokens(model.run.data, corpus, model.tokenizer, seq_len)
+    result = validation_set(model.run, split, model.tokenizer).evaluate(
+        jax.jit(make_eval_step(model.config)), model.params, model.quant
+    )
+    assert result is not None
+    if options.json:
+        print(json.dumps(result.as_dict()))
+    else:
+        print(f"checkpoint     {model.step:,}")
+        print(f"loss           {result.loss:.4f} nats per token")
+        print(f"perplexity     {result.perplexity:.3f}")
+        print(f"bits per byte  {result.bits_per_byte:.4f}")
+        print(f"tokens         {result.tokens:,}")
+    return 0
+
+
+def _plot(options: argparse.Namespace) -> int:
+    from vaani_jax.metrics import read_rows
+    from vaani_jax.plots import plot_curves
+
+    workdir = pathlib.Path(options.workdir)
+    rows = read_rows(workdir / "metrics.jsonl")
+    if not rows:
+        raise VaaniError(f"{workdir} holds no metrics.jsonl with rows to plot")
+    output = pathlib.Path(options.output or workdir / "training_curves.png")
+    plot_curves(rows, output, title=workdir.resolve().name)
+    print(output)
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m vaani_jax", description="Ternary language models in JAX."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, function: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        sub.set_defaults(function=function)
+        sub.add_argument("--workdir", required=True, help="of the run")
+        return sub
+
+    sub = command("generate", _generate, "Continue a prompt.")
+    sub.add_argument("--prompt", default="\n", help="text to continue")
+    sub.add_argument("--max-new-tokens", type=int, default=200, help="tokens to draw")
+    sub.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+    sub.add_argument("--greedy", action="store_true", help="same as --temperature 0")
+    sub.add_argument("--top-k", type=int, default=0, help="keep the k likeliest; 0 all")
+    sub.add_argument("--top-p", type=float, default=1.0, help="nucleus; 1 keeps all")
+    sub.add_argument("--min-p", type=float, default=0.0, help="relative floor; 0 none")
+    sub.add_argument("--seed", type=int, default=0, help="equal seeds, equal text")
+    sub.add_argument("--num-samples", type=int, default=1, help="continuations")
+    sub.add_argument("--checkpoint", default="best", help="best, last or a step")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+    sub = command("evaluate", _evaluate, "Measure a model on its held-out text.")
+    sub.add_argument("--checkpoint", default="best", help="best, last or a step")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+    sub = command("plot", _plot, "Draw the training curves of a run.")
+    sub.add_argument("--output", default="", help="PNG; in the workdir if not given")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = make_parser().parse_args(arguments)
+    return run_guarded(options.function, options)

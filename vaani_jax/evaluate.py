@@ -1,0 +1,96 @@
+"""Loss, perplexity and bits per byte over held-out text."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from vaani_jax.data import validation_windows
+from vaani_jax.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What a model makes of a text.
+
+    Attributes:
+      loss: mean negative log-likelihood in nats per token.
+      tokens: tokens predicted.
+      bytes: length in UTF-8 of what they spell.
+    """
+
+    loss: float
+    tokens: int
+    bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.loss / math.log(2) * self.tokens / self.bytes
+
+    def as_dict(self) -> dict[str, float | int]:
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "tokens": self.tokens,
+        }
+
+
+class ValidationSet:
+    """ALL non-overlapping windows of held-out tokens, in batches of one shape."""
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        tokenizer: Tokenizer,
+        *,
+        seq_len: int,
+        batch_size: int,
+    ) -> None:
+        windows = validation_windows(tokens, seq_len)
+        targets = windows[:, 1:]
+        self.tokens = targets.size
+        text = tokenizer.decode(targets.reshape(-1))
+        self.bytes = len(text.encode("utf-8"))
+        batch_size = min(batch_size, len(windows))
+        missing = -len(windows) % batch_size
+        weights = np.ones(len(windows) + missing, np.float32)
+        weights[len(windows) :] = 0.0
+        # Padding repeats real windows and weighs nothing.
+        windows = np.concatenate([windows, windows[:missing]])
+        self.batches = [
+            (windows[i : i + batch_size], weights[i : i + batch_size])
+            for i in range(0, len(windows), batch_size)
+        ]
+
+    def evaluate(
+        self,
+        eval_step: Callable[..., jax.Array],
+        params: Any,
+        quant: Any,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Evaluation | None:
+        """Runs a jitted `make_eval_step` over everything.
+
+        Args:
+          eval_step: the jitted function.
+          params, quant: the model.
+          stop: asked between batches; where it says so, the result is None.
+        """
+        sums = []
+        for windows, weights in self.batches:
+            if stop():
+                return None
+            windows, weights = jax.device_put((windows, weights))
+            sums.append(eval_step(params, quant, windows, weights))
+            if len(sums) > 1:
+                sums[-2].block_until_ready()  # bounds the queue, keeps one in flight
+        total = sum(float(s) for s in jax.device_get(sums))
+        return Evaluation(total / self.tokens, self.tokens, self.bytes)

@@ -1,0 +1,391 @@
+"""The blocks of a BitNet b1.58 transformer.
+
+The block is the one of microsoft/bitnet-b1.58-2B-4T and of `BitNetForCausalLM` in
+transformers: a Llama block whose linear layers are ternary, with two sub-norms, one on
+the attention output before ``o_proj`` and one on the gated product before
+``down_proj``. Axes are named in `model.py`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vaani_jax.errors import VaaniError
+from vaani_jax.quant import (
+    ActivationQuantizer,
+    TernaryQuantizer,
+    TernarySpec,
+    ternary_dot,
+)
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The architecture: everything that decides what the parameters are and mean.
+
+    Attributes:
+      vocab_size: V. 0 in a config file stands for "as the tokenizer has".
+      dim: D, width of the residual stream.
+      n_layers: number of blocks.
+      n_heads: N, query heads; D must be a multiple of 2 N.
+      n_kv_heads: K, key-value heads, a divisor of N; 0 stands for N.
+      ffn_dim: F; 0 stands for 8/3 D rounded to a multiple of 64.
+      max_seq_len: longest sequence, in tokens; the capacity of the KV cache.
+      dropout: rate on embeddings and on both branches of a block.
+      activation: "swiglu" or "relu2" (squared ReLU, gated alike).
+      rope_theta: base of the rotary embedding.
+      norm_eps: added to the mean square in RMSNorm.
+      init_std: standard deviation of initial weights; ``o_proj`` and ``down_proj``
+        start with ``init_std / sqrt(2 n_layers)``.
+      tie_embeddings: whether the head reuses the embedding.
+      ternary_head: whether the head is ternary too (b1.58 keeps it in full precision).
+      quantize: False gives the full-precision twin: same parameters, plain products.
+      threshold: tau of every BitLinear at the start, in units of mean|W|.
+      weight_scale: "absmean" (b1.58) or "least_squares".
+      weight_granularity: one scale per "tensor" or per output "channel".
+      activation_tracking: "token" (b1.58), or "ema" for a tracked range.
+      activation_momentum: momentum of the tracked range.
+      operands: dtype of the forward integers; equal results (see `TernarySpec`).
+      dtype: compute dtype, "float32" or "bfloat16"; parameters stay float32.
+      scan_layers: one traced block under `nn.scan`: compiles faster, same results.
+      remat: recompute blocks in the backward pass instead of storing them.
+    """
+
+    vocab_size: int = 0
+    dim: int = 128
+    n_layers: int = 4
+    n_heads: int = 4
+    n_kv_heads: int = 0
+    ffn_dim: int = 0
+    max_seq_len: int = 64
+    dropout: float = 0.0
+    activation: Literal["swiglu", "relu2"] = "swiglu"
+    rope_theta: float = 500_000.0
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+    tie_embeddings: bool = True
+    ternary_head: bool = False
+    quantize: bool = True
+    threshold: float = 0.5
+    weight_scale: Literal["absmean", "least_squares"] = "absmean"
+    weight_granularity: Literal["tensor", "channel"] = "tensor"
+    activation_tracking: Literal["token", "ema"] = "token"
+    activation_momentum: float = 0.99
+    operands: Literal["auto", "bfloat16", "float32"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    scan_layers: bool = False
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "n_layers", "n_heads", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise VaaniError(
+                    f"model.{name} is {getattr(self, name)}: it must be at least 1"
+                )
+        for name in ("vocab_size", "n_kv_heads", "ffn_dim"):
+            if getattr(self, name) < 0:
+                raise VaaniError(
+                    f"model.{name} is {getattr(self, name)}: it must be 0 (choose for"
+                    " me) or positive"
+                )
+        if self.dim % (2 * self.n_heads):
+            raise VaaniError(
+                f"model.dim = {self.dim} is no multiple of 2 x n_heads ="
+                f" {2 * self.n_heads}: rotary embedding needs an even head dimension"
+            )
+        if self.n_heads % self.kv_heads:
+            raise VaaniError(
+                f"model.n_kv_heads = {self.n_kv_heads} does not divide"
+                f" n_heads = {self.n_heads}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise VaaniError(f"model.dropout is {self.dropout}: it must be in [0, 1)")
+        if not 0 <= self.activation_momentum < 1:
+            raise VaaniError(
+                f"model.activation_momentum is {self.activation_momentum}: it must be"
+                " in [0, 1)"
+            )
+        if self.threshold < 0:
+            raise VaaniError(f"model.threshold is {self.threshold}: it can't be < 0")
+
+    @property
+    def kv_heads(self) -> int:
+        """K."""
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def head_dim(self) -> int:
+        """H."""
+        return self.dim // self.n_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """F."""
+        return self.ffn_dim or max(64, 64 * round(8 * self.dim / 3 / 64))
+
+    @property
+    def spec(self) -> TernarySpec:
+        return TernarySpec(self.weight_scale, self.weight_granularity, self.operands)
+
+
+class BitLinear(nn.Module):
+    """A bias-free linear layer with ternary weights and 8-bit inputs.
+
+    Parameters: ``kernel`` [in, features], float32 master weights. Variables in
+    collection ``quant``: those of its two quantisers.
+
+    Attributes:
+      features: width of the output.
+      config: quantiser settings (and nothing else) are read from it.
+      init_std: standard deviation of the initial kernel.
+    """
+
+    features: int
+    config: ModelConfig = ModelConfig()
+    init_std: float = 0.02
+
+    def setup(self) -> None:
+        if self.config.quantize:
+            self.weight_quantizer = TernaryQuantizer(
+                self.config.threshold, self.config.spec
+            )
+            self.activation_quantizer = ActivationQuantizer(
+                self.config.activation_tracking, self.config.activation_momentum
+            )
+
+    @nn.compact
+    def master(self, in_features: int) -> Array:
+        """The master kernel [in_features, features], float32."""
+        return self.param(
+            "kernel",
+            nn.initializers.normal(self.init_std),
+            (in_features, self.features),
+            jnp.float32,
+        )
+
+    def __call__(
+        self, x: Array, *, train: bool = False, mix: Array | None = None
+    ) -> Array:
+        """Maps [..., in] to [..., features], in the dtype of ``x``."""
+        return project(x, (self,), train=train, mix=mix)[0]
+
+
+def project(
+    x: Array,
+    layers: Sequence[BitLinear],
+    *,
+    train: bool = False,
+    mix: Array | None = None,
+) -> tuple[Array, ...]:
+    """Applies several BitLinear layers to one input, as one product.
+
+    A tracked activation range is that of the first layer: the input is the same.
+
+    Args:
+      x: [..., in].
+      layers: bound modules with equal quantiser settings.
+      train: whether tracked ranges are updated.
+      mix: see `ternary_dot`.
+
+    Returns:
+      [..., features] of each layer, in ``x.dtype``.
+    """
+    kernels = [layer.master(x.shape[-1]) for layer in layers]
+    first = layers[0]
+    if not first.config.quantize:
+        joined = jnp.concatenate(kernels, axis=-1).astype(x.dtype)
+        y = jnp.dot(x, joined)
+        offsets = [sum(k.shape[-1] for k in kernels[:i]) for i in range(1, len(layers))]
+        return tuple(jnp.split(y, offsets, axis=-1))
+    return ternary_dot(
+        x,
+        kernels,
+        [layer.weight_quantizer.tau() for layer in layers],
+        spec=first.config.spec,
+        activation_range=first.activation_quantizer.observe(x, train=train),
+        mix=mix,
+    )
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv:1910.07467), computed in float32.
+
+    Parameters: ``scale`` [last axis], float32.
+    """
+
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        wide = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(
+            jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon
+        )
+        return (wide * inverse * scale).astype(x.dtype)
+
+
+def rotary_embedding(x: Array, positions: Array, theta: float = 500_000.0) -> Array:
+    """Rotary position embedding (arXiv:2104.09864), rotate-half layout.
+
+    Args:
+      x: queries or keys [B, T, heads, H], H even.
+      positions: absolute positions [T], integers: any offset.
+      theta: base of the geometric sequence of wavelengths.
+
+    Returns:
+      Same shape and dtype as ``x``; computed in float32.
+    """
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions.astype(jnp.float32)[:, None, None] * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """Inverted dropout; the identity where ``key`` is None or the rate is 0."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+
+
+class MultiHeadAttention(nn.Module):
+    """Causal self-attention with grouped key-value heads and rotary positions.
+
+    Parameters: ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj`` and ``sub_norm``.
+    """
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.q_proj = BitLinear(c.n_heads * c.head_dim, c, c.init_std)
+        self.k_proj = BitLinear(c.kv_heads * c.head_dim, c, c.init_std)
+        self.v_proj = BitLinear(c.kv_heads * c.head_dim, c, c.init_std)
+        self.sub_norm = RMSNorm(c.norm_eps)
+        self.o_proj = BitLinear(c.dim, c, c.init_std / (2 * c.n_layers) ** 0.5)
+
+    def __call__(
+        self,
+        x: Array,
+        positions: Array,
+        cache: tuple[Array, Array] | None = None,
+        *,
+        train: bool = False,
+        mix: Array | None = None,
+    ) -> tuple[Array, tuple[Array, Array] | None]:
+        """Attends from ``x`` [B, T, D] to itself, or to a cache that it joins.
+
+        Args:
+          x: normalised residual stream [B, T, D].
+          positions: [T], consecutive.
+          cache: keys and values [B, S, K, H], filled below ``positions[0]``.
+          train: whether tracked ranges are updated.
+          mix: see `ternary_dot`.
+
+        Returns:
+          [B, T, D], and the cache with the new keys and values written in.
+        """
+        c = self.config
+        q, k, v = project(
+            x, (self.q_proj, self.k_proj, self.v_proj), train=train, mix=mix
+        )
+        q_BTNH = q.reshape(*q.shape[:-1], c.n_heads, c.head_dim)
+        k_BTKH = k.reshape(*k.shape[:-1], c.kv_heads, c.head_dim)
+        v_BTKH = v.reshape(*v.shape[:-1], c.kv_heads, c.head_dim)
+        q_BTNH = rotary_embedding(q_BTNH, positions, c.rope_theta)
+        k_BTKH = rotary_embedding(k_BTKH, positions, c.rope_theta)
+        if cache is None:
+            y_BTNH = jax.nn.dot_product_attention(
+                q_BTNH, k_BTKH, v_BTKH, is_causal=True
+            )
+        else:
+            start = (0, positions[0], 0, 0)
+            k_BSKH = jax.lax.dynamic_update_slice(
+                cache[0], k_BTKH.astype(cache[0].dtype), start
+            )
+            v_BSKH = jax.lax.dynamic_update_slice(
+                cache[1], v_BTKH.astype(cache[1].dtype), start
+            )
+            cache = (k_BSKH, v_BSKH)
+            mask_TS = jnp.arange(k_BSKH.shape[1])[None, :] <= positions[:, None]
+            y_BTNH = jax.nn.dot_product_attention(
+                q_BTNH,
+                k_BSKH.astype(q_BTNH.dtype),
+                v_BSKH.astype(q_BTNH.dtype),
+                mask=mask_TS[None, None],
+            )
+        y = y_BTNH.reshape(*x.shape[:-1], c.n_heads * c.head_dim)
+        return self.o_proj(self.sub_norm(y), train=train, mix=mix), cache
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "swiglu": nn.silu,
+    "relu2": lambda x: jnp.square(nn.relu(x)),
+}
+
+
+class FeedForward(nn.Module):
+    """Gated feed-forward: ``down(norm(activation(gate(x)) * up(x)))``.
+
+    SwiGLU (arXiv:2002.05202) or its squared-ReLU form (BitNet 2B4T, arXiv:2504.12285).
+
+    Parameters: ``gate_proj``, ``up_proj``, ``down_proj`` and ``sub_norm``.
+    """
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.gate_proj = BitLinear(c.hidden_dim, c, c.init_std)
+        self.up_proj = BitLinear(c.hidden_dim, c, c.init_std)
+        self.sub_norm = RMSNorm(c.norm_eps)
+        self.down_proj = BitLinear(c.dim, c, c.init_std / (2 * c.n_layers) ** 0.5)
+
+    def __call__(
+        self, x: Array, *, train: bool = False, mix: Array | None = None
+    ) -> Array:
+        gate, up = project(x, (self.gate_proj, self.up_proj), train=train, mix=mix)
+        hidden = ACTIVATIONS[self.config.activation](gate) * up
+        return self.down_proj(self.sub_norm(hidden), train=train, mix=mix)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        self.attn_norm = RMSNorm(self.config.norm_eps)
+        self.attn = MultiHeadAttention(self.config)
+        self.ffn_norm = RMSNorm(self.config.norm_eps)
+        self.ffn = FeedForward(self.config)
+
+    def __call__(
+        self,
+        x: Array,
+        cache: tuple[Array, Array] | None,
+        dropout_key: Array | None,
+        positions: Array,
+        mix: Array | None,
+        train: bool,
+    ) -> tuple[Array, tuple[Array, Array] | None]:
+        """Maps [B, T, D] to [B, T, D]; arguments as in `MultiHeadAttention`."""
+        rate = self.config.dropout
+        keys: Any = (
+            (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        )
+        y, cache = self.attn(self.attn_norm(x), positions, cache, train=train, mix=mix)
+        x = x + dropout(y, rate, keys[0])
+        y = self.ffn(self.ffn_norm(x), train=train, mix=mix)
+        return x + dropout(y, rate, keys[1]), cache

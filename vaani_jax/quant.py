@@ -1,0 +1,356 @@
+r"""Ternary weights and 8-bit activations, with straight-through gradients.
+
+The maths (arXiv:2402.17764 and the training-tips FAQ that came with it), for a
+kernel ``W [K, N]`` and activations ``x [..., K]``:
+
+* weights, per tensor:   ``gamma = max(mean|W|, 1e-5)``,
+  ``T = sign(W) * (|W| > tau * gamma)``, so that ``W ~ gamma * T``.
+  ``tau = 0.5`` is ``clip(round(W / gamma), -1, 1)``, the rule of b1.58.
+* activations, per token: ``s = max(max|x|, 1e-5) / 127``,
+  ``q = clip(round(x / s), -128, 127)`` (half to even), so that ``x ~ s * q``.
+* product: ``y = (q @ T) * (s * gamma)``.
+
+``q`` and ``T`` are small integers that ride in floats. Their products summed over K
+inputs stay below ``127 * K``: float32 accumulation is exact for ``K < 132,000`` and
+bfloat16 holds every operand exactly, so ``q @ T`` is, bit for bit, what an
+int8 x ternary integer kernel computes, whatever the dtype of the operands.
+
+Straight through: the gradient passes both quantisers unchanged and unmasked,
+``dL/dx = g @ (gamma T)^T`` and ``dL/dW = (s q)^T @ g``.
+
+Beyond b1.58: any threshold ``tau``; the least-squares scale of ternary weight
+networks (arXiv:1605.04711), ``alpha = sum(|W| |T|) / sum(|T|)``; scales per output
+channel; a tracked activation range in the place of the per-token one; and a mix
+``lambda`` that moves the operands from full precision (0) to quantised (1).
+"""
+
+import dataclasses
+import functools
+import platform
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+EPSILON = 1e-5  # lower bound of every scale, as in the reference implementations
+ACTIVATION_MAX = 127.0
+ACTIVATION_MIN = -128.0
+
+WeightScale = Literal["absmean", "least_squares"]
+Granularity = Literal["tensor", "channel"]
+OperandDtype = Literal["auto", "bfloat16", "float32"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TernarySpec:
+    """How a product quantises; static, hashable.
+
+    Attributes:
+      scale: "absmean" (b1.58) or "least_squares" (arXiv:1605.04711).
+      granularity: one scale per "tensor" or per output "channel".
+      operands: dtype in which the integers of the forward product ride. The result
+        is the same to the bit; "auto" takes the faster one (see `operand_dtype`).
+    """
+
+    scale: WeightScale = "absmean"
+    granularity: Granularity = "tensor"
+    operands: OperandDtype = "auto"
+
+
+@functools.cache
+def _cpu_multiplies_bfloat16() -> bool:
+    """Whether this processor has bfloat16 dot-product instructions."""
+    if platform.system() != "Linux":
+        return False
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+            words = set(file.read().split())
+    except OSError:
+        return False
+    return bool(words & {"avx512_bf16", "amx_bf16"})
+
+
+def operand_dtype(choice: OperandDtype) -> Any:
+    """The dtype of the forward product's operands on the default backend.
+
+    Accelerators multiply bfloat16 at full speed and so do CPUs with AVX-512 BF16 or
+    AMX; elsewhere float32 is faster.
+    """
+    if choice == "auto":
+        fast = jax.default_backend() != "cpu" or _cpu_multiplies_bfloat16()
+        return jnp.bfloat16 if fast else jnp.float32
+    return jnp.dtype(choice)
+
+
+def ternarize(
+    w: Array, threshold: Array | float, spec: TernarySpec = TernarySpec()
+) -> tuple[Array, Array]:
+    """Ternary codes and scale of a kernel.
+
+    Args:
+      w: kernel [K, N], any float dtype.
+      threshold: tau, in units of mean|W|; a scalar, may be traced.
+      spec: kind and granularity of the scale.
+
+    Returns:
+      codes [K, N] float32 in {-1, 0, 1}, and the scale in float32: [] per tensor,
+      [N] per channel. ``codes * scale`` approximates ``w``.
+    """
+    w = w.astype(jnp.float32)
+    axis = None if spec.granularity == "tensor" else 0
+    magnitude = jnp.abs(w)
+    gamma = jnp.maximum(jnp.mean(magnitude, axis=axis), EPSILON)
+    kept = magnitude > threshold * gamma
+    codes = jnp.where(kept, jnp.sign(w), 0.0)
+    if spec.scale == "absmean":
+        return codes, gamma
+    total = jnp.sum(jnp.where(kept, magnitude, 0.0), axis=axis)
+    count = jnp.sum(kept, axis=axis, dtype=jnp.float32)
+    return codes, jnp.maximum(total / jnp.maximum(count, 1.0), EPSILON)
+
+
+def quantize_activations(
+    x: Array, activation_range: Array | None = None
+) -> tuple[Array, Array]:
+    """8-bit codes of activations.
+
+    Args:
+      x: activations [..., K], any float dtype.
+      activation_range: the magnitude that maps to 127, a scalar; the largest
+        magnitude of each token (last axis) where None.
+
+    Returns:
+      codes [..., K] float32, integers in [-128, 127], and the scale in float32,
+      [..., 1] per token or [] for a given range. ``codes * scale`` approximates
+      ``x``.
+    """
+    x = x.astype(jnp.float32)
+    if activation_range is None:
+        activation_range = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    bound = jnp.maximum(activation_range, EPSILON)
+    # Multiplying by reciprocals, and saying so, keeps compiled and eager code equal
+    # to the bit: XLA would rewrite the divisions.
+    codes = jnp.clip(
+        jnp.round(x * (ACTIVATION_MAX / bound)), ACTIVATION_MIN, ACTIVATION_MAX
+    )
+    return codes, bound * (1.0 / ACTIVATION_MAX)
+
+
+def straight_through(value: Array, surrogate: Array) -> Array:
+    """``value`` forward; in the backward pass the gradient goes to ``surrogate``."""
+    return _straight_through(surrogate, jax.lax.stop_gradient(value))
+
+
+@jax.custom_vjp
+def _straight_through(surrogate: Array, value: Array) -> Array:
+    return value.astype(surrogate.dtype)
+
+
+def _straight_through_fwd(surrogate: Array, value: Array) -> tuple[Array, Array]:
+    return value.astype(surrogate.dtype), value
+
+
+def _straight_through_bwd(value: Array, g: Array) -> tuple[Array, Array]:
+    return g, jnp.zeros_like(value)
+
+
+_straight_through.defvjp(_straight_through_fwd, _straight_through_bwd)
+
+
+def _split(y: Array, widths: Sequence[int]) -> tuple[Array, ...]:
+    """Cuts the last axis into pieces of the given widths."""
+    if len(widths) == 1:
+        return (y,)
+    offsets = [sum(widths[: i + 1]) for i in range(len(widths) - 1)]
+    return tuple(jnp.split(y, offsets, axis=-1))
+
+
+def _join(parts: Sequence[Array]) -> Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+
+
+def _as_rows(x: Array) -> Array:
+    return x.reshape(-1, x.shape[-1])
+
+
+def ternary_dot(
+    x: Array,
+    kernels: Sequence[Array],
+    thresholds: Sequence[Array],
+    *,
+    spec: TernarySpec = TernarySpec(),
+    activation_range: Array | None = None,
+    mix: Array | None = None,
+) -> tuple[Array, ...]:
+    """Products of one quantised input with several ternary kernels.
+
+    The kernels are joined, so that projections which share an input (query, key and
+    value; gate and up) run as one product; each keeps its own threshold and scale.
+
+    Args:
+      x: activations [..., K], float32 or bfloat16.
+      kernels: master kernels [K, N_i].
+      thresholds: tau of each kernel, scalars.
+      spec: how to quantise.
+      activation_range: see `quantize_activations`.
+      mix: lambda in [0, 1], a scalar, may be traced: 0 multiplies the full-precision
+        operands, 1 the quantised ones. None stands for 1 and is faster. At 1 both
+        give the same bits.
+
+    Returns:
+      One [..., N_i] in ``x.dtype`` per kernel. Gradients are straight-through:
+      thresholds, range and mix receive zeros.
+    """
+    return _ternary_dot(
+        spec, x, tuple(kernels), tuple(thresholds), activation_range, mix
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ternary_dot(
+    spec: TernarySpec,
+    x: Array,
+    kernels: tuple[Array, ...],
+    thresholds: tuple[Array, ...],
+    activation_range: Array | None,
+    mix: Array | None,
+) -> tuple[Array, ...]:
+    return _ternary_dot_fwd(spec, x, kernels, thresholds, activation_range, mix)[0]
+
+
+def _ternary_dot_fwd(
+    spec: TernarySpec,
+    x: Array,
+    kernels: tuple[Array, ...],
+    thresholds: tuple[Array, ...],
+    activation_range: Array | None,
+    mix: Array | None,
+) -> tuple[tuple[Array, ...], Any]:
+    q, s = quantize_activations(x, activation_range)
+    pairs = [
+        ternarize(w, tau, spec) for w, tau in zip(kernels, thresholds, strict=True)
+    ]
+    codes = [t for t, _ in pairs]
+    scales = [scale for _, scale in pairs]
+    if mix is None:
+        dtype = operand_dtype(spec.operands)
+    else:
+        # In units of the scales, so that lambda = 1 leaves exactly the integers.
+        dtype = jnp.float32
+        rest = 1.0 - mix.astype(jnp.float32)
+        q = q + rest * (x.astype(jnp.float32) / s - q)
+        codes = [
+            t + rest * (w.astype(jnp.float32) / scale - t)
+            for t, w, scale in zip(codes, kernels, scales, strict=True)
+        ]
+    q = q.astype(dtype)
+    joined = _join([t.astype(dtype) for t in codes])
+    sums = jnp.dot(
+        _as_rows(q),
+        joined,
+        precision="highest",
+        preferred_element_type=jnp.float32,
+    ).reshape(*x.shape[:-1], joined.shape[-1])
+    widths = [w.shape[-1] for w in kernels]
+    outputs = tuple(
+        (part * (s * scale)).astype(x.dtype)
+        for part, scale in zip(_split(sums, widths), scales, strict=True)
+    )
+    residuals = (x, q, s, joined, scales, kernels, thresholds, activation_range, mix)
+    return outputs, residuals
+
+
+def _ternary_dot_bwd(spec: TernarySpec, residuals: Any, g: tuple[Array, ...]) -> Any:
+    del spec
+    x, q, s, joined, scales, kernels, thresholds, activation_range, mix = residuals
+    widths = [w.shape[-1] for w in kernels]
+    columns = _join(
+        [
+            jnp.broadcast_to(scale, (width,))
+            for scale, width in zip(scales, widths, strict=True)
+        ]
+    )
+    g_joined = _as_rows(_join(g))
+    w_quantised = (joined.astype(jnp.float32) * columns).astype(g_joined.dtype)
+    x_quantised = _as_rows((q.astype(jnp.float32) * s).astype(g_joined.dtype))
+    dx = jnp.dot(g_joined, w_quantised.T).astype(x.dtype).reshape(x.shape)
+    dw = jnp.dot(x_quantised.T, g_joined, preferred_element_type=jnp.float32)
+    return (
+        dx,
+        tuple(
+            d.astype(w.dtype) for d, w in zip(_split(dw, widths), kernels, strict=True)
+        ),
+        jax.tree.map(jnp.zeros_like, thresholds),
+        jax.tree.map(jnp.zeros_like, activation_range),
+        jax.tree.map(jnp.zeros_like, mix),
+    )
+
+
+_ternary_dot.defvjp(_ternary_dot_fwd, _ternary_dot_bwd)
+
+
+class TernaryQuantizer(nn.Module):
+    """Ternary weights with a threshold that is data, not a constant.
+
+    Variables: ``quant/threshold``, a float32 scalar: changing it never recompiles.
+    """
+
+    threshold: float = 0.5
+    spec: TernarySpec = TernarySpec()
+
+    @nn.compact
+    def tau(self) -> Array:
+        """The threshold, a float32 scalar."""
+        variable = self.variable(
+            "quant",
+            "threshold",
+            lambda: jnp.asarray(self.threshold, jnp.float32),
+        )
+        return variable.value
+
+    def __call__(self, w: Array) -> Array:
+        """The quantised kernel ``gamma * T`` [K, N], with straight-through gradients."""
+        codes, scale = ternarize(w, self.tau(), self.spec)
+        return straight_through(codes * scale, w)
+
+
+class ActivationQuantizer(nn.Module):
+    """8-bit activations, per token or with a tracked range.
+
+    With ``tracking="ema"`` the range is ``m * range + (1 - m) * max|x|``, updated while
+    training and frozen in evaluation; the first batch sets it.
+
+    Variables, for "ema" only: ``quant/range`` and ``quant/momentum``, float32 scalars.
+    """
+
+    tracking: Literal["token", "ema"] = "token"
+    momentum: float = 0.99
+
+    @nn.compact
+    def observe(self, x: Array, *, train: bool) -> Array | None:
+        """The range to quantise ``x [..., K]`` with: a scalar, or None per token."""
+        if self.tracking == "token":
+            return None
+        tracked = self.variable("quant", "range", jnp.zeros, (), jnp.float32)
+        momentum = self.variable(
+            "quant", "momentum", lambda: jnp.asarray(self.momentum, jnp.float32)
+        )
+        largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
+        largest = jax.lax.stop_gradient(largest)
+        if not train or self.is_initializing():
+            return jnp.where(tracked.value > 0, tracked.value, largest)
+        m = momentum.value
+        updated = jnp.where(
+            tracked.value > 0, m * tracked.value + (1 - m) * largest, largest
+        )
+        tracked.value = updated
+        return updated
+
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """The quantised activations ``s * q`` [..., K], gradients straight through."""
+        codes, scale = quantize_activations(x, self.observe(x, train=train))
+        return straight_through(codes * scale, x)

@@ -1,0 +1,216 @@
+"""The training state and the jitted steps.
+
+Everything that a resumed run needs is in `TrainState` or in the checkpoint's metadata:
+2N steps equal N steps, a kill, a restore and N more, bit for bit.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from vaani_jax.model import ModelConfig, Vaani, init_variables, ternary_codes
+from vaani_jax.optim import Schedule
+
+Array = jax.Array
+Tree = Any
+Metrics = dict[str, Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """A run, at the boundary between two steps.
+
+    Attributes:
+      step: steps done, int32 scalar.
+      params: float32 master parameters.
+      quant: thresholds and activation ranges, see `model.py`.
+      opt_state: of `make_optimizer`.
+      codes: ternary codes, int8, at the last report: what "flipped since" means.
+      key: raw data of the random key (uint32) that dropout keys are folded from.
+    """
+
+    step: Array
+    params: Tree
+    quant: Tree
+    opt_state: Tree
+    codes: Tree
+    key: Array
+
+
+def codes_of(config: ModelConfig, params: Tree, quant: Tree) -> Tree:
+    """The int8 codes of every ternary kernel, by name."""
+    return {k: t for k, (t, _) in ternary_codes(config, params, quant).items()}
+
+
+def init_state(
+    config: ModelConfig, optimizer: optax.GradientTransformation, seed: int
+) -> TrainState:
+    """The state before the first step. Pure: `jax.eval_shape` gives its structure."""
+    init_key, dropout_key = jax.random.split(jax.random.key(seed))
+    params, quant = init_variables(config, init_key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        quant=quant,
+        opt_state=optimizer.init(params),
+        codes=codes_of(config, params, quant),
+        key=jax.random.key_data(dropout_key),
+    )
+
+
+def cross_entropy(logits: Array, targets: Array) -> Array:
+    """Mean negative log-likelihood in nats: logits [..., V], targets [...]."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return losses.mean()
+
+
+def make_train_step(
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    *,
+    accumulation_steps: int = 1,
+    mix_steps: int = 0,
+) -> Callable[[TrainState, Array], tuple[TrainState, Metrics]]:
+    """Builds the training step; jit it with the state donated.
+
+    Args:
+      config: the model.
+      optimizer: of `make_optimizer`.
+      schedule: gives learning rate and weight decay.
+      accumulation_steps: micro-batches that one batch is cut into.
+      mix_steps: steps over which quantisation is phased in, ``lambda = step / n``; 0
+        quantises from the start.
+
+    Returns:
+      A function of the state and tokens [B, T + 1]; it returns the next state and
+      float32 scalars: ``train/loss`` (nats), ``train/gradient_norm`` (unclipped),
+      ``train/learning_rate`` and ``train/weight_decay`` as applied.
+    """
+    model = Vaani(config)
+
+    def loss_of(
+        params: Tree, quant: Tree, tokens: Array, key: Array, mix: Array | None
+    ) -> tuple[Array, Tree]:
+        logits, changed = model.apply(
+            {"params": params, "quant": quant},
+            tokens[:, :-1],
+            train=True,
+            mix=mix,
+            rngs={"dropout": key},
+            mutable=["quant"],
+        )
+        return cross_entropy(logits, tokens[:, 1:]), changed.get("quant", quant)
+
+    def gradients(
+        state: TrainState, tokens: Array, mix: Array | None
+    ) -> tuple[Array, Tree, Tree]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        compute = jax.value_and_grad(loss_of, has_aux=True)
+        if accumulation_steps == 1:
+            (loss, quant), grads = compute(state.params, state.quant, tokens, key, mix)
+            return loss, quant, grads
+
+        def body(carry: Any, xs: Any) -> tuple[Any, None]:
+            index, part = xs
+            total, quant, grads = carry
+            (loss, quant), more = compute(
+                state.params, quant, part, jax.random.fold_in(key, index), mix
+            )
+            return (total + loss, quant, jax.tree.map(jnp.add, grads, more)), None
+
+        parts = tokens.reshape(accumulation_steps, -1, tokens.shape[-1])
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        (loss, quant, grads), _ = jax.lax.scan(
+            body,
+            (jnp.zeros(()), state.quant, zeros),
+            (jnp.arange(accumulation_steps), parts),
+        )
+        mean = lambda x: x / accumulation_steps  # noqa: E731
+        return mean(loss), quant, jax.tree.map(mean, grads)
+
+    def train_step(state: TrainState, tokens: Array) -> tuple[TrainState, Metrics]:
+        mix = None
+        if mix_steps and config.quantize:
+            mix = jnp.minimum(state.step.astype(jnp.float32) / mix_steps, 1.0)
+        loss, quant, grads = gradients(state, tokens, mix)
+        hyperparams = dict(
+            state.opt_state.hyperparams,
+            learning_rate=schedule.learning_rate(state.step),
+            weight_decay=schedule.weight_decay(state.step),
+        )
+        opt_state = state.opt_state._replace(hyperparams=hyperparams)
+        updates, opt_state = optimizer.update(grads, opt_state, state.params)
+        metrics = {
+            "train/loss": loss,
+            "train/gradient_norm": optax.global_norm(grads),
+            "train/learning_rate": opt_state.hyperparams["learning_rate"],
+            "train/weight_decay": opt_state.hyperparams["weight_decay"],
+        }
+        state = state.replace(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            quant=quant,
+            opt_state=opt_state,
+        )
+        return state, metrics
+
+    return train_step
+
+
+def make_report_step(
+    config: ModelConfig,
+) -> Callable[[TrainState], tuple[TrainState, dict[str, Any]]]:
+    """Builds the quantiser report; jit it with the state donated.
+
+    Returns:
+      A function of the state. It returns the state with ``codes`` renewed, and
+      float32 values: ``quant/sparsity`` (share of zeros), ``quant/scale`` and
+      ``quant/flipped`` (share of codes that differ from the last report's), each a
+      dict by kernel name, with one entry per layer for stacked kernels.
+    """
+
+    def report(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        sparsity, scale, flipped, codes = {}, {}, {}, {}
+        entries = ternary_codes(config, state.params, state.quant)
+        for name, (t, gamma) in entries.items():
+            codes[name] = t
+            axes = (-2, -1)
+            sparsity[name] = jnp.mean(t == 0, axis=axes, dtype=jnp.float32)
+            flipped[name] = jnp.mean(
+                t != state.codes[name], axis=axes, dtype=jnp.float32
+            )
+            if config.weight_granularity == "channel":
+                gamma = gamma.mean(axis=-1)
+            scale[name] = gamma
+        stats = {
+            "quant/sparsity": sparsity,
+            "quant/scale": scale,
+            "quant/flipped": flipped,
+        }
+        return state.replace(codes=codes), stats
+
+    return report
+
+
+def make_eval_step(
+    config: ModelConfig,
+) -> Callable[[Tree, Tree, Array, Array], Array]:
+    """Builds the evaluation step; jit it.
+
+    Returns:
+      A function of params, quant, tokens [B, T + 1] and weights [B]; it returns the
+      summed negative log-likelihood in nats of the rows, times their weights.
+    """
+    model = Vaani(config)
+
+    def eval_step(params: Tree, quant: Tree, tokens: Array, weights: Array) -> Array:
+        logits = model.apply({"params": params, "quant": quant}, tokens[:, :-1])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+        return jnp.sum(losses.sum(axis=-1) * weights)
+
+    return eval_step

@@ -1,0 +1,113 @@
+"""Text to token ids and back. A tokenizer is saved beside the weights, as JSON."""
+
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from vaani_jax.errors import VaaniError
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What the project asks of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids: they run from 0 to ``vocab_size - 1``."""
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids [length], int32. Raises VaaniError for text it can't represent."""
+
+    def decode(self, ids: Any) -> str:
+        """The text of ids, a sequence of integers."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A description from which `from_json` rebuilds the tokenizer."""
+
+
+class CharTokenizer:
+    """One id per character (code point), in the order of the code points.
+
+    Attributes:
+      characters: the vocabulary, sorted, each once.
+    """
+
+    def __init__(self, characters: str) -> None:
+        if not characters:
+            raise VaaniError("a character tokenizer needs at least one character")
+        points = np.unique(_code_points(characters))
+        self.characters = "".join(map(chr, points))
+        self._points = points
+
+    @classmethod
+    def from_text(cls, text: str) -> "CharTokenizer":
+        """The tokenizer of the characters that occur in ``text``."""
+        return cls(text)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._points)
+
+    def encode(self, text: str) -> np.ndarray:
+        points = _code_points(text)
+        ids = np.searchsorted(self._points, points)
+        ids = np.minimum(ids, self.vocab_size - 1)
+        unknown = self._points[ids] != points
+        if unknown.any():
+            where = int(np.argmax(unknown))
+            character = text[where]
+            raise VaaniError(
+                f"character {character!r} (U+{ord(character):04X}, at position {where})"
+                f" is not in the vocabulary of {self.vocab_size} characters; use text of"
+                " the kind that the model was trained on, or train with"
+                " --config.data.tokenizer=byte"
+            )
+        return ids.astype(np.int32)
+
+    def decode(self, ids: Any) -> str:
+        ids = _checked(ids, self.vocab_size)
+        return self._points[ids].astype("<u4").tobytes().decode("utf-32-le")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"type": "char", "characters": self.characters}
+
+
+class ByteTokenizer:
+    """One id per byte of UTF-8: any text, 256 ids."""
+
+    vocab_size = 256
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+    def decode(self, ids: Any) -> str:
+        """The text; bytes that are not UTF-8 become U+FFFD."""
+        ids = _checked(ids, 256)
+        return ids.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"type": "byte"}
+
+
+def from_json(description: Any) -> Tokenizer:
+    """Rebuilds a tokenizer from what its `to_json` returned."""
+    kind = description.get("type") if isinstance(description, dict) else None
+    if kind == "char" and isinstance(description.get("characters"), str):
+        return CharTokenizer(description["characters"])
+    if kind == "byte":
+        return ByteTokenizer()
+    raise VaaniError(f"unknown tokenizer description (type {kind!r})")
+
+
+def _code_points(text: str) -> np.ndarray:
+    try:
+        return np.frombuffer(text.encode("utf-32-le"), "<u4").astype(np.int64)
+    except UnicodeEncodeError as error:
+        raise VaaniError(f"the text is not valid Unicode: {error}") from None
+
+
+def _checked(ids: Any, vocab_size: int) -> np.ndarray:
+    ids = np.asarray(ids, np.int64).reshape(-1)
+    if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
+        raise VaaniError(f"token ids must lie in [0, {vocab_size})")
+    return ids

@@ -1,0 +1,737 @@
+"""The training loop: the only module that knows everything."""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from vaani_jax import __version__, generate, plots, tokenizer
+from vaani_jax.checkpoint import Checkpoints, Meta
+from vaani_jax.config import Config, differences, from_dict
+from vaani_jax.data import (
+    Batches,
+    Corpus,
+    Split,
+    as_json,
+    load_corpus,
+    make_tokenizer,
+    split_tokens,
+)
+from vaani_jax.errors import VaaniError
+from vaani_jax.evaluate import Evaluation, ValidationSet
+from vaani_jax.files import write_atomically
+from vaani_jax.metrics import Display, MetricWriter, Row, duration, size
+from vaani_jax.model import (
+    ModelConfig,
+    init_variables,
+    model_size,
+    stack_layers,
+)
+from vaani_jax.optim import Schedule, make_optimizer
+from vaani_jax.step import (
+    TrainState,
+    init_state,
+    make_eval_step,
+    make_report_step,
+    make_train_step,
+)
+from vaani_jax.tokenizer import Tokenizer
+
+Notify = Callable[[str], None]
+
+# Keys that a resumed run may change: they don't touch what is computed.
+FREE_KEYS = (
+    "num_steps",
+    "num_epochs",
+    "eval_interval",
+    "save_interval",
+    "log_interval",
+    "sample_interval",
+    "keep_checkpoints",
+    "data.path",  # the corpus itself is compared instead
+    "data.data_dir",
+    "data.fallback",
+    "data.download_timeout",
+    "data.download_attempts",
+    "model.operands",
+    "sample.",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A trained model, ready for inference.
+
+    Attributes:
+      config: of the model, layers unrolled.
+      params, quant: its variables.
+      tokenizer: as trained.
+      step: of the checkpoint.
+      run: config of the run.
+      meta: everything else that was saved.
+    """
+
+    config: ModelConfig
+    params: Any
+    quant: Any
+    tokenizer: Tokenizer
+    step: int
+    run: Config
+    meta: Meta
+
+
+def load_model(
+    workdir: str | pathlib.Path,
+    *,
+    checkpoint: str = "best",
+    notify: Notify = print,
+) -> LoadedModel:
+    """Loads the model of a run.
+
+    Args:
+      workdir: of the run.
+      checkpoint: "best" (lowest validation loss), "last", or a step.
+      notify: receives a line for each damaged checkpoint passed over.
+
+    Raises:
+      VaaniError: no run there, or nothing in it that can be read.
+    """
+    workdir = pathlib.Path(workdir)
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    try:
+        if checkpoint == "best":
+            step = checkpoints.best_step()
+        elif checkpoint == "last":
+            step = None
+        elif checkpoint.isdecimal():
+            step = int(checkpoint)
+        else:
+            raise VaaniError(
+                f"checkpoint {checkpoint!r}: choose best, last or a step number"
+            )
+
+        def target(meta: Meta) -> dict[str, Any]:
+            model = _run_config(meta).model
+            params, quant = jax.eval_shape(
+                lambda: init_variables(model, jax.random.key(0))
+            )
+            return {"model": {"params": params, "quant": quant}}
+
+        if step is not None and checkpoint == "best":
+            try:
+                restored = checkpoints.restore(target, step=step, notify=notify)
+            except VaaniError as error:
+                notify(f"{error}; taking the newest one")
+                restored = checkpoints.restore(target, notify=notify)
+        else:
+            restored = checkpoints.restore(target, step=step, notify=notify)
+        if restored is None:
+            raise VaaniError(f"{workdir} has no checkpoint yet")
+    finally:
+        checkpoints.close()
+    run = _run_config(restored.meta)
+    model = restored.items["model"]
+    config, params, quant = generate.unrolled(
+        run.model, model["params"], model["quant"]
+    )
+    return LoadedModel(
+        config=config,
+        params=params,
+        quant=quant,
+        tokenizer=tokenizer.from_json(restored.meta["tokenizer"]),
+        step=restored.step,
+        run=run,
+        meta=restored.meta,
+    )
+
+
+def _run_config(meta: Meta) -> Config:
+    return from_dict(meta["config"])
+
+
+def validation_set(config: Config, split: Split, tokenizer: Tokenizer) -> ValidationSet:
+    """The held-out windows of a run, in batches of about 8192 tokens."""
+    seq_len = config.model.max_seq_len
+    return ValidationSet(
+        split.validation,
+        tokenizer,
+        seq_len=seq_len,
+        batch_size=max(1, 8192 // seq_len),
+    )
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turns SIGINT and SIGTERM into a question that the loop asks.
+
+    A second Ctrl-C interrupts at once.
+    """
+    caught: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        del frame
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    old = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            old[number] = signal.signal(number, handle)
+    except ValueError:  # not the main thread: whoever runs us handles signals
+        pass
+    try:
+        yield lambda: bool(caught)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def train(
+    config: Config,
+    workdir: str | pathlib.Path,
+    *,
+    command: str = "",
+    console: Console | None = None,
+) -> Evaluation | None:
+    """Trains, or goes on training.
+
+    Args:
+      config: the run.
+      workdir: receives everything; a run that is already there is resumed.
+      command: what to tell people to type to go on; empty for a general line.
+      console: where people look.
+
+    Returns:
+      The evaluation at the end; None where a signal stopped the run before it.
+
+    Raises:
+      VaaniError: a problem that the user can mend; the last checkpoint is whole.
+    """
+    console = console or Console()
+    with _stop_signals() as stop:
+        trainer = Trainer(config, pathlib.Path(workdir), console, stop, command)
+        try:
+            return trainer.run()
+        finally:
+            trainer.close()
+
+
+@dataclasses.dataclass
+class _Report:
+    """Metrics on the device, to be fetched while a later step runs."""
+
+    step: int
+    metrics: list[dict[str, jax.Array]]
+    stats: dict[str, Any]
+
+
+class Trainer:
+    """One run in one process; see `train`."""
+
+    def __init__(
+        self,
+        config: Config,
+        workdir: pathlib.Path,
+        console: Console,
+        stop: Callable[[], bool],
+        command: str = "",
+    ) -> None:
+        self.workdir = workdir
+        self.console = console
+        self.stop = stop
+        self.command = command
+        self.checkpoints = Checkpoints(
+            workdir / "checkpoints", keep=config.keep_checkpoints
+        )
+        self.writer: MetricWriter | None = None
+        try:
+            self._prepare(config)
+        except BaseException:
+            self.close()
+            raise
+
+    def say(self, message: str) -> None:
+        self.console.print(message, highlight=False, soft_wrap=True, markup=False)
+
+    # -- Setting up ---------------------------------------------------------------
+
+    def _prepare(self, config: Config) -> None:
+        corpus = load_corpus(config.data, self.say)
+        found = self._newest_meta()
+        source = None
+        if found is not None:
+            self.tokenizer = tokenizer.from_json(found["tokenizer"])
+        elif config.init_from:
+            source = load_model(config.init_from, notify=self.say)
+            self.tokenizer = source.tokenizer
+        else:
+            self.tokenizer = make_tokenizer(config.data, corpus)
+        self.config = config = _with_vocabulary(config, self.tokenizer)
+        if found is not None:
+            self._check_fit(found, corpus)
+        self.corpus = corpus
+        model = config.model
+        split = split_tokens(config.data, corpus, self.tokenizer, model.max_seq_len)
+        self.batches = Batches(
+            split.train,
+            seq_len=model.max_seq_len,
+            batch_size=config.batch_size,
+            seed=config.seed,
+        )
+        self.validation = validation_set(config, split, self.tokenizer)
+        steps = config.num_steps
+        self.num_steps = steps or config.num_epochs * self.batches.steps_per_epoch
+        self.tokens_per_step = config.batch_size * model.max_seq_len
+        optimizer = make_optimizer(config.optim)
+        make_state = functools.partial(init_state, model, optimizer, config.seed)
+        self.elapsed = 0.0
+        self.best: dict[str, float] | None = None
+        restored = self.checkpoints.restore(
+            lambda meta: _items(jax.eval_shape(make_state)),
+            notify=self.say,
+            set_aside=True,
+        )
+        if restored is not None:
+            self.state = TrainState(
+                **restored.items["model"], **restored.items["training"]
+            )
+            self.elapsed = restored.meta["elapsed_seconds"]
+            self.best = restored.meta["best"]
+            self.start = restored.step
+        else:
+            self.state = jax.jit(make_state)()
+            self.start = 0
+            if source is not None:
+                self._start_from(source)
+        schedule = Schedule(config.optim, config.learning_rate, self.num_steps)
+        self.train_step = jax.jit(
+            make_train_step(
+                model,
+                optimizer,
+                schedule,
+                accumulation_steps=config.optim.accumulation_steps,
+                mix_steps=config.quantize_steps,
+            ),
+            donate_argnums=0,
+        )
+        self.report_step = jax.jit(make_report_step(model), donate_argnums=0)
+        self.eval_step = jax.jit(make_eval_step(model))
+        self.writer = MetricWriter(self.workdir, self.start)
+        self._announce(len(split.train), restored is not None)
+
+    def _newest_meta(self) -> Meta | None:
+        """Metadata of the newest checkpoint whose metadata can be read."""
+        for step in reversed(self.checkpoints.steps()):
+            try:
+                return self.checkpoints.meta(step)
+            except Exception:  # damaged: `restore` will say so
+                continue
+        return None
+
+    def _check_fit(self, meta: Meta, corpus: Corpus) -> None:
+        changed = {
+            key: values
+            for key, values in differences(
+                meta["config"], self.config.to_dict()
+            ).items()
+            if not key.startswith(FREE_KEYS)
+        }
+        if changed:
+            listed = "; ".join(
+                f"{key} is {old!r} there, {new!r} here"
+                for key, (old, new) in changed.items()
+            )
+            raise VaaniError(
+                f"the config does not fit the run in {self.workdir}: {listed}. Use the"
+                " run's config, another --workdir, or --config.init_from="
+                f"{self.workdir} in a new one to start from its weights"
+            )
+        if meta["corpus"]["sha256"] != corpus.sha256:
+            raise VaaniError(
+                f"the run in {self.workdir} was trained on {meta['corpus']['source']}"
+                f" ({meta['corpus']['characters']:,} characters), this is another text:"
+                f" {corpus.source} ({len(corpus.text):,} characters). Give it the same"
+                " text, or use another --workdir"
+            )
+
+    def _start_from(self, source: LoadedModel) -> None:
+        """Takes over the weights of another run."""
+        ours = dataclasses.asdict(self.config.model)
+        theirs = dataclasses.asdict(source.run.model)
+        shaping = ["vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "tie_embeddings"]
+        changed = [
+            f"model.{key} is {theirs[key]!r} there, {ours[key]!r} here"
+            for key in shaping
+            if theirs[key] != ours[key]
+        ]
+        if changed:
+            raise VaaniError(
+                f"the weights in {self.config.init_from} do not fit this config: "
+                + "; ".join(changed)
+            )
+        params = source.params
+        if self.config.model.scan_layers:
+            params = stack_layers(params, self.config.model.n_layers)
+        codes_state = self.state.replace(params=params)
+        self.state, _ = jax.jit(make_report_step(self.config.model))(codes_state)
+        self.say(
+            f"starting from the weights of {self.config.init_from} (step {source.step})"
+        )
+
+    def _announce(self, train_tokens: int, resumed: bool) -> None:
+        config, model = self.config, self.config.model
+        counts = model_size(model)
+        share = counts.ternary / counts.parameters
+        kind = "ternary" if model.quantize else "full precision"
+        device = jax.devices()[0]
+        name = device.device_kind if device.platform != "cpu" else "CPU"
+        self.say(
+            f"model   {kind}, {counts.parameters:,} parameters, {share:.1%} of them in"
+            f" ternary kernels; {size(counts.bytes_fp16)} at fp16,"
+            f" {size(counts.bytes_2bit)} with 2-bit codes"
+        )
+        self.say(
+            f"        {model.n_layers} layers, dim {model.dim}, {model.n_heads} heads"
+            f" ({model.kv_heads} key-value), ffn {model.hidden_dim}"
+            f" ({model.activation}), context {model.max_seq_len},"
+            f" vocabulary {model.vocab_size}"
+        )
+        self.say(
+            f"data    {self.corpus.source}: {train_tokens:,} tokens to train on,"
+            f" {self.validation.tokens:,} to validate"
+        )
+        self.say(
+            f"run     {self.num_steps:,} steps of {config.batch_size} x"
+            f" {model.max_seq_len} tokens, {config.optim.name}, on {len(jax.devices())}"
+            f" x {name}, in {self.workdir}"
+        )
+        if resumed:
+            self.say(f"resumed at step {self.start:,}")
+
+    # -- The loop -----------------------------------------------------------------
+
+    def run(self) -> Evaluation | None:
+        config = self.config
+        if self.start >= self.num_steps:
+            self.say(
+                f"this run is done ({self.start:,} of {self.num_steps:,} steps): raise"
+                " --config.num_steps to go on, or choose another --workdir"
+            )
+            return None
+        self._clock = time.perf_counter()
+        self._busy_steps = 0
+        self._last_eval: tuple[int, Evaluation] | None = None
+        step = self.start
+        window: list[dict[str, jax.Array]] = []
+        waiting: _Report | None = None
+        previous = None
+        began = time.perf_counter()
+        with (
+            Display(self.console, self.num_steps, step) as self.display,
+            jax.transfer_guard("disallow"),
+        ):
+            while step < self.num_steps and not self.stop():
+                tokens = jax.device_put(self.batches.batch_at(step))
+                self.state, metrics = self.train_step(self.state, tokens)
+                step += 1
+                window.append(metrics)
+                if step == self.start + 1:
+                    metrics["train/loss"].block_until_ready()
+                    spent = duration(time.perf_counter() - began)
+                    self.display.say(f"first step done after {spent} of compilation")
+                    self._clock = time.perf_counter()
+                    self._busy_steps = -1
+                # One step runs while the one before it is looked at.
+                if previous is not None:
+                    previous["train/loss"].block_until_ready()
+                previous = metrics
+                if waiting is not None:
+                    self._log(waiting)
+                    waiting = None
+                if step % config.log_interval == 0 or step == self.num_steps:
+                    self.state, stats = self.report_step(self.state)
+                    waiting = _Report(step, window, stats)
+                    window = []
+                due = step == self.num_steps
+                evaluate = due or step % config.eval_interval == 0
+                save = due or step % config.save_interval == 0
+                sample = config.sample_interval and step % config.sample_interval == 0
+                if evaluate or save or sample:
+                    if waiting is not None:
+                        self._log(waiting)
+                        waiting = None
+                    self._check_finite(
+                        step, float(jax.device_get(metrics["train/loss"]))
+                    )
+                    with self._pause():
+                        self._at_boundary(step, evaluate, save, bool(sample or due))
+            if self.stop() and step < self.num_steps:
+                if waiting is not None:
+                    self._log(waiting)
+                return self._leave(step)
+        return self._finish(step, began)
+
+    @contextmanager
+    def _pause(self) -> Iterator[None]:
+        """Takes what happens inside off the clock of tokens per second."""
+        jax.block_until_ready(self.state)
+        start = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - start
+
+    def _log(self, report: _Report) -> None:
+        fetched, stats = jax.device_get((report.metrics, report.stats))
+        now = time.perf_counter()
+        steps = len(fetched) + self._busy_steps
+        self._busy_steps = 0
+        seconds = now - self._clock
+        self._clock = now
+        self.elapsed += seconds
+        last = dict(fetched[-1])
+        last["train/loss"] = np.mean([m["train/loss"] for m in fetched])
+        last["train/gradient_norm"] = np.mean(
+            [m["train/gradient_norm"] for m in fetched]
+        )
+        values: dict[str, Any] = {**last, **stats}
+        if steps > 0 and seconds > 0:
+            values["perf/tokens_per_second"] = steps * self.tokens_per_step / seconds
+            self._seconds_per_step = seconds / steps
+        if stats["quant/sparsity"]:
+            for name in ("sparsity", "scale", "flipped"):
+                layers = [np.mean(v) for v in stats[f"quant/{name}"].values()]
+                values[f"quant/mean_{name}"] = np.mean(layers)
+        assert self.writer is not None
+        row = self.writer.write(report.step, values)
+        left = self.num_steps - report.step
+        eta = left * getattr(self, "_seconds_per_step", 0.0)
+        self.display.update(report.step, row, eta)
+        self._check_finite(report.step, row["train/loss"])
+
+    def _check_finite(self, step: int, loss: float) -> None:
+        if math.isfinite(loss):
+            return
+        self.checkpoints.wait()
+        saved = self.checkpoints.steps()
+        kept = f"step {saved[-1]}" if saved else "none was saved yet"
+        raise VaaniError(
+            f"training diverged: the loss is {loss} at step {step}. Last good"
+            f" checkpoint: {kept}. Try a lower --config.learning_rate (it is"
+            f" {self.config.learning_rate:g}) in a new --workdir"
+        )
+
+    def _at_boundary(self, step: int, evaluate: bool, save: bool, sample: bool) -> None:
+        result = None
+        if evaluate:
+            result = self._evaluate(step)
+        if save or (result is not None and self._is_best(step)):
+            self._save(step, result)
+        if sample and not self.stop():
+            self._sample(step)
+        assert self.writer is not None
+        self.writer.write_history()
+
+    def _evaluate(self, step: int) -> Evaluation | None:
+        result = self.validation.evaluate(
+            self.eval_step, self.state.params, self.state.quant, self.stop
+        )
+        if result is None:
+            return None
+        self._last_eval = (step, result)
+        row: Row = {
+            "eval/loss": result.loss,
+            "eval/perplexity": result.perplexity,
+            "eval/bits_per_byte": result.bits_per_byte,
+        }
+        assert self.writer is not None
+        self.writer.write(step, row)
+        self.display.update(step, row, self.display.eta)
+        better = self.best is None or result.loss < self.best["loss"]
+        if better:
+            self.best = {"step": step, **result.as_dict()}
+        self.display.say(
+            f"step {step:>6,}  validation loss {result.loss:.4f}  perplexity"
+            f" {result.perplexity:.3f}  bits per byte {result.bits_per_byte:.3f}"
+            + ("  (best)" if better else "")
+        )
+        return result
+
+    def _is_best(self, step: int) -> bool:
+        return self.best is not None and self.best["step"] == step
+
+    def _save(self, step: int, result: Evaluation | None) -> None:
+        meta = {
+            "version": __version__,
+            "config": self.config.to_dict(),
+            "tokenizer": self.tokenizer.to_json(),
+            "corpus": as_json(self.corpus),
+            "elapsed_seconds": self.elapsed,
+            "best": self.best,
+        }
+        loss = None if result is None else result.loss
+        with self._writing():
+            self.checkpoints.save(step, _items(self.state), meta, loss=loss)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Says in one line what kept a checkpoint from being written."""
+        try:
+            yield
+        except Exception as error:  # orbax and tensorstore raise many types
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise VaaniError(
+                f"can't write a checkpoint to {self.checkpoints.directory}:"
+                f" {reason[:300]}. The checkpoints before it are whole: make room, and"
+                " run the same command again"
+            ) from error
+
+    def _sample(self, step: int) -> None:
+        sample = self.config.sample
+        config, params, quant = generate.unrolled(
+            self.config.model, self.state.params, self.state.quant
+        )
+        parts = []
+        for prompt in sample.prompts:
+            try:
+                ids = self.tokenizer.encode(prompt)
+            except VaaniError as error:
+                self.display.say(f"no sample for the prompt {prompt!r}: {error}")
+                continue
+            with jax.transfer_guard("allow"):
+                new = generate.generate(
+                    config,
+                    params,
+                    quant,
+                    ids,
+                    max_new_tokens=sample.max_new_tokens,
+                    sampler=sample.sampler,
+                    seed=self.config.seed,
+                )
+            parts.append(prompt + self.tokenizer.decode(new[0]))
+        text = "\n\n--- \n".join(parts)
+        if text:
+            self.display.say(f"sample at step {step:,}:\n{_indented(text)}")
+            path = self.workdir / "samples" / f"step_{step:06d}.txt"
+            write_atomically(path, (text + "\n").encode("utf-8"))
+            assert self.writer is not None
+            self.writer.write_text(step, "samples", text)
+
+    # -- Endings ------------------------------------------------------------------
+
+    def _leave(self, step: int) -> None:
+        """A signal came: save, and say how to go on."""
+        self._save(step, None)
+        with self._writing():
+            self.checkpoints.wait()
+        self._write_results(None)
+        how = f"go on with:\n  {self.command}" if self.command else "run it again"
+        self.say(
+            f"stopped at step {step:,} of {self.num_steps:,}; everything is saved in"
+            f" {self.workdir}. To {how}"
+        )
+
+    def _finish(self, step: int, began: float) -> Evaluation | None:
+        with self._writing():
+            self.checkpoints.wait()
+        final = None
+        if self._last_eval is not None and self._last_eval[0] == step:
+            final = self._last_eval[1]
+        self._write_results(final)
+        counts = model_size(self.config.model)
+        table = Table(title=f"{self.workdir}", title_justify="left")
+        table.add_column("")
+        table.add_column("best", justify="right")
+        table.add_column("final", justify="right")
+        best = self.best or {}
+        last = final.as_dict() if final is not None else {}
+        for key, label, form in (
+            ("loss", "validation loss (nats per token)", "{:.4f}"),
+            ("perplexity", "perplexity", "{:.3f}"),
+            ("bits_per_byte", "bits per byte", "{:.4f}"),
+        ):
+            cells = [form.format(d[key]) if d else "-" for d in (best, last)]
+            table.add_row(label, *cells)
+        table.add_row("step", f"{best.get('step', 0):,}", f"{step:,}")
+        rate = step * self.tokens_per_step / max(self.elapsed, 1e-9)
+        table.add_section()
+        table.add_row("training time", "", duration(self.elapsed))
+        table.add_row(
+            "this session, everything", "", duration(time.perf_counter() - began)
+        )
+        table.add_row("training tokens per second", "", f"{rate:,.0f}")
+        table.add_row("size at fp16", "", size(counts.bytes_fp16))
+        ratio = counts.bytes_fp16 / counts.bytes_2bit
+        small = f"{size(counts.bytes_2bit)} ({ratio:.1f} x smaller)"
+        if not self.config.model.quantize:
+            small = "- (full precision)"
+        table.add_row("size with 2-bit codes", "", small)
+        self.console.print(table)
+        self.say(f"curves, history and samples are in {self.workdir}")
+        return final
+
+    def _write_results(self, final: Evaluation | None) -> None:
+        assert self.writer is not None
+        self.writer.write_history()
+        plots.plot_curves(
+            self.writer.rows,
+            self.workdir / "training_curves.png",
+            title=f"{self.workdir.name}: "
+            + (f"validation loss {self.best['loss']:.4f} at best" if self.best else ""),
+        )
+        summary = {
+            "best": self.best,
+            "final": None if final is None else final.as_dict(),
+            "elapsed_seconds": self.elapsed,
+            "corpus": as_json(self.corpus),
+            "config": self.config.to_dict(),
+        }
+        write_atomically(
+            self.workdir / "run.json", (json.dumps(summary, indent=2) + "\n").encode()
+        )
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+        self.checkpoints.close()
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """A state in the two parts that a checkpoint holds."""
+    return {
+        "model": {"params": state.params, "quant": state.quant},
+        "training": {
+            "step": state.step,
+            "opt_state": state.opt_state,
+            "codes": state.codes,
+            "key": state.key,
+        },
+    }
+
+
+def _with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
+    """Fills in a vocabulary size of 0; checks any other."""
+    wanted = config.model.vocab_size
+    if wanted == 0:
+        model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
+        return dataclasses.replace(config, model=model)
+    if wanted < tokenizer.vocab_size:
+        raise VaaniError(
+            f"model.vocab_size = {wanted} is smaller than the tokenizer's"
+            f" {tokenizer.vocab_size}: leave it at 0 to take the tokenizer's"
+        )
+    return config
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())
