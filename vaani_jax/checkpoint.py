@@ -10,6 +10,7 @@ This module knows pytrees and JSON only.
 
 import dataclasses
 import pathlib
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -89,6 +90,8 @@ class Checkpoints:
                 ),
             ]
         )
+        if not read_only:
+            self._remove_unfinished()
         try:
             self._manager = ocp.CheckpointManager(
                 self.directory,
@@ -97,7 +100,6 @@ class Checkpoints:
                     preservation_policy=None if read_only else policy,
                     create=not read_only,
                     read_only=read_only,
-                    cleanup_tmp_directories=not read_only,
                 ),
                 item_handlers={
                     "model": ocp.StandardCheckpointHandler(),
@@ -109,6 +111,12 @@ class Checkpoints:
             raise VaaniError(
                 f"can't use {directory} for checkpoints: {error.strerror or error}"
             ) from None
+
+    def _remove_unfinished(self) -> None:
+        """Deletes what a killed run had begun to write."""
+        for folder in self.directory.glob("step_*"):
+            if folder.is_dir() and not ocp.utils.is_checkpoint_finalized(folder):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints on disk, ascending."""

@@ -5,6 +5,7 @@ Results go to standard output, everything else to standard error.
 
 import argparse
 import json
+import logging
 import os
 import pathlib
 import sys
@@ -16,6 +17,8 @@ from vaani_jax.errors import VaaniError
 
 def run_guarded(main: Callable[[Any], int], argument: Any) -> int:
     """Runs a command; what a user can mend becomes one line and status 1."""
+    # Orbax tells its life through absl; people get our lines.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         return main(argument)
     except VaaniError as error:

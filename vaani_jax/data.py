@@ -347,9 +347,9 @@ class Batches:
 def validation_windows(tokens: np.ndarray, seq_len: int) -> np.ndarray:
     """ALL non-overlapping windows [n, seq_len + 1] of the held-out part.
 
-    Window i holds tokens ``i * seq_len`` to ``(i + 1) * seq_len`` inclusive: every token
-    but the first is predicted at most once; fewer than ``seq_len`` at the end are left
-    out.
+    Window i holds tokens ``i * seq_len`` to ``(i + 1) * seq_len`` inclusive: every
+    token but the first is predicted at most once; fewer than ``seq_len`` at the end
+    are left out.
     """
     count = (len(tokens) - 1) // seq_len
     starts = np.arange(count)[:, None] * seq_len

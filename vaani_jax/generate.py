@@ -111,12 +111,12 @@ def prefill(
       Logits [B, V] after the last real token, and the cache.
     """
     cache = KVCache.create(config, tokens.shape[0])
-    logits, cache = Vaani(config).apply(
-        {"params": params, "quant": quant}, tokens, cache
-    )
+    variables = {"params": params, "quant": quant}
+    output: Any = Vaani(config).apply(variables, tokens, cache)
+    logits, filled = output
     # What was written beyond the real length is masked until it is overwritten.
     last = jax.lax.dynamic_index_in_dim(logits, length - 1, axis=1, keepdims=False)
-    return last, cache.replace(length=length)
+    return last, dataclasses.replace(filled, length=length)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(6,))

@@ -1,4 +1,4 @@
-"""What a run tells: rows on disk, event files, and lines or a live display for people."""
+"""What a run tells: rows on disk, event files, lines or a live display for people."""
 
 import json
 import pathlib

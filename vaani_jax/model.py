@@ -90,7 +90,7 @@ class Vaani(nn.Module):
             (c.vocab_size, c.dim),
             jnp.float32,
         )
-        block = TransformerBlock
+        block: Any = TransformerBlock
         if c.remat:
             block = nn.remat(block, prevent_cse=not c.scan_layers, static_argnums=(6,))
         if c.scan_layers:
@@ -152,28 +152,29 @@ class Vaani(nn.Module):
             keys = jax.random.split(self.make_rng("dropout"), c.n_layers + 1)
         x = jnp.take(self.embedding, tokens, axis=0).astype(c.dtype)
         x = dropout(x, c.dropout, None if keys is None else keys[-1])
+        pairs: list[Any] = []
         if c.scan_layers:
             layer_caches = None
             if cache is not None:
                 layer_caches = (jnp.stack(cache.keys), jnp.stack(cache.values))
             layer_keys = None if keys is None else keys[:-1]
             x, stacked = self.layers(x, layer_caches, layer_keys, positions, mix, train)
-            new = (
-                None if cache is None else list(zip(*map(tuple, stacked), strict=True))
-            )
+            if cache is not None:
+                pairs = list(zip(*map(tuple, stacked), strict=True))
         else:
-            new = []
             for i, layer in enumerate(self.layers):
                 pair = None if cache is None else (cache.keys[i], cache.values[i])
                 key = None if keys is None else keys[i]
                 x, pair = layer(x, pair, key, positions, mix, train)
-                new.append(pair)
+                pairs.append(pair)
         logits = self.head(self.final_norm(x), train=train, mix=mix)
         if cache is None:
             return logits
         end = cache.length + length
         logits = jnp.where(end <= capacity, logits, jnp.nan)
-        return logits, KVCache(tuple(k for k, _ in new), tuple(v for _, v in new), end)
+        return logits, KVCache(
+            tuple(k for k, _ in pairs), tuple(v for _, v in pairs), end
+        )
 
     def head(self, x: Array, *, train: bool, mix: Array | None) -> Array:
         """Logits [B, T, V] in float32 of normalised states [B, T, D]."""

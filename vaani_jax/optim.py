@@ -89,7 +89,7 @@ class Schedule:
             raise VaaniError(f"learning_rate is {self.peak}: it must be above 0")
 
     def learning_rate(self, step: Array) -> Array:
-        """The learning rate of step ``step``, counted from 0; float32, may be traced."""
+        """The learning rate of a step, counted from 0; float32, may be traced."""
         c = self.config
         step = jnp.asarray(step, jnp.float32)
         warmup = min(c.warmup_steps, self.num_steps)
@@ -112,7 +112,7 @@ class Schedule:
         return self.peak * ramp * shape
 
     def weight_decay(self, step: Array) -> Array:
-        """The weight decay of step ``step``; float32, may be traced."""
+        """The weight decay of a step, counted from 0; float32, may be traced."""
         c = self.config
         step = jnp.asarray(step, jnp.float32)
         full = jnp.full_like(step, c.weight_decay)

@@ -313,7 +313,7 @@ class TernaryQuantizer(nn.Module):
         return variable.value
 
     def __call__(self, w: Array) -> Array:
-        """The quantised kernel ``gamma * T`` [K, N], with straight-through gradients."""
+        """The quantised kernel ``gamma * T`` [K, N], gradients straight through."""
         codes, scale = ternarize(w, self.tau(), self.spec)
         return straight_through(codes * scale, w)
 

@@ -4,6 +4,7 @@ Everything that a resumed run needs is in `TrainState` or in the checkpoint's me
 2N steps equal N steps, a kill, a restore and N more, bit for bit.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -151,7 +152,8 @@ def make_train_step(
             "train/learning_rate": opt_state.hyperparams["learning_rate"],
             "train/weight_decay": opt_state.hyperparams["weight_decay"],
         }
-        state = state.replace(
+        state = dataclasses.replace(
+            state,
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
             quant=quant,
@@ -192,7 +194,7 @@ def make_report_step(
             "quant/scale": scale,
             "quant/flipped": flipped,
         }
-        return state.replace(codes=codes), stats
+        return dataclasses.replace(state, codes=codes), stats
 
     return report
 

@@ -58,8 +58,8 @@ class CharTokenizer:
             character = text[where]
             raise VaaniError(
                 f"character {character!r} (U+{ord(character):04X}, at position {where})"
-                f" is not in the vocabulary of {self.vocab_size} characters; use text of"
-                " the kind that the model was trained on, or train with"
+                f" is not in the vocabulary of {self.vocab_size} characters; use text"
+                " of the kind that the model was trained on, or train with"
                 " --config.data.tokenizer=byte"
             )
         return ids.astype(np.int32)

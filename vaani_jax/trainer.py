@@ -252,12 +252,13 @@ class Trainer:
         self.console = console
         self.stop = stop
         self.command = command
+        self.writer: MetricWriter | None = None
+        corpus = load_corpus(config.data, self.say)
         self.checkpoints = Checkpoints(
             workdir / "checkpoints", keep=config.keep_checkpoints
         )
-        self.writer: MetricWriter | None = None
         try:
-            self._prepare(config)
+            self._prepare(config, corpus)
         except BaseException:
             self.close()
             raise
@@ -267,8 +268,7 @@ class Trainer:
 
     # -- Setting up ---------------------------------------------------------------
 
-    def _prepare(self, config: Config) -> None:
-        corpus = load_corpus(config.data, self.say)
+    def _prepare(self, config: Config, corpus: Corpus) -> None:
         found = self._newest_meta()
         source = None
         if found is not None:
@@ -368,13 +368,13 @@ class Trainer:
 
     def _start_from(self, source: LoadedModel) -> None:
         """Takes over the weights of another run."""
-        ours = dataclasses.asdict(self.config.model)
-        theirs = dataclasses.asdict(source.run.model)
-        shaping = ["vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "tie_embeddings"]
+        ours, theirs = self.config.model, source.run.model
+        shaping = "vocab_size dim n_layers n_heads kv_heads hidden_dim tie_embeddings"
         changed = [
-            f"model.{key} is {theirs[key]!r} there, {ours[key]!r} here"
-            for key in shaping
-            if theirs[key] != ours[key]
+            f"model.{key} is {getattr(theirs, key)!r} there,"
+            f" {getattr(ours, key)!r} here"
+            for key in shaping.split()
+            if getattr(theirs, key) != getattr(ours, key)
         ]
         if changed:
             raise VaaniError(
@@ -384,7 +384,7 @@ class Trainer:
         params = source.params
         if self.config.model.scan_layers:
             params = stack_layers(params, self.config.model.n_layers)
-        codes_state = self.state.replace(params=params)
+        codes_state = dataclasses.replace(self.state, params=params)
         self.state, _ = jax.jit(make_report_step(self.config.model))(codes_state)
         self.say(
             f"starting from the weights of {self.config.init_from} (step {source.step})"
@@ -480,7 +480,8 @@ class Trainer:
             if self.stop() and step < self.num_steps:
                 if waiting is not None:
                     self._log(waiting)
-                return self._leave(step)
+                self._leave(step)
+                return None
         return self._finish(step, began)
 
     @contextmanager
