@@ -44,6 +44,7 @@ def get_config() -> ConfigDict:
     model.activation_tracking = "token"  # or "ema": a tracked range
     model.activation_momentum = 0.99  # of the tracked range
     model.operands = "auto"  # dtype of the forward integers; equal results
+    model.attention = "auto"  # "library", or "explicit": faster on CPUs
     model.dtype = "float32"  # compute; or "bfloat16", with float32 masters
     model.scan_layers = False  # one traced block: compiles faster, same results
     model.remat = False  # recompute blocks backward: less memory, same results

@@ -114,9 +114,8 @@ class Checkpoints:
 
     def _remove_unfinished(self) -> None:
         """Deletes what a killed run had begun to write."""
-        for folder in self.directory.glob("step_*"):
-            if folder.is_dir() and not ocp.utils.is_checkpoint_finalized(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+        for folder in self.directory.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints on disk, ascending."""

@@ -7,13 +7,16 @@ the attention output before ``o_proj`` and one on the gated product before
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from vaani_jax.attention import cached_attention, causal_attention
 from vaani_jax.errors import VaaniError
 from vaani_jax.quant import (
     ActivationQuantizer,
@@ -52,6 +55,8 @@ class ModelConfig:
       activation_tracking: "token" (b1.58), or "ema" for a tracked range.
       activation_momentum: momentum of the tracked range.
       operands: dtype of the forward integers; equal results (see `TernarySpec`).
+      attention: "library" (`jax.nn.dot_product_attention`), "explicit", or "auto":
+        the former on accelerators, the latter on CPUs.
       dtype: compute dtype, "float32" or "bfloat16"; parameters stay float32.
       scan_layers: one traced block under `nn.scan`: compiles faster, same results.
       remat: recompute blocks in the backward pass instead of storing them.
@@ -78,6 +83,7 @@ class ModelConfig:
     activation_tracking: Literal["token", "ema"] = "token"
     activation_momentum: float = 0.99
     operands: Literal["auto", "bfloat16", "float32"] = "auto"
+    attention: Literal["auto", "library", "explicit"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     scan_layers: bool = False
     remat: bool = False
@@ -183,7 +189,7 @@ def project(
     train: bool = False,
     mix: Array | None = None,
 ) -> tuple[Array, ...]:
-    """Applies several BitLinear layers to one input, as one product.
+    """Applies several BitLinear layers to one input, which is quantised once.
 
     A tracked activation range is that of the first layer: the input is the same.
 
@@ -199,10 +205,7 @@ def project(
     kernels = [layer.master(x.shape[-1]) for layer in layers]
     first = layers[0]
     if not first.config.quantize:
-        joined = jnp.concatenate(kernels, axis=-1).astype(x.dtype)
-        y = jnp.dot(x, joined)
-        offsets = [sum(k.shape[-1] for k in kernels[:i]) for i in range(1, len(layers))]
-        return tuple(jnp.split(y, offsets, axis=-1))
+        return tuple(jnp.dot(x, kernel.astype(x.dtype)) for kernel in kernels)
     return ternary_dot(
         x,
         kernels,
@@ -211,6 +214,47 @@ def project(
         activation_range=first.activation_quantizer.observe(x, train=train),
         mix=mix,
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
+    """``x / sqrt(mean(x^2) + epsilon) * scale`` over the last axis, in float32.
+
+    Args:
+      x: [..., D].
+      scale: [D].
+      epsilon: added to the mean square.
+
+    Returns:
+      Same shape and dtype as ``x``. The gradient is written out, so that the
+      normalised values are computed once, not in every fusion that needs them.
+    """
+    return _rms_norm_fwd(x, scale, epsilon)[0]
+
+
+def _rms_norm_fwd(x: Array, scale: Array, epsilon: float) -> tuple[Array, Any]:
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+    y = wide * inverse * _along_last(scale, x.ndim)
+    return y.astype(x.dtype), (x, scale, inverse)
+
+
+def _rms_norm_bwd(epsilon: float, residuals: Any, g: Array) -> tuple[Array, Array]:
+    del epsilon
+    x, scale, inverse = residuals
+    wide, g = x.astype(jnp.float32), g.astype(jnp.float32)
+    normed = wide * inverse
+    dscale = jnp.sum(g * normed, axis=tuple(range(x.ndim - 1)))
+    u = g * _along_last(scale, x.ndim)
+    mean = jnp.mean(u * normed, axis=-1, keepdims=True)
+    return ((u - normed * mean) * inverse).astype(x.dtype), dscale
+
+
+rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
+
+
+def _along_last(scale: Array, ndim: int) -> Array:
+    return scale.reshape((1,) * (ndim - 1) + (-1,))
 
 
 class RMSNorm(nn.Module):
@@ -224,28 +268,37 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        wide = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(
-            jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon
-        )
-        return (wide * inverse * scale).astype(x.dtype)
+        return rms_norm(x, scale, self.epsilon)
 
 
-def rotary_embedding(x: Array, positions: Array, theta: float = 500_000.0) -> Array:
+def rotary_angles(
+    length: int, head_dim: int, theta: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines of rotary embedding for positions 0 to ``length - 1``.
+
+    One table for training and decoding: what is cached equals what was trained.
+
+    Returns:
+      Two arrays [length, head_dim / 2], float32.
+    """
+    half = head_dim // 2
+    frequency = (theta ** (-np.arange(half) / half)).astype(np.float32)
+    angle = np.arange(length, dtype=np.float32)[:, None] * frequency[None, :]
+    wide = angle.astype(np.float64)
+    return np.cos(wide).astype(np.float32), np.sin(wide).astype(np.float32)
+
+
+def rotary_embedding(x: Array, cos: Any, sin: Any) -> Array:
     """Rotary position embedding (arXiv:2104.09864), rotate-half layout.
 
     Args:
       x: queries or keys [B, T, heads, H], H even.
-      positions: absolute positions [T], integers: any offset.
-      theta: base of the geometric sequence of wavelengths.
+      cos, sin: rows of `rotary_angles` for the positions of ``x``, [T, H / 2].
 
     Returns:
       Same shape and dtype as ``x``; computed in float32.
     """
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions.astype(jnp.float32)[:, None, None] * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    cos, sin = cos[None, :, None, :], sin[None, :, None, :]
     low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
     return rotated.astype(x.dtype)
@@ -279,6 +332,7 @@ class MultiHeadAttention(nn.Module):
         self,
         x: Array,
         positions: Array,
+        rotary: tuple[Any, Any],
         cache: tuple[Array, Array] | None = None,
         *,
         train: bool = False,
@@ -289,6 +343,7 @@ class MultiHeadAttention(nn.Module):
         Args:
           x: normalised residual stream [B, T, D].
           positions: [T], consecutive.
+          rotary: cosines and sines of these positions, [T, H / 2].
           cache: keys and values [B, S, K, H], filled below ``positions[0]``.
           train: whether tracked ranges are updated.
           mix: see `ternary_dot`.
@@ -303,36 +358,47 @@ class MultiHeadAttention(nn.Module):
         q_BTNH = q.reshape(*q.shape[:-1], c.n_heads, c.head_dim)
         k_BTKH = k.reshape(*k.shape[:-1], c.kv_heads, c.head_dim)
         v_BTKH = v.reshape(*v.shape[:-1], c.kv_heads, c.head_dim)
-        q_BTNH = rotary_embedding(q_BTNH, positions, c.rope_theta)
-        k_BTKH = rotary_embedding(k_BTKH, positions, c.rope_theta)
+        q_BTNH = rotary_embedding(q_BTNH, *rotary)
+        k_BTKH = rotary_embedding(k_BTKH, *rotary)
         if cache is None:
-            y_BTNH = jax.nn.dot_product_attention(
-                q_BTNH, k_BTKH, v_BTKH, is_causal=True
-            )
+            y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, c.attention)
         else:
             start = (0, positions[0], 0, 0)
-            k_BSKH = jax.lax.dynamic_update_slice(
-                cache[0], k_BTKH.astype(cache[0].dtype), start
+            k_BSKH, v_BSKH = cache = (
+                jax.lax.dynamic_update_slice(
+                    cache[0], k_BTKH.astype(cache[0].dtype), start
+                ),
+                jax.lax.dynamic_update_slice(
+                    cache[1], v_BTKH.astype(cache[1].dtype), start
+                ),
             )
-            v_BSKH = jax.lax.dynamic_update_slice(
-                cache[1], v_BTKH.astype(cache[1].dtype), start
-            )
-            cache = (k_BSKH, v_BSKH)
-            mask_TS = jnp.arange(k_BSKH.shape[1])[None, :] <= positions[:, None]
-            y_BTNH = jax.nn.dot_product_attention(
-                q_BTNH,
-                k_BSKH.astype(q_BTNH.dtype),
-                v_BSKH.astype(q_BTNH.dtype),
-                mask=mask_TS[None, None],
-            )
+            y_BTNH = cached_attention(q_BTNH, k_BSKH, v_BSKH, positions)
         y = y_BTNH.reshape(*x.shape[:-1], c.n_heads * c.head_dim)
         return self.o_proj(self.sub_norm(y), train=train, mix=mix), cache
 
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "swiglu": nn.silu,
-    "relu2": lambda x: jnp.square(nn.relu(x)),
-}
+@jax.custom_vjp
+def swiglu(gate: Array, up: Array) -> Array:
+    """``silu(gate) * up`` (arXiv:2002.05202), with the sigmoid computed once."""
+    return _swiglu_fwd(gate, up)[0]
+
+
+def _swiglu_fwd(gate: Array, up: Array) -> tuple[Array, Any]:
+    sigmoid = jax.nn.sigmoid(gate)
+    return gate * sigmoid * up, (gate, up, sigmoid)
+
+
+def _swiglu_bwd(residuals: Any, g: Array) -> tuple[Array, Array]:
+    gate, up, sigmoid = residuals
+    return g * up * sigmoid * (1 + gate * (1 - sigmoid)), g * gate * sigmoid
+
+
+swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
+
+
+def relu2(gate: Array, up: Array) -> Array:
+    """``relu(gate)^2 * up``."""
+    return jnp.square(nn.relu(gate)) * up
 
 
 class FeedForward(nn.Module):
@@ -356,7 +422,8 @@ class FeedForward(nn.Module):
         self, x: Array, *, train: bool = False, mix: Array | None = None
     ) -> Array:
         gate, up = project(x, (self.gate_proj, self.up_proj), train=train, mix=mix)
-        hidden = ACTIVATIONS[self.config.activation](gate) * up
+        gated = swiglu if self.config.activation == "swiglu" else relu2
+        hidden = gated(gate, up)
         return self.down_proj(self.sub_norm(hidden), train=train, mix=mix)
 
 
@@ -377,6 +444,7 @@ class TransformerBlock(nn.Module):
         cache: tuple[Array, Array] | None,
         dropout_key: Array | None,
         positions: Array,
+        rotary: tuple[Any, Any],
         mix: Array | None,
         train: bool,
     ) -> tuple[Array, tuple[Array, Array] | None]:
@@ -385,7 +453,9 @@ class TransformerBlock(nn.Module):
         keys: Any = (
             (None, None) if dropout_key is None else jax.random.split(dropout_key)
         )
-        y, cache = self.attn(self.attn_norm(x), positions, cache, train=train, mix=mix)
+        y, cache = self.attn(
+            self.attn_norm(x), positions, rotary, cache, train=train, mix=mix
+        )
         x = x + dropout(y, rate, keys[0])
         y = self.ffn(self.ffn_norm(x), train=train, mix=mix)
         return x + dropout(y, rate, keys[1]), cache

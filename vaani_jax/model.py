@@ -30,6 +30,7 @@ from vaani_jax.layers import (
     RMSNorm,
     TransformerBlock,
     dropout,
+    rotary_angles,
 )
 from vaani_jax.quant import TernaryQuantizer, ternarize, ternary_dot
 
@@ -92,13 +93,13 @@ class Vaani(nn.Module):
         )
         block: Any = TransformerBlock
         if c.remat:
-            block = nn.remat(block, prevent_cse=not c.scan_layers, static_argnums=(6,))
+            block = nn.remat(block, prevent_cse=not c.scan_layers, static_argnums=(7,))
         if c.scan_layers:
             self.layers = nn.scan(
                 block,
                 variable_axes={"params": 0, "quant": 0},
                 split_rngs={"params": True},
-                in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+                in_axes=(0, 0, *[nn.broadcast] * 4),
                 length=c.n_layers,
             )(c)
         else:
@@ -146,6 +147,11 @@ class Vaani(nn.Module):
             )
         start = cache.length if cache is not None else jnp.zeros((), jnp.int32)
         positions = start + jnp.arange(length, dtype=jnp.int32)
+        table = rotary_angles(max(capacity, c.max_seq_len), c.head_dim, c.rope_theta)
+        if cache is None:
+            rotary = tuple(jnp.asarray(t[:length]) for t in table)
+        else:
+            rotary = tuple(jnp.take(t, positions, axis=0, mode="clip") for t in table)
 
         keys = None
         if train and c.dropout > 0:
@@ -158,14 +164,16 @@ class Vaani(nn.Module):
             if cache is not None:
                 layer_caches = (jnp.stack(cache.keys), jnp.stack(cache.values))
             layer_keys = None if keys is None else keys[:-1]
-            x, stacked = self.layers(x, layer_caches, layer_keys, positions, mix, train)
+            x, stacked = self.layers(
+                x, layer_caches, layer_keys, positions, rotary, mix, train
+            )
             if cache is not None:
                 pairs = list(zip(*map(tuple, stacked), strict=True))
         else:
             for i, layer in enumerate(self.layers):
                 pair = None if cache is None else (cache.keys[i], cache.values[i])
                 key = None if keys is None else keys[i]
-                x, pair = layer(x, pair, key, positions, mix, train)
+                x, pair = layer(x, pair, key, positions, rotary, mix, train)
                 pairs.append(pair)
         logits = self.head(self.final_norm(x), train=train, mix=mix)
         if cache is None:

@@ -102,14 +102,14 @@ def ternarize(
     """
     w = w.astype(jnp.float32)
     axis = None if spec.granularity == "tensor" else 0
-    magnitude = jnp.abs(w)
-    gamma = jnp.maximum(jnp.mean(magnitude, axis=axis), EPSILON)
-    kept = magnitude > threshold * gamma
-    codes = jnp.where(kept, jnp.sign(w), 0.0)
+    shape = () if spec.granularity == "tensor" else w.shape[1:]
+    gamma = jnp.maximum(jnp.mean(jnp.abs(w), axis=axis, keepdims=True), EPSILON)
+    bound = threshold * gamma
+    codes = jnp.where(w > bound, 1.0, jnp.where(w < -bound, -1.0, 0.0))
     if spec.scale == "absmean":
-        return codes, gamma
-    total = jnp.sum(jnp.where(kept, magnitude, 0.0), axis=axis)
-    count = jnp.sum(kept, axis=axis, dtype=jnp.float32)
+        return codes, gamma.reshape(shape)
+    total = jnp.sum(codes * w, axis=axis)
+    count = jnp.sum(jnp.abs(codes), axis=axis)
     return codes, jnp.maximum(total / jnp.maximum(count, 1.0), EPSILON)
 
 
@@ -161,16 +161,9 @@ def _straight_through_bwd(value: Array, g: Array) -> tuple[Array, Array]:
 _straight_through.defvjp(_straight_through_fwd, _straight_through_bwd)
 
 
-def _split(y: Array, widths: Sequence[int]) -> tuple[Array, ...]:
-    """Cuts the last axis into pieces of the given widths."""
-    if len(widths) == 1:
-        return (y,)
-    offsets = [sum(widths[: i + 1]) for i in range(len(widths) - 1)]
-    return tuple(jnp.split(y, offsets, axis=-1))
-
-
-def _join(parts: Sequence[Array]) -> Array:
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+def _along_last(scale: Array, ndim: int) -> Array:
+    """A scalar as it is, [N] as [1, ..., 1, N]."""
+    return scale if scale.ndim == 0 else scale.reshape((1,) * (ndim - 1) + (-1,))
 
 
 def _as_rows(x: Array) -> Array:
@@ -188,8 +181,8 @@ def ternary_dot(
 ) -> tuple[Array, ...]:
     """Products of one quantised input with several ternary kernels.
 
-    The kernels are joined, so that projections which share an input (query, key and
-    value; gate and up) run as one product; each keeps its own threshold and scale.
+    Projections that share an input (query, key and value; gate and up) share its
+    quantisation; each kernel keeps its own threshold and scale.
 
     Args:
       x: activations [..., K], float32 or bfloat16.
@@ -231,59 +224,44 @@ def _ternary_dot_fwd(
     mix: Array | None,
 ) -> tuple[tuple[Array, ...], Any]:
     q, s = quantize_activations(x, activation_range)
-    pairs = [
-        ternarize(w, tau, spec) for w, tau in zip(kernels, thresholds, strict=True)
-    ]
-    codes = [t for t, _ in pairs]
-    scales = [scale for _, scale in pairs]
-    if mix is None:
-        dtype = operand_dtype(spec.operands)
-    else:
-        # In units of the scales, so that lambda = 1 leaves exactly the integers.
-        dtype = jnp.float32
-        rest = 1.0 - mix.astype(jnp.float32)
+    dtype = operand_dtype(spec.operands) if mix is None else jnp.float32
+    rest = None if mix is None else 1.0 - mix.astype(jnp.float32)
+    if rest is not None:
+        # In units of the scale, so that lambda = 1 leaves exactly the integers.
         q = q + rest * (x.astype(jnp.float32) / s - q)
-        codes = [
-            t + rest * (w.astype(jnp.float32) / scale - t)
-            for t, w, scale in zip(codes, kernels, scales, strict=True)
-        ]
-    q = q.astype(dtype)
-    joined = _join([t.astype(dtype) for t in codes])
-    sums = jnp.dot(
-        _as_rows(q),
-        joined,
-        precision="highest",
-        preferred_element_type=jnp.float32,
-    ).reshape(*x.shape[:-1], joined.shape[-1])
-    widths = [w.shape[-1] for w in kernels]
-    outputs = tuple(
-        (part * (s * scale)).astype(x.dtype)
-        for part, scale in zip(_split(sums, widths), scales, strict=True)
-    )
-    residuals = (x, q, s, joined, scales, kernels, thresholds, activation_range, mix)
-    return outputs, residuals
+    q = _as_rows(q.astype(dtype))
+    outputs, quantised = [], []
+    for w, threshold in zip(kernels, thresholds, strict=True):
+        t, scale = ternarize(w, threshold, spec)
+        if rest is not None:
+            t = t + rest * (w.astype(jnp.float32) / _along_last(scale, 2) - t)
+        t = t.astype(dtype)
+        sums = jnp.dot(
+            q, t, precision="highest", preferred_element_type=jnp.float32
+        ).reshape(*x.shape[:-1], t.shape[-1])
+        outputs.append((sums * (s * _along_last(scale, x.ndim))).astype(x.dtype))
+        quantised.append((t, scale))
+    residuals = (x, q, s, quantised, kernels, thresholds, activation_range, mix)
+    return tuple(outputs), residuals
 
 
-def _ternary_dot_bwd(spec: TernarySpec, residuals: Any, g: tuple[Array, ...]) -> Any:
+def _ternary_dot_bwd(spec: TernarySpec, residuals: Any, gs: tuple[Array, ...]) -> Any:
     del spec
-    x, q, s, joined, scales, kernels, thresholds, activation_range, mix = residuals
-    widths = [w.shape[-1] for w in kernels]
-    columns = _join(
-        [
-            jnp.broadcast_to(scale, (width,))
-            for scale, width in zip(scales, widths, strict=True)
-        ]
-    )
-    g_joined = _as_rows(_join(g))
-    w_quantised = (joined.astype(jnp.float32) * columns).astype(g_joined.dtype)
-    x_quantised = _as_rows((q.astype(jnp.float32) * s).astype(g_joined.dtype))
-    dx = jnp.dot(g_joined, w_quantised.T).astype(x.dtype).reshape(x.shape)
-    dw = jnp.dot(x_quantised.T, g_joined, preferred_element_type=jnp.float32)
+    x, q, s, quantised, kernels, thresholds, activation_range, mix = residuals
+    dtype = gs[0].dtype
+    s = s if s.ndim == 0 else _as_rows(s)
+    x_quantised = (q.astype(jnp.float32) * s).astype(dtype)
+    dx = jnp.zeros((), dtype)
+    dws = []
+    for g, (t, scale), w in zip(gs, quantised, kernels, strict=True):
+        g = _as_rows(g)
+        w_quantised = (t.astype(jnp.float32) * _along_last(scale, 2)).astype(dtype)
+        dx = dx + jnp.dot(g, w_quantised.T)
+        dw = jnp.dot(x_quantised.T, g, preferred_element_type=jnp.float32)
+        dws.append(dw.astype(w.dtype))
     return (
-        dx,
-        tuple(
-            d.astype(w.dtype) for d, w in zip(_split(dw, widths), kernels, strict=True)
-        ),
+        dx.astype(x.dtype).reshape(x.shape),
+        tuple(dws),
         jax.tree.map(jnp.zeros_like, thresholds),
         jax.tree.map(jnp.zeros_like, activation_range),
         jax.tree.map(jnp.zeros_like, mix),

@@ -148,7 +148,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, opt_state, state.params)
         metrics = {
             "train/loss": loss,
-            "train/gradient_norm": optax.global_norm(grads),
+            "train/gradient_norm": optax.tree.norm(grads),
             "train/learning_rate": opt_state.hyperparams["learning_rate"],
             "train/weight_decay": opt_state.hyperparams["weight_decay"],
         }

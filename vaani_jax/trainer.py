@@ -31,6 +31,7 @@ from vaani_jax.data import (
 from vaani_jax.errors import VaaniError
 from vaani_jax.evaluate import Evaluation, ValidationSet
 from vaani_jax.files import write_atomically
+from vaani_jax.memory import keep_freed_memory
 from vaani_jax.metrics import Display, MetricWriter, Row, duration, size
 from vaani_jax.model import (
     ModelConfig,
@@ -220,6 +221,7 @@ def train(
       VaaniError: a problem that the user can mend; the last checkpoint is whole.
     """
     console = console or Console()
+    keep_freed_memory()
     with _stop_signals() as stop:
         trainer = Trainer(config, pathlib.Path(workdir), console, stop, command)
         try:
@@ -233,7 +235,7 @@ class _Report:
     """Metrics on the device, to be fetched while a later step runs."""
 
     step: int
-    metrics: list[dict[str, jax.Array]]
+    metrics: list[dict[str, Any]]
     stats: dict[str, Any]
 
 
@@ -298,6 +300,8 @@ class Trainer:
         make_state = functools.partial(init_state, model, optimizer, config.seed)
         self.elapsed = 0.0
         self.best: dict[str, float] | None = None
+        # Metrics of the steps since the last report, on the device or fetched.
+        self.window: list[dict[str, Any]] = []
         restored = self.checkpoints.restore(
             lambda meta: _items(jax.eval_shape(make_state)),
             notify=self.say,
@@ -309,6 +313,7 @@ class Trainer:
             )
             self.elapsed = restored.meta["elapsed_seconds"]
             self.best = restored.meta["best"]
+            self.window = list(restored.meta["window"])
             self.start = restored.step
         else:
             self.state = jax.jit(make_state)()
@@ -434,7 +439,6 @@ class Trainer:
         self._busy_steps = 0
         self._last_eval: tuple[int, Evaluation] | None = None
         step = self.start
-        window: list[dict[str, jax.Array]] = []
         waiting: _Report | None = None
         previous = None
         began = time.perf_counter()
@@ -446,7 +450,7 @@ class Trainer:
                 tokens = jax.device_put(self.batches.batch_at(step))
                 self.state, metrics = self.train_step(self.state, tokens)
                 step += 1
-                window.append(metrics)
+                self.window.append(metrics)
                 if step == self.start + 1:
                     metrics["train/loss"].block_until_ready()
                     spent = duration(time.perf_counter() - began)
@@ -462,8 +466,8 @@ class Trainer:
                     waiting = None
                 if step % config.log_interval == 0 or step == self.num_steps:
                     self.state, stats = self.report_step(self.state)
-                    waiting = _Report(step, window, stats)
-                    window = []
+                    waiting = _Report(step, self.window, stats)
+                    self.window = []
                 due = step == self.num_steps
                 evaluate = due or step % config.eval_interval == 0
                 save = due or step % config.save_interval == 0
@@ -579,6 +583,10 @@ class Trainer:
             "corpus": as_json(self.corpus),
             "elapsed_seconds": self.elapsed,
             "best": self.best,
+            "window": [
+                {key: float(value) for key, value in metrics.items()}
+                for metrics in jax.device_get(self.window)
+            ],
         }
         loss = None if result is None else result.loss
         with self._writing():
@@ -599,9 +607,6 @@ class Trainer:
 
     def _sample(self, step: int) -> None:
         sample = self.config.sample
-        config, params, quant = generate.unrolled(
-            self.config.model, self.state.params, self.state.quant
-        )
         parts = []
         for prompt in sample.prompts:
             try:
@@ -610,6 +615,9 @@ class Trainer:
                 self.display.say(f"no sample for the prompt {prompt!r}: {error}")
                 continue
             with jax.transfer_guard("allow"):
+                config, params, quant = generate.unrolled(
+                    self.config.model, self.state.params, self.state.quant
+                )
                 new = generate.generate(
                     config,
                     params,

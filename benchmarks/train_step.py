@@ -1,0 +1,225 @@
+"""Speed of a training step: ternary, its full-precision twin, and PyTorch.
+
+    python benchmarks/train_step.py                        # the shape of small.py
+    python benchmarks/train_step.py --config=configs/medium.py
+
+Each contender trains on random tokens in a process of its own, with AdamW and clipping,
+in float32; the processes take turns, pass by pass, so that a drift of the machine's
+speed meets them all. PyTorch (``pip install torch``) runs the same architecture with
+the same quantisers, see bitnet_torch.py, under torch.compile; it is left out, with a
+line that says so, where it is not installed.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+CONTENDERS = {
+    "ternary": "Vaani, ternary",
+    "twin": "Vaani, full-precision twin",
+    "torch": "PyTorch, ternary, compiled",
+}
+
+
+def load_config(path: str) -> Any:
+    import dataclasses
+
+    from vaani_jax.config import config_from_flags
+
+    config = config_from_flags([f"--config={path}"])[0]
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, vocab_size=65),
+        optim=dataclasses.replace(config.optim, name="adamw"),
+    )
+
+
+def vaani_step(config: Any, quantize: bool) -> Callable[[int], float]:
+    import dataclasses
+
+    import jax
+    import numpy as np
+
+    from vaani_jax.memory import keep_freed_memory
+    from vaani_jax.optim import Schedule, make_optimizer
+    from vaani_jax.step import init_state, make_train_step
+
+    keep_freed_memory()
+    model = dataclasses.replace(config.model, quantize=quantize)
+    optimizer = make_optimizer(config.optim)
+    schedule = Schedule(config.optim, 1e-3, 1_000_000)
+    step = jax.jit(
+        make_train_step(
+            model,
+            optimizer,
+            schedule,
+            accumulation_steps=config.optim.accumulation_steps,
+        ),
+        donate_argnums=0,
+    )
+    state = jax.jit(lambda: init_state(model, optimizer, 0))()
+    rng = np.random.default_rng(0)
+    shape = (config.batch_size, model.max_seq_len + 1)
+    tokens = jax.device_put(rng.integers(0, 65, shape, dtype=np.int32))
+
+    def run(count: int) -> float:
+        nonlocal state
+        start = time.perf_counter()
+        for _ in range(count):
+            state, metrics = step(state, tokens)
+        metrics["train/loss"].block_until_ready()
+        return time.perf_counter() - start
+
+    return run
+
+
+def torch_step(config: Any) -> Callable[[int], float]:
+    import bitnet_torch
+    import torch
+
+    torch.manual_seed(0)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    c = config.model
+    model = bitnet_torch.Model(
+        vocab=65,
+        dim=c.dim,
+        layers=c.n_layers,
+        heads=c.n_heads,
+        ffn=c.hidden_dim,
+        context=c.max_seq_len,
+        dropout=c.dropout,
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), 1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    loss_of = torch.compile(model)
+    tokens = torch.randint(0, 65, (config.batch_size, c.max_seq_len + 1))
+
+    def run(count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            optimizer.zero_grad(set_to_none=True)
+            loss_of(tokens).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        return time.perf_counter() - start
+
+    return run
+
+
+def serve(contender: str, path: str) -> None:
+    """A worker: reads step counts from standard input, answers with seconds."""
+    config = load_config(path)
+    if contender == "torch":
+        run = torch_step(config)
+    else:
+        run = vaani_step(config, quantize=contender == "ternary")
+    run(2)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(run(int(line)), flush=True)
+
+
+class Worker:
+    def __init__(self, contender: str, config: str) -> None:
+        command = [sys.executable, __file__, f"--worker={contender}"]
+        self.process = subprocess.Popen(
+            [*command, f"--config={config}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._answer()
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit("a worker ended early: its error is above")
+        return line.strip()
+
+    def milliseconds(self, steps: int) -> float:
+        assert self.process.stdin is not None
+        print(steps, file=self.process.stdin, flush=True)
+        return 1e3 * float(self._answer()) / steps
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default=str(ROOT / "configs" / "small.py"))
+    parser.add_argument("--passes", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=3.0, help="per turn, roughly")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--worker", choices=list(CONTENDERS), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        serve(options.worker, options.config)
+        return
+
+    names = list(CONTENDERS)
+    if importlib.util.find_spec("torch") is None:
+        names.remove("torch")
+        print("PyTorch is not installed (pip install torch): left out", file=sys.stderr)
+    workers = {}
+    for name in names:
+        print(f"compiling: {CONTENDERS[name]}", file=sys.stderr)
+        workers[name] = Worker(name, options.config)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    counts = {
+        n: max(1, int(1e3 * options.seconds / w.milliseconds(1)))
+        for n, w in workers.items()
+    }
+    for i in range(options.passes):
+        print(f"pass {i + 1} of {options.passes}", file=sys.stderr)
+        for name, worker in workers.items():
+            times[name].append(worker.milliseconds(counts[name]))
+    for worker in workers.values():
+        worker.close()
+
+    config = load_config(options.config)
+    tokens = config.batch_size * config.model.max_seq_len
+    rows = []
+    for name in names:
+        # Ratios pass by pass: neighbours in time met the same machine.
+        ratios = [own / t for t, own in zip(times["ternary"], times[name], strict=True)]
+        rows.append(
+            {
+                "contender": CONTENDERS[name],
+                "ms_per_step": statistics.median(times[name]),
+                "tokens_per_second": 1e3 * tokens / statistics.median(times[name]),
+                "speed_of_ternary_over_it": statistics.median(ratios),
+            }
+        )
+    if options.json:
+        print(json.dumps(rows))
+        return
+    path = pathlib.Path(options.config).name
+    print(f"\n{path}: {config.batch_size} x {config.model.max_seq_len} tokens a step,")
+    print(f"median of {options.passes} passes, {os.cpu_count()} processors\n")
+    print(f"{'':28} {'ms/step':>10} {'tokens/s':>10} {'ternary is':>12}")
+    for row in rows:
+        print(
+            f"{row['contender']:28} {row['ms_per_step']:10.1f}"
+            f" {row['tokens_per_second']:10,.0f}"
+            f" {row['speed_of_ternary_over_it']:10.2f} x"
+        )
+
+
+if __name__ == "__main__":
+    main()

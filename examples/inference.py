@@ -1,0 +1,38 @@
+"""Jitted inference with a trained model, without the command line.
+
+python train.py --config=configs/debug.py --workdir=runs/debug
+python examples/inference.py runs/debug "To be"
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from vaani_jax.model import KVCache, Vaani
+from vaani_jax.trainer import load_model
+
+model = load_model(sys.argv[1])
+prompt = sys.argv[2] if len(sys.argv) > 2 else "\n"
+tokens = jnp.asarray(model.tokenizer.encode(prompt))[None]  # [B = 1, T]
+steps = model.config.max_seq_len - tokens.shape[1]
+
+
+@jax.jit
+def continue_greedily(variables, tokens):
+    """Reads the prompt, then draws ``steps`` tokens in one compiled loop."""
+    apply = Vaani(model.config).apply
+    cache = KVCache.create(model.config, batch=tokens.shape[0])
+    logits, cache = apply(variables, tokens, cache)
+
+    def body(carry, _):
+        token, cache = carry
+        logits, cache = apply(variables, token[:, None], cache)
+        return (jnp.argmax(logits[:, -1], axis=-1), cache), token
+
+    first = jnp.argmax(logits[:, -1], axis=-1)
+    return jax.lax.scan(body, (first, cache), length=steps)[1].T  # [B, steps]
+
+
+variables = {"params": model.params, "quant": model.quant}
+print(prompt + model.tokenizer.decode(continue_greedily(variables, tokens)[0]))

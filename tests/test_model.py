@@ -1,0 +1,421 @@
+"""The language model: causality, the cache, layouts of layers and heads, counts."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vaani_jax.errors import VaaniError
+from vaani_jax.layers import RMSNorm, TransformerBlock
+from vaani_jax.model import (
+    KVCache,
+    ModelConfig,
+    Vaani,
+    init_variables,
+    model_size,
+    stack_layers,
+    ternary_codes,
+    ternary_kernels,
+)
+
+T = 7
+CONFIG = ModelConfig(
+    vocab_size=13,
+    dim=16,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    ffn_dim=24,
+    max_seq_len=T,
+    init_std=0.3,
+)
+TOKENS = jnp.asarray([[1, 5, 3, 0, 12, 7, 2], [4, 4, 9, 8, 6, 6, 10]], jnp.int32)
+
+
+def change(config=CONFIG, **changes):
+    return dataclasses.replace(config, **changes)
+
+
+TWIN = change(quantize=False)
+quantized_or_not = pytest.mark.parametrize("config", [CONFIG, TWIN], ids=["bit", "fp"])
+
+
+@functools.cache
+def variables_of(config):
+    """Variables as `init_variables` shapes them; quick, and norms that matter."""
+    rng = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        name = path[-1].key
+        if name in ("kernel", "embedding", "scale"):
+            values = rng.normal(name == "scale", 0.3, leaf.shape)
+        else:
+            given = {"threshold": config.threshold, "range": 3.0, "momentum": 0.9}
+            values = np.full(leaf.shape, given[name])
+        return jnp.asarray(values, leaf.dtype)
+
+    shapes = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
+    params, quant = jax.tree_util.tree_map_with_path(fill, shapes)
+    return {"params": params, "quant": quant}
+
+
+@functools.cache
+def forward(config):
+    return jax.jit(Vaani(config).apply)
+
+
+def flat(tree):
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in paths}
+
+
+def assert_trees_close(a, b, rtol=1e-5, atol=1e-6):
+    a, b = flat(a), flat(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=rtol, atol=atol, err_msg=name)
+
+
+# Causality.
+
+
+@quantized_or_not
+def test_no_logit_has_a_gradient_from_a_later_token(config):
+    """d logits[t] / d input[s] is exactly 0 for s > t, and not 0 for s <= t."""
+    config = change(config, tie_embeddings=False)  # the head must not see the rows
+    variables = variables_of(config)
+    direction = jax.random.normal(jax.random.key(1), (13,))
+    tokens = TOKENS[:1]
+    assert len(set(tokens[0].tolist())) == T  # a row of the embedding is a position
+
+    def heights(embedding):
+        params = {**variables["params"], "embedding": embedding}
+        return (
+            Vaani(config).apply({**variables, "params": params}, tokens)[0] @ direction
+        )
+
+    jacobian = jax.jit(jax.jacrev(heights))(variables["params"]["embedding"])
+    reach = np.abs(np.asarray(jacobian)[:, tokens[0]]).max(axis=-1)  # [t, s]
+    assert reach.shape == (T, T)
+    assert (reach[np.triu_indices(T, 1)] == 0).all()
+    assert (reach[np.tril_indices(T)] > 1e-6).all()
+
+
+@quantized_or_not
+def test_another_future_token_leaves_earlier_logits_bitwise(config):
+    variables = variables_of(config)
+    logits = np.asarray(forward(config)(variables, TOKENS))
+    for s in range(T):
+        changed = TOKENS.at[:, s].add(1) % 13
+        other = np.asarray(forward(config)(variables, changed))
+        np.testing.assert_array_equal(other[:, :s], logits[:, :s])
+        assert (np.abs(other[:, s:] - logits[:, s:]).max(axis=-1) > 1e-6).all()
+
+
+# The cache.
+
+
+def decode_after(config, tokens, prompt):
+    """Logits of every position: a prompt at once, the rest token by token."""
+    cache, logits = KVCache.create(config, 2), []
+    bounds = [0, *range(prompt, tokens.shape[1] + 1)]
+    for start, end in itertools.pairwise(bounds):
+        piece = tokens[:, start:end]
+        out, cache = forward(config)(variables_of(config), piece, cache)
+        logits.append(np.asarray(out))
+    assert int(cache.length) == tokens.shape[1]
+    return np.concatenate(logits, axis=1)
+
+
+@quantized_or_not
+def test_cached_decoding_equals_the_full_forward_from_every_prompt_length(config):
+    config = change(config, n_layers=1)
+    full = forward(config)(variables_of(config), TOKENS)
+    for prompt in range(1, 5):  # of four tokens, in a cache for seven
+        cached = decode_after(config, TOKENS[:, :4], prompt)
+        np.testing.assert_allclose(cached, full[:, :4], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [
+        ({"scan_layers": True, "weight_granularity": "channel"}, 1e-5),
+        ({"n_kv_heads": 1, "tie_embeddings": False, "activation": "relu2"}, 1e-5),
+        ({"activation_tracking": "ema", "weight_scale": "least_squares"}, 1e-5),
+        ({"dtype": "bfloat16", "quantize": False}, 0.05),
+    ],
+    ids=["scan-channel", "one_kv_head-untied-relu2", "ema-least_squares", "bfloat16"],
+)
+def test_cached_decoding_of_every_kind_of_model(changes, tolerance):
+    config = change(**changes)
+    full = np.asarray(forward(config)(variables_of(config), TOKENS))
+    cached = decode_after(config, TOKENS, 3)
+    assert cached.dtype == np.float32
+    np.testing.assert_allclose(cached, full, rtol=0, atol=tolerance * full.std())
+
+
+def test_a_bfloat16_ternary_model_decodes_what_it_computes_at_once():
+    """An 8-bit rounding may tip when bfloat16 rounds otherwise: few logits move."""
+    config = change(dtype="bfloat16", n_layers=1)
+    full = np.asarray(forward(config)(variables_of(config), TOKENS))
+    error = np.abs(decode_after(config, TOKENS, 3) - full) / full.std()
+    assert np.mean(error > 0.05) < 0.1
+    config = change(config, dtype="float32")
+    exact = np.asarray(forward(config)(variables_of(config), TOKENS))
+    assert np.corrcoef(full.ravel(), exact.ravel())[0, 1] > 0.99
+
+
+def test_past_its_end_a_cache_raises_or_answers_nan():
+    config = change(TWIN, max_seq_len=20)
+    variables, model = variables_of(config), Vaani(config)
+    cache = KVCache.create(config, 2, capacity=5)
+    assert cache.capacity == 5
+    cache = dataclasses.replace(cache, length=jnp.asarray(4, jnp.int32))
+    with pytest.raises(VaaniError, match="6 tokens do not fit the context of 5"):
+        model.apply(variables, TOKENS[:, :2], cache)
+    logits, cache = forward(config)(variables, TOKENS[:, :1], cache)
+    assert jnp.isfinite(logits).all()  # the fifth token fits
+    for _ in range(2):
+        logits, cache = forward(config)(variables, TOKENS[:, :1], cache)
+        assert jnp.isnan(logits).all()
+
+
+def test_what_can_never_fit_is_refused():
+    variables = variables_of(TWIN)
+    for step in (Vaani(TWIN).apply, forward(TWIN)):
+        with pytest.raises(VaaniError, match="8 tokens do not fit the context of 7"):
+            step(variables, jnp.zeros((1, T + 1), jnp.int32))
+    with pytest.raises(VaaniError, match=r"model\.vocab_size"):
+        init_variables(change(vocab_size=0), jax.random.key(0))
+
+
+# What the model is made of.
+
+
+def test_model_is_embedding_blocks_norm_and_head():
+    variables = variables_of(CONFIG)
+    params, quant = variables["params"], variables["quant"]
+
+    @jax.jit
+    def by_hand(params, quant):
+        x = params["embedding"][TOKENS]
+        for i in range(2):
+            layer = {"params": params[f"layers_{i}"], "quant": quant[f"layers_{i}"]}
+            x, _ = TransformerBlock(CONFIG).apply(
+                layer, x, None, None, jnp.arange(T), None, False
+            )
+        x = RMSNorm().apply({"params": params["final_norm"]}, x)
+        return x @ params["embedding"].T
+
+    logits = forward(CONFIG)(variables, TOKENS)
+    assert logits.shape == (2, T, 13)
+    np.testing.assert_allclose(logits, by_hand(params, quant), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ternary_head", [False, True])
+def test_tied_head_equals_an_untied_one_with_the_same_weights(ternary_head):
+    tied = change(n_layers=1, ternary_head=ternary_head)
+    untied = change(tied, tie_embeddings=False)
+    variables, other = variables_of(tied), variables_of(untied)
+    assert set(other["params"]) - set(variables["params"]) == {"lm_head"}
+    head = {"kernel": variables["params"]["embedding"].T}
+    params = {**variables["params"], "lm_head": head}
+    a = forward(tied)(variables, TOKENS)
+    b = forward(untied)({**other, "params": params}, TOKENS)
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    for found, name in [(variables, "head"), (other, "lm_head")]:
+        kernels = ternary_kernels(found["params"], found["quant"])
+        assert (name in [k.name for k in kernels]) == ternary_head
+    plain = forward(change(tied, ternary_head=False))(variables, TOKENS)
+    moved = float(jnp.abs(plain - a).max())
+    assert moved > 0.1 if ternary_head else moved == 0
+
+
+def test_the_twin_has_the_same_parameters_and_no_quantisers():
+    for changes in ({}, {"tie_embeddings": False, "ternary_head": True}):
+        params, quant = init_variables(change(**changes), jax.random.key(3))
+        twin, nothing = init_variables(change(TWIN, **changes), jax.random.key(3))
+        assert_trees_close(params, twin, rtol=0, atol=0)
+        assert flat(quant)
+        assert not flat(nothing)
+
+
+def test_mix_moves_the_whole_model_from_the_twin_to_ternary():
+    variables, traces = variables_of(CONFIG), []
+
+    @jax.jit
+    def mixed(mix):
+        traces.append(1)
+        return Vaani(CONFIG).apply(variables, TOKENS, mix=mix)
+
+    logits = [np.asarray(mixed(jnp.float32(part))) for part in (0.0, 0.5, 1.0)]
+    assert len(traces) == 1
+    ternary = np.asarray(mixed(None))
+    np.testing.assert_allclose(logits[2], ternary, rtol=1e-5, atol=1e-5)
+    twin = forward(TWIN)({"params": variables["params"]}, TOKENS)
+    np.testing.assert_allclose(logits[0], twin, rtol=1e-4, atol=1e-4)
+    assert np.abs(logits[0] - ternary).max() > 0.1
+    assert np.abs(logits[1] - ternary).max() > 0.01
+
+
+@functools.cache
+def initial_variables_and_one_step(config):
+    """Initial variables; then loss, gradients and tracked ranges of a training step."""
+    params, quant = init_variables(config, jax.random.key(0))
+
+    def loss(params, quant):
+        logits, updated = Vaani(config).apply(
+            {"params": params, "quant": quant},
+            TOKENS,
+            train=True,
+            rngs={"dropout": jax.random.key(5)},
+            mutable=["quant"],
+        )
+        return jnp.mean(jnp.square(logits - 1.0)), updated["quant"]
+
+    traced = jax.jit(jax.value_and_grad(loss, has_aux=True)).trace(params, quant)
+    jaxpr = str(traced.jaxpr)
+    assert ("remat" in jaxpr or "checkpoint" in jaxpr) == config.remat
+    assert (f"length={config.n_layers}" in jaxpr) == config.scan_layers
+    return (params, quant), traced.lower().compile()(params, quant)
+
+
+@pytest.mark.parametrize("layout", [("remat",), ("scan_layers", "remat")])
+def test_scanned_and_recomputed_layers_change_nothing(layout):
+    base = change(dropout=0.3, activation_tracking="ema")
+    config = change(base, **dict.fromkeys(layout, True))
+    trees, results = initial_variables_and_one_step(base)
+    if config.scan_layers:
+        stack = functools.partial(stack_layers, n_layers=2)
+        (value, after), gradient = results
+        trees = tuple(stack(tree) for tree in trees)
+        results = (value, stack(after)), stack(gradient)
+    others, other_results = initial_variables_and_one_step(config)
+    assert_trees_close(trees, others, rtol=0, atol=0)
+    assert_trees_close(results, other_results, rtol=1e-4, atol=1e-5)
+
+
+def test_every_parameter_learns():
+    config = change(n_layers=1, tie_embeddings=False, ternary_head=True)
+    variables = variables_of(config)
+
+    @jax.jit
+    def gradients(params):
+        loss = lambda p: jnp.sum(  # noqa: E731
+            jnp.sin(Vaani(config).apply({**variables, "params": p}, TOKENS))
+        )
+        return jax.grad(loss)(params)
+
+    for name, gradient in flat(gradients(variables["params"])).items():
+        assert jnp.isfinite(gradient).all(), name
+        seen = gradient != 0
+        assert jnp.mean(seen) > (0.5 if name == "embedding" else 0.99), name
+
+
+def test_dropout_acts_in_training_only():
+    config = change(dropout=0.4, n_layers=1)
+    variables, model = variables_of(config), Vaani(config)
+    train = jax.jit(
+        lambda key: model.apply(variables, TOKENS, train=True, rngs={"dropout": key})
+    )
+    none = Vaani(change(config, dropout=0.0))  # needs no random stream
+    plain = jax.jit(lambda: none.apply(variables, TOKENS, train=True))()
+    logits = forward(config)(variables, TOKENS)
+    first, second = train(jax.random.key(0)), train(jax.random.key(1))
+    np.testing.assert_array_equal(first, train(jax.random.key(0)))
+    assert float(jnp.abs(first - second).max()) > 0.1
+    np.testing.assert_allclose(logits, plain, rtol=1e-5, atol=1e-5)
+    assert float(jnp.abs(first - logits).max()) > 0.1
+
+
+# Thresholds, codes, counts.
+
+
+def test_thresholds_are_data():
+    """In the collection `quant`; other values change zeros without a recompilation."""
+    variables, traces = variables_of(change(threshold=0.25)), []
+    thresholds = flat(variables["quant"])
+    assert len(thresholds) == 2 * 7
+    assert all(name.endswith("weight_quantizer/threshold") for name in thresholds)
+    assert {float(tau) for tau in thresholds.values()} == {0.25}
+
+    @jax.jit
+    def run(variables):
+        traces.append(1)
+        codes = ternary_codes(CONFIG, variables["params"], variables["quant"])
+        zeros = {name: jnp.mean(t == 0) for name, (t, _) in codes.items()}
+        return zeros, Vaani(CONFIG).apply(variables, TOKENS)
+
+    zeros, logits = run(variables)
+    quant = jax.tree.map(lambda x: x, variables["quant"])
+    chosen = "layers_1/ffn/up_proj"
+    quant["layers_1"]["ffn"]["up_proj"]["weight_quantizer"]["threshold"] *= 4
+    more_zeros, other = run({**variables, "quant": quant})
+    assert len(traces) == 1
+    assert zeros[chosen] + 0.2 < more_zeros[chosen]
+    assert all(zeros[n] == more_zeros[n] for n in zeros if n != chosen)
+    assert float(jnp.abs(logits - other).max()) > 0.01
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_ternary_codes_are_those_of_the_kernels(scan_layers, granularity):
+    config = change(
+        scan_layers=scan_layers, weight_granularity=granularity, ternary_head=True
+    )
+    variables = variables_of(config)
+    found = ternary_codes(config, variables["params"], variables["quant"])
+    kernels = {"head": np.asarray(variables["params"]["embedding"]).T}
+    for name, w in flat(variables["params"]).items():
+        if name.endswith("/kernel"):
+            kernels[name.removesuffix("/kernel")] = np.asarray(w)
+    assert found.keys() == kernels.keys()
+    for name, w in kernels.items():
+        codes, scale = found[name]
+        assert codes.dtype == jnp.int8
+        axes = (-2, -1) if granularity == "tensor" else (-2,)
+        gamma = np.abs(w.astype(np.float64)).mean(axis=axes, keepdims=True)
+        np.testing.assert_array_equal(codes, np.clip(np.round(w / gamma), -1, 1))
+        np.testing.assert_allclose(scale, gamma.squeeze(axes), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "tie", "quantize"),
+    [("tensor", True, True), ("channel", False, True), ("tensor", False, False)],
+)
+def test_model_size_counts_the_real_tree(granularity, tie, quantize):
+    config = change(
+        tie_embeddings=tie, quantize=quantize, weight_granularity=granularity
+    )
+    params = variables_of(config)["params"]
+    leaves = flat(params)
+    size = model_size(config)
+    assert size.parameters == sum(x.size for x in leaves.values())
+    ternary = [x for n, x in leaves.items() if "kernel" in n and "lm_head" not in n]
+    assert len(ternary) == 14
+    attention = 16 * 16 + 2 * 16 * 8 + 16 * 16
+    assert size.ternary == sum(x.size for x in ternary) == 2 * (attention + 3 * 16 * 24)
+    assert size.bytes_fp16 == 2 * size.parameters
+    scales = 14 if granularity == "tensor" else sum(x.shape[1] for x in ternary)
+    rest = size.parameters - size.ternary
+    assert size.bytes_2bit == size.ternary // 4 + 2 * rest + 4 * scales
+    assert model_size(change(config, scan_layers=True)) == size
+
+
+def test_initial_weights_have_the_documented_spread():
+    config = ModelConfig(
+        vocab_size=64, dim=64, ffn_dim=64, n_layers=3, n_heads=2, init_std=0.05
+    )
+    params, _ = init_variables(config, jax.random.key(0))
+    for name, w in flat(params).items():
+        if name.endswith("scale"):
+            assert (w == 1).all()
+            continue
+        output = "o_proj" in name or "down_proj" in name
+        std = 0.05 / np.sqrt(2 * 3) if output else 0.05
+        assert float(w.std()) == pytest.approx(std, rel=0.06), name
+        assert abs(float(w.mean())) < 0.1 * std, name
