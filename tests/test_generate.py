@@ -115,12 +115,11 @@ def test_samples_differ_but_greedy_ones_do_not():
     run = functools.partial(
         generate, TWIN, *variables_of(TWIN), prompt_of(5), max_new_tokens=30
     )
-    warm = run(num_samples=3, sampler=WARM)
-    assert warm.shape == (3, 30)
-    for i, j in [(0, 1), (0, 2), (1, 2)]:
-        assert np.mean(warm[i] != warm[j]) > 0.3
-    greedy = run(num_samples=3, sampler=GREEDY)
-    np.testing.assert_array_equal(greedy, np.broadcast_to(greedy[:1], (3, 30)))
+    warm = run(num_samples=2, sampler=WARM)
+    assert warm.shape == (2, 30)
+    assert np.mean(warm[0] != warm[1]) > 0.3
+    greedy = run(num_samples=2, sampler=GREEDY)
+    np.testing.assert_array_equal(greedy[0], greedy[1])
 
 
 @pytest.mark.parametrize("length", [1, 16, 17, 40, 61])

@@ -13,7 +13,7 @@ PACKAGE = "vaani_jax"
 # Lowest first: a module imports from lower lines only, or as SAME_LINE says.
 LINES = (
     ("__init__", "errors", "files", "memory"),
-    ("quant",),
+    ("quant", "attention"),
     ("layers",),
     ("model", "optim", "tokenizer", "metrics"),
     ("step", "evaluate", "generate", "data", "checkpoint", "plots"),
@@ -77,7 +77,7 @@ def _users(package: str) -> set[str]:
 
 def test_every_module_has_its_line():
     folders = {f.parent.name for f in (ROOT / PACKAGE).glob("*/*.py")}
-    assert set(FILES) | folders == set(RANK)
+    assert set(FILES) | folders == set(RANK), "give a new module its place in LINES"
     assert len(RANK) == sum(map(len, LINES))
 
 
@@ -86,12 +86,12 @@ def test_the_walk_sees_imports():
     assert "trainer" in _modules(FILES["cli"])  # it is imported within a function
 
 
-@pytest.mark.parametrize("module", sorted(FILES))
+@pytest.mark.parametrize("module", sorted(FILES.keys() & RANK))
 def test_imports_run_downward(module):
     upward = {
         other
         for other in _modules(FILES[module])
-        if RANK[other] >= RANK[module] and (module, other) not in SAME_LINE
+        if RANK.get(other, 99) >= RANK[module] and (module, other) not in SAME_LINE
     }
     assert not upward
 

@@ -17,13 +17,13 @@ from vaani_jax.layers import (
     TransformerBlock,
     dropout,
     project,
+    rotary_angles,
     rotary_embedding,
 )
 
 KEY = jax.random.key(0)
-CONFIG = ModelConfig(
-    vocab_size=8, dim=16, n_layers=2, n_heads=4, ffn_dim=24, max_seq_len=8, init_std=0.3
-)
+SHAPE = {"dim": 16, "n_layers": 2, "n_heads": 4, "ffn_dim": 24, "max_seq_len": 8}
+CONFIG = ModelConfig(vocab_size=8, init_std=0.3, **SHAPE)
 TWIN = dataclasses.replace(CONFIG, quantize=False)
 quantized_or_not = pytest.mark.parametrize("config", [CONFIG, TWIN], ids=["bit", "fp"])
 
@@ -42,6 +42,11 @@ def shapes(tree):
 
 def apply(module, variables, *args):
     return jax.jit(lambda variables: module.apply(variables, *args))(variables)
+
+
+def rotary_of(config, positions):
+    table = rotary_angles(64, config.head_dim, config.rope_theta)
+    return tuple(jnp.asarray(t)[positions] for t in table)
 
 
 def initialised(module, *args):
@@ -85,11 +90,11 @@ def rotate(x, positions, theta):
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
-def attention(config, params, x, first=0):
+def attention(config, params, x):
     """One query at a time, one head at a time."""
     batch, length, _ = x.shape
     n, k, h = config.n_heads, config.kv_heads, config.dim // config.n_heads
-    positions = first + np.arange(length)
+    positions = np.arange(length)
     query = linear(config, params["q_proj"], x).reshape(batch, length, n, h)
     key = linear(config, params["k_proj"], x).reshape(batch, length, k, h)
     value = linear(config, params["v_proj"], x).reshape(batch, length, k, h)
@@ -132,29 +137,32 @@ def test_rms_norm(epsilon):
 @pytest.mark.parametrize("theta", [500_000.0, 10_000.0])
 @pytest.mark.parametrize("first", [0, 5, 1000])
 def test_rotary_embedding_turns_complex_pairs(theta, first):
-    x, positions = gaussian(2, 7, 3, 8), first + np.arange(7)
-    found = rotary_embedding(x, jnp.asarray(positions), theta)
-    expected = rotate(np.asarray(x, np.float64), positions, theta)
+    x = gaussian(2, 7, 3, 8)
+    rows = [table[first : first + 7] for table in rotary_angles(first + 9, 8, theta)]
+    found = rotary_embedding(x, *rows)
+    expected = rotate(np.asarray(x, np.float64), first + np.arange(7), theta)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=5e-4)
     assert found.dtype == jnp.float32
-    low = rotary_embedding(x.astype(jnp.bfloat16), jnp.asarray(positions), theta)
-    assert low.dtype == jnp.bfloat16
+    assert rotary_embedding(x.astype(jnp.bfloat16), *rows).dtype == jnp.bfloat16
 
 
 def test_rotary_embedding_pairs_the_halves():
     x = jnp.asarray([1.0, 0.0, 0.0, 0.0]).reshape(1, 1, 1, 4)
-    found = rotary_embedding(x, jnp.asarray([1]))
+    cos, sin = rotary_angles(2, 4, 500_000.0)
+    found = rotary_embedding(x, cos[1:], sin[1:])
     expected = [np.cos(1), 0, np.sin(1), 0]  # feature 0 turns with feature 2
     np.testing.assert_allclose(found.reshape(4), expected, atol=1e-6)
-    np.testing.assert_array_equal(rotary_embedding(x, jnp.asarray([0])), x)
+    np.testing.assert_array_equal(rotary_embedding(x, cos[:1], sin[:1]), x)
 
 
 def test_products_of_rotated_vectors_see_only_distances():
     query, key = gaussian(1, 1, 1, 16), gaussian(1, 1, 1, 16, seed=1)
+    cos, sin = rotary_angles(600, 16, 100.0)
 
     def score(i, j):
-        turned = rotary_embedding(query, jnp.asarray([i]), 100.0)
-        return float(jnp.vdot(turned, rotary_embedding(key, jnp.asarray([j]), 100.0)))
+        turned = rotary_embedding(query, cos[i : i + 1], sin[i : i + 1])
+        other = rotary_embedding(key, cos[j : j + 1], sin[j : j + 1])
+        return float(jnp.vdot(turned, other))
 
     for i, j in [(3, 0), (9, 9), (2, 14)]:
         for offset in (1, 77, 500):
@@ -245,12 +253,14 @@ def test_projections_of_one_input_equal_each_alone(config):
 
 
 @quantized_or_not
+@pytest.mark.parametrize("implementation", ["explicit", "library"])
 @pytest.mark.parametrize("n_kv_heads", [0, 2, 1])
-def test_attention_with_grouped_heads(config, n_kv_heads):
-    config = dataclasses.replace(config, n_kv_heads=n_kv_heads, rope_theta=50.0)
-    module, x = MultiHeadAttention(config), gaussian(2, 6, 16)
-    positions = jnp.arange(6)
-    variables = initialised(module, x, positions)
+def test_attention_with_grouped_heads(config, implementation, n_kv_heads):
+    config = dataclasses.replace(
+        config, n_kv_heads=n_kv_heads, rope_theta=50.0, attention=implementation
+    )
+    module, x, positions = MultiHeadAttention(config), gaussian(2, 6, 16), jnp.arange(6)
+    variables = initialised(module, x, positions, rotary_of(config, positions))
     width = 4 * config.kv_heads
     assert shapes(variables["params"]) == {
         "q_proj/kernel": (16, 16),
@@ -259,26 +269,27 @@ def test_attention_with_grouped_heads(config, n_kv_heads):
         "sub_norm/scale": (16,),
         "o_proj/kernel": (16, 16),
     }
-    y, cache = apply(module, variables, x, positions)
-    assert cache is None
     expected = attention(config, variables["params"], np.asarray(x, np.float64))
-    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
-    elsewhere, _ = apply(module, variables, x, positions + 40)
-    np.testing.assert_allclose(elsewhere, expected, rtol=1e-3, atol=1e-3)
+    for offset in (0, 40):  # only distances count
+        rotary = rotary_of(config, positions + offset)
+        y, cache = apply(module, variables, x, positions + offset, rotary)
+        np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-4)
+        assert cache is None
 
 
 @quantized_or_not
 def test_attention_writes_what_it_sees_into_the_cache(config):
     config = dataclasses.replace(config, n_kv_heads=2)
     module, x = MultiHeadAttention(config), gaussian(2, 6, 16)
-    variables = initialised(module, x, jnp.arange(6))
+    variables = initialised(module, x, jnp.arange(6), rotary_of(config, jnp.arange(6)))
     expected = attention(config, variables["params"], np.asarray(x, np.float64))
     garbage = 1e4 * gaussian(2, 8, 2, 4)  # what the cache holds beyond must not count
     cache, start, step = (garbage, -garbage), 0, jax.jit(module.apply)
     for length in (3, 1, 1, 1):
         piece = x[:, start : start + length]
         positions = start + jnp.arange(length)
-        y, cache = step(variables, piece, positions, cache)
+        rotary = rotary_of(config, positions)
+        y, cache = step(variables, piece, positions, rotary, cache)
         np.testing.assert_allclose(
             y, expected[:, start : start + length], rtol=1e-4, atol=1e-4
         )
@@ -308,18 +319,53 @@ def test_feed_forward(config, activation):
     )
 
 
+def block(config, params, x):
+    x = x + attention(config, params["attn"], rms_norm(params["attn_norm"], x))
+    return x + feed_forward(config, params["ffn"], rms_norm(params["ffn_norm"], x))
+
+
+def block_and_its_arguments(config):
+    module, x = TransformerBlock(config), 2 * gaussian(2, 5, 16)
+    positions = jnp.arange(5)
+    rest = (None, None, positions, rotary_of(config, positions), None, False)
+    return module, initialised(module, x, *rest), x, rest
+
+
 @quantized_or_not
 def test_block_adds_normalised_branches_to_the_stream(config):
-    module, x = TransformerBlock(config), 2 * gaussian(2, 5, 16)
-    rest = (None, None, jnp.arange(5), None, False)
-    variables = initialised(module, x, *rest)
+    module, variables, x, rest = block_and_its_arguments(config)
     y, _ = apply(module, variables, x, *rest)
-    params, wide = variables["params"], np.asarray(x, np.float64)
-    wide = wide + attention(config, params["attn"], rms_norm(params["attn_norm"], wide))
-    wide = wide + feed_forward(
-        config, params["ffn"], rms_norm(params["ffn_norm"], wide)
-    )
-    np.testing.assert_allclose(y, wide, rtol=1e-4, atol=1e-4)
+    expected = block(config, variables["params"], np.asarray(x, np.float64))
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("attention", "activation", "n_kv_heads"),
+    [("explicit", "swiglu", 2), ("explicit", "relu2", 4), ("library", "swiglu", 1)],
+)
+def test_gradients_equal_finite_differences(attention, activation, n_kv_heads):
+    """Of the float64 reference, along a random direction of every array."""
+    changes = {"activation": activation, "n_kv_heads": n_kv_heads}
+    config = dataclasses.replace(TWIN, attention=attention, **changes)
+    module, variables, x, rest = block_and_its_arguments(config)
+    arrays, weights = (variables["params"], x), np.asarray(gaussian(2, 5, 16, seed=2))
+
+    def loss(params, x):
+        return jnp.vdot(module.apply({"params": params}, x, *rest)[0], weights)
+
+    gradients, treedef = jax.tree.flatten(jax.jit(jax.grad(loss, (0, 1)))(*arrays))
+    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(arrays)]
+    rng = np.random.default_rng(3)
+    for i, gradient in enumerate(gradients):
+        direction = rng.normal(size=leaves[i].shape)
+        sides = []
+        for step in (1e-5, -1e-5):
+            moved = [*leaves[:i], leaves[i] + step * direction, *leaves[i + 1 :]]
+            y = block(config, *jax.tree.unflatten(treedef, moved))
+            sides.append(np.sum(y * weights))
+        slope = (sides[0] - sides[1]) / 2e-5
+        scale = np.linalg.norm(gradient) * np.linalg.norm(direction)
+        assert np.sum(gradient * direction) == pytest.approx(slope, abs=1e-5 * scale)
 
 
 # Settings.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vaani_jax.errors import VaaniError
-from vaani_jax.layers import RMSNorm, TransformerBlock
+from vaani_jax.layers import RMSNorm, TransformerBlock, rotary_angles
 from vaani_jax.model import (
     KVCache,
     ModelConfig,
@@ -23,16 +23,8 @@ from vaani_jax.model import (
 )
 
 T = 7
-CONFIG = ModelConfig(
-    vocab_size=13,
-    dim=16,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    ffn_dim=24,
-    max_seq_len=T,
-    init_std=0.3,
-)
+SHAPE = {"dim": 16, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 24, "n_layers": 2}
+CONFIG = ModelConfig(vocab_size=13, max_seq_len=T, init_std=0.3, **SHAPE)
 TOKENS = jnp.asarray([[1, 5, 3, 0, 12, 7, 2], [4, 4, 9, 8, 6, 6, 10]], jnp.int32)
 
 
@@ -51,12 +43,10 @@ def variables_of(config):
 
     def fill(path, leaf):
         name = path[-1].key
-        if name in ("kernel", "embedding", "scale"):
+        values = {"threshold": 0.5, "range": 3.0, "momentum": 0.9}.get(name)
+        if values is None:
             values = rng.normal(name == "scale", 0.3, leaf.shape)
-        else:
-            given = {"threshold": config.threshold, "range": 3.0, "momentum": 0.9}
-            values = np.full(leaf.shape, given[name])
-        return jnp.asarray(values, leaf.dtype)
+        return jnp.full(leaf.shape, jnp.asarray(values), leaf.dtype)
 
     shapes = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
     params, quant = jax.tree_util.tree_map_with_path(fill, shapes)
@@ -94,9 +84,8 @@ def test_no_logit_has_a_gradient_from_a_later_token(config):
 
     def heights(embedding):
         params = {**variables["params"], "embedding": embedding}
-        return (
-            Vaani(config).apply({**variables, "params": params}, tokens)[0] @ direction
-        )
+        logits = Vaani(config).apply({**variables, "params": params}, tokens)
+        return logits[0] @ direction
 
     jacobian = jax.jit(jax.jacrev(heights))(variables["params"]["embedding"])
     reach = np.abs(np.asarray(jacobian)[:, tokens[0]]).max(axis=-1)  # [t, s]
@@ -121,7 +110,7 @@ def test_another_future_token_leaves_earlier_logits_bitwise(config):
 
 def decode_after(config, tokens, prompt):
     """Logits of every position: a prompt at once, the rest token by token."""
-    cache, logits = KVCache.create(config, 2), []
+    cache, logits = KVCache.create(config, 2, capacity=T), []
     bounds = [0, *range(prompt, tokens.shape[1] + 1)]
     for start, end in itertools.pairwise(bounds):
         piece = tokens[:, start:end]
@@ -135,60 +124,58 @@ def decode_after(config, tokens, prompt):
 def test_cached_decoding_equals_the_full_forward_from_every_prompt_length(config):
     config = change(config, n_layers=1)
     full = forward(config)(variables_of(config), TOKENS)
+    config = change(config, max_seq_len=2)  # the cache decides what fits
     for prompt in range(1, 5):  # of four tokens, in a cache for seven
         cached = decode_after(config, TOKENS[:, :4], prompt)
         np.testing.assert_allclose(cached, full[:, :4], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("changes", "tolerance"),
+    ("tolerance", "changes"),
     [
-        ({"scan_layers": True, "weight_granularity": "channel"}, 1e-5),
-        ({"n_kv_heads": 1, "tie_embeddings": False, "activation": "relu2"}, 1e-5),
-        ({"activation_tracking": "ema", "weight_scale": "least_squares"}, 1e-5),
-        ({"dtype": "bfloat16", "quantize": False}, 0.05),
+        (1e-5, {"scan_layers": True, "weight_granularity": "channel"}),
+        (1e-5, {"n_kv_heads": 1, "tie_embeddings": False, "activation": "relu2"}),
+        (1e-5, {"activation_tracking": "ema", "n_layers": 1}),
+        (0.05, {"dtype": "bfloat16", "n_layers": 1, "quantize": False}),
+        (0.05, {"dtype": "bfloat16", "n_layers": 1}),
     ],
-    ids=["scan-channel", "one_kv_head-untied-relu2", "ema-least_squares", "bfloat16"],
+    ids=["scan-channel", "untied-relu2", "ema", "bfloat16-fp", "bfloat16-bit"],
 )
-def test_cached_decoding_of_every_kind_of_model(changes, tolerance):
+def test_cached_decoding_of_every_kind_of_model(tolerance, changes):
     config = change(**changes)
     full = np.asarray(forward(config)(variables_of(config), TOKENS))
     cached = decode_after(config, TOKENS, 3)
     assert cached.dtype == np.float32
-    np.testing.assert_allclose(cached, full, rtol=0, atol=tolerance * full.std())
+    # Rounding otherwise in bfloat16, a ternary model may tip an 8-bit rounding.
+    tipped = 0.1 if config.dtype == "bfloat16" and config.quantize else 0.0
+    assert np.mean(np.abs(cached - full) > tolerance * full.std()) <= tipped
 
 
-def test_a_bfloat16_ternary_model_decodes_what_it_computes_at_once():
-    """An 8-bit rounding may tip when bfloat16 rounds otherwise: few logits move."""
-    config = change(dtype="bfloat16", n_layers=1)
-    full = np.asarray(forward(config)(variables_of(config), TOKENS))
-    error = np.abs(decode_after(config, TOKENS, 3) - full) / full.std()
-    assert np.mean(error > 0.05) < 0.1
-    config = change(config, dtype="float32")
-    exact = np.asarray(forward(config)(variables_of(config), TOKENS))
-    assert np.corrcoef(full.ravel(), exact.ravel())[0, 1] > 0.99
+def test_a_bfloat16_model_computes_what_a_float32_one_does():
+    config, low = change(n_layers=1), change(n_layers=1, dtype="bfloat16")
+    exact, found = (forward(c)(variables_of(c), TOKENS) for c in (config, low))
+    assert np.corrcoef(np.ravel(found), np.ravel(exact))[0, 1] > 0.99
+    assert found.dtype == jnp.float32
 
 
 def test_past_its_end_a_cache_raises_or_answers_nan():
     config = change(TWIN, max_seq_len=20)
-    variables, model = variables_of(config), Vaani(config)
+    variables, step = variables_of(config), forward(config)
     cache = KVCache.create(config, 2, capacity=5)
-    assert cache.capacity == 5
     cache = dataclasses.replace(cache, length=jnp.asarray(4, jnp.int32))
     with pytest.raises(VaaniError, match="6 tokens do not fit the context of 5"):
-        model.apply(variables, TOKENS[:, :2], cache)
-    logits, cache = forward(config)(variables, TOKENS[:, :1], cache)
+        Vaani(config).apply(variables, TOKENS[:, :2], cache)
+    logits, cache = step(variables, TOKENS[:, :1], cache)
     assert jnp.isfinite(logits).all()  # the fifth token fits
     for _ in range(2):
-        logits, cache = forward(config)(variables, TOKENS[:, :1], cache)
+        logits, cache = step(variables, TOKENS[:, :1], cache)
         assert jnp.isnan(logits).all()
 
 
 def test_what_can_never_fit_is_refused():
-    variables = variables_of(TWIN)
     for step in (Vaani(TWIN).apply, forward(TWIN)):
         with pytest.raises(VaaniError, match="8 tokens do not fit the context of 7"):
-            step(variables, jnp.zeros((1, T + 1), jnp.int32))
+            step(variables_of(TWIN), jnp.zeros((1, T + 1), jnp.int32))
     with pytest.raises(VaaniError, match=r"model\.vocab_size"):
         init_variables(change(vocab_size=0), jax.random.key(0))
 
@@ -197,23 +184,20 @@ def test_what_can_never_fit_is_refused():
 
 
 def test_model_is_embedding_blocks_norm_and_head():
-    variables = variables_of(CONFIG)
-    params, quant = variables["params"], variables["quant"]
-
     @jax.jit
     def by_hand(params, quant):
         x = params["embedding"][TOKENS]
-        for i in range(2):
-            layer = {"params": params[f"layers_{i}"], "quant": quant[f"layers_{i}"]}
-            x, _ = TransformerBlock(CONFIG).apply(
-                layer, x, None, None, jnp.arange(T), None, False
-            )
+        rotary = tuple(map(jnp.asarray, rotary_angles(T, 4, CONFIG.rope_theta)))
+        for name in ("layers_0", "layers_1"):
+            layer = {"params": params[name], "quant": quant[name]}
+            rest = (None, None, jnp.arange(T), rotary, None, False)
+            x, _ = TransformerBlock(CONFIG).apply(layer, x, *rest)
         x = RMSNorm().apply({"params": params["final_norm"]}, x)
         return x @ params["embedding"].T
 
-    logits = forward(CONFIG)(variables, TOKENS)
-    assert logits.shape == (2, T, 13)
-    np.testing.assert_allclose(logits, by_hand(params, quant), rtol=1e-4, atol=1e-5)
+    logits = forward(CONFIG)(variables_of(CONFIG), TOKENS)
+    expected = by_hand(**variables_of(CONFIG))
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("ternary_head", [False, True])
@@ -236,12 +220,12 @@ def test_tied_head_equals_an_untied_one_with_the_same_weights(ternary_head):
 
 
 def test_the_twin_has_the_same_parameters_and_no_quantisers():
-    for changes in ({}, {"tie_embeddings": False, "ternary_head": True}):
-        params, quant = init_variables(change(**changes), jax.random.key(3))
-        twin, nothing = init_variables(change(TWIN, **changes), jax.random.key(3))
-        assert_trees_close(params, twin, rtol=0, atol=0)
-        assert flat(quant)
-        assert not flat(nothing)
+    config = change(n_layers=1, tie_embeddings=False, ternary_head=True)
+    params, quant = init_variables(config, jax.random.key(3))
+    twin, nothing = init_variables(change(config, quantize=False), jax.random.key(3))
+    assert_trees_close(params, twin, rtol=0, atol=0)
+    assert flat(quant)
+    assert not flat(nothing)
 
 
 def test_mix_moves_the_whole_model_from_the_twin_to_ternary():
@@ -295,6 +279,9 @@ def test_scanned_and_recomputed_layers_change_nothing(layout):
         trees = tuple(stack(tree) for tree in trees)
         results = (value, stack(after)), stack(gradient)
     others, other_results = initial_variables_and_one_step(config)
+    ranges = [x for n, x in flat(other_results).items() if n.endswith("range")]
+    assert ranges
+    assert all((x > 0).all() for x in ranges)  # each layer has seen its batch
     assert_trees_close(trees, others, rtol=0, atol=0)
     assert_trees_close(results, other_results, rtol=1e-4, atol=1e-5)
 
@@ -303,17 +290,13 @@ def test_every_parameter_learns():
     config = change(n_layers=1, tie_embeddings=False, ternary_head=True)
     variables = variables_of(config)
 
-    @jax.jit
-    def gradients(params):
-        loss = lambda p: jnp.sum(  # noqa: E731
-            jnp.sin(Vaani(config).apply({**variables, "params": p}, TOKENS))
-        )
-        return jax.grad(loss)(params)
+    def loss(params):
+        logits = Vaani(config).apply({**variables, "params": params}, TOKENS)
+        return jnp.sum(jnp.sin(logits))
 
-    for name, gradient in flat(gradients(variables["params"])).items():
+    for name, gradient in flat(jax.jit(jax.grad(loss))(variables["params"])).items():
         assert jnp.isfinite(gradient).all(), name
-        seen = gradient != 0
-        assert jnp.mean(seen) > (0.5 if name == "embedding" else 0.99), name
+        assert jnp.mean(gradient != 0) > (0.5 if name == "embedding" else 0.99), name
 
 
 def test_dropout_acts_in_training_only():
@@ -337,24 +320,23 @@ def test_dropout_acts_in_training_only():
 
 def test_thresholds_are_data():
     """In the collection `quant`; other values change zeros without a recompilation."""
-    variables, traces = variables_of(change(threshold=0.25)), []
-    thresholds = flat(variables["quant"])
+    params, quant = init_variables(change(threshold=0.25), jax.random.key(0))
+    thresholds, traces = flat(quant), []
     assert len(thresholds) == 2 * 7
     assert all(name.endswith("weight_quantizer/threshold") for name in thresholds)
     assert {float(tau) for tau in thresholds.values()} == {0.25}
 
     @jax.jit
-    def run(variables):
+    def run(quant):
         traces.append(1)
-        codes = ternary_codes(CONFIG, variables["params"], variables["quant"])
+        codes = ternary_codes(CONFIG, params, quant)
         zeros = {name: jnp.mean(t == 0) for name, (t, _) in codes.items()}
-        return zeros, Vaani(CONFIG).apply(variables, TOKENS)
+        return zeros, Vaani(CONFIG).apply({"params": params, "quant": quant}, TOKENS)
 
-    zeros, logits = run(variables)
-    quant = jax.tree.map(lambda x: x, variables["quant"])
+    zeros, logits = run(quant)
     chosen = "layers_1/ffn/up_proj"
     quant["layers_1"]["ffn"]["up_proj"]["weight_quantizer"]["threshold"] *= 4
-    more_zeros, other = run({**variables, "quant": quant})
+    more_zeros, other = run(quant)
     assert len(traces) == 1
     assert zeros[chosen] + 0.2 < more_zeros[chosen]
     assert all(zeros[n] == more_zeros[n] for n in zeros if n != chosen)
@@ -364,13 +346,12 @@ def test_thresholds_are_data():
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 def test_ternary_codes_are_those_of_the_kernels(scan_layers, granularity):
-    config = change(
-        scan_layers=scan_layers, weight_granularity=granularity, ternary_head=True
-    )
-    variables = variables_of(config)
-    found = ternary_codes(config, variables["params"], variables["quant"])
-    kernels = {"head": np.asarray(variables["params"]["embedding"]).T}
-    for name, w in flat(variables["params"]).items():
+    config = change(scan_layers=scan_layers, weight_granularity=granularity)
+    config = change(config, ternary_head=True)
+    params, quant = variables_of(config).values()
+    found = ternary_codes(config, params, quant)
+    kernels = {"head": np.asarray(params["embedding"]).T}
+    for name, w in flat(params).items():
         if name.endswith("/kernel"):
             kernels[name.removesuffix("/kernel")] = np.asarray(w)
     assert found.keys() == kernels.keys()
@@ -388,12 +369,9 @@ def test_ternary_codes_are_those_of_the_kernels(scan_layers, granularity):
     [("tensor", True, True), ("channel", False, True), ("tensor", False, False)],
 )
 def test_model_size_counts_the_real_tree(granularity, tie, quantize):
-    config = change(
-        tie_embeddings=tie, quantize=quantize, weight_granularity=granularity
-    )
-    params = variables_of(config)["params"]
-    leaves = flat(params)
-    size = model_size(config)
+    config = change(tie_embeddings=tie, quantize=quantize)
+    config = change(config, weight_granularity=granularity)
+    leaves, size = flat(variables_of(config)["params"]), model_size(config)
     assert size.parameters == sum(x.size for x in leaves.values())
     ternary = [x for n, x in leaves.items() if "kernel" in n and "lm_head" not in n]
     assert len(ternary) == 14
@@ -407,9 +385,8 @@ def test_model_size_counts_the_real_tree(granularity, tie, quantize):
 
 
 def test_initial_weights_have_the_documented_spread():
-    config = ModelConfig(
-        vocab_size=64, dim=64, ffn_dim=64, n_layers=3, n_heads=2, init_std=0.05
-    )
+    wide = {"vocab_size": 64, "dim": 64, "ffn_dim": 64, "n_heads": 2}
+    config = ModelConfig(**wide, n_layers=3, init_std=0.05)
     params, _ = init_variables(config, jax.random.key(0))
     for name, w in flat(params).items():
         if name.endswith("scale"):

@@ -168,6 +168,14 @@ def test_dropout_depends_on_the_step_and_nothing_else():
     assert len({float(loss) for loss in plain}) == 1
 
 
+def test_micro_batches_draw_dropout_of_their_own():
+    config = _model(dropout=0.3)
+    step, state, tokens = _train_step(config, accumulation_steps=2), _state(), _tokens()
+    swapped = np.concatenate([tokens[4:], tokens[:4]])
+    losses = [float(step(state, t)[1]["train/loss"]) for t in (tokens, swapped)]
+    assert abs(losses[0] - losses[1]) > 1e-4  # with one mask for both, they are equal
+
+
 def test_seeds_differ_and_repeat():
     _assert_same(_state(seed=7), _state(seed=7))
     assert _differs(_state().params, _state(seed=7).params)

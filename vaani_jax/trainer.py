@@ -505,10 +505,9 @@ class Trainer:
         self._clock = now
         self.elapsed += seconds
         last = dict(fetched[-1])
-        last["train/loss"] = np.mean([m["train/loss"] for m in fetched])
-        last["train/gradient_norm"] = np.mean(
-            [m["train/gradient_norm"] for m in fetched]
-        )
+        for key in ("train/loss", "train/gradient_norm"):
+            # In float64: a resumed run has read the first of them from its metadata.
+            last[key] = np.mean([m[key] for m in fetched], dtype=np.float64)
         values: dict[str, Any] = {**last, **stats}
         if steps > 0 and seconds > 0:
             values["perf/tokens_per_second"] = steps * self.tokens_per_step / seconds
