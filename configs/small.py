@@ -2,8 +2,8 @@
 
 python train.py --config=configs/small.py
 
-Two cores of an Intel Xeon with AMX, 2026-11-24: 1 min 55 s, validation loss 1.649 on
-Tiny Shakespeare.
+Two cores of an Intel Xeon with AMX, 2026-11-24: 1 min 55 s; validation loss 1.638 and
+1.632 on Tiny Shakespeare (seeds 0 and 1, each on one core).
 """
 
 from configs import base
@@ -13,12 +13,14 @@ def get_config():
     config = base.get_config()
     config.num_steps = 2000
     config.batch_size = 12
-    config.learning_rate = 0.01
+    config.learning_rate = 0.012
     config.model.dim = 128
     config.model.n_layers = 4
     config.model.n_heads = 4
     config.model.ffn_dim = 320
     config.model.max_seq_len = 64
     config.optim.name = "muon"
+    config.optim.adam_lr_ratio = 0.3
     config.optim.weight_decay = 0.0
+    config.optim.warmup_steps = 20
     return config
