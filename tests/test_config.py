@@ -150,7 +150,7 @@ def test_flags_override_the_file(read):
     found = differences(read(f"--config={SMALL}")[0].to_dict(), config.to_dict())
     assert found == {
         "data.fallback": (True, False),
-        "learning_rate": (0.01, 1.0),
+        "learning_rate": (0.012, 1.0),
         "model.dim": (128, 64),
         "optim.schedule": ("linear", "cosine"),
     }
