@@ -2,8 +2,9 @@
 
 python train.py --config=configs/small.py
 
-Two cores of an Intel Xeon with AMX, 2026-11-24: 1 min 55 s; validation loss 1.638 and
-1.632 on Tiny Shakespeare (seeds 0 and 1, each on one core).
+Two cores of an Intel Xeon with AMX, 2026-11-24: validation loss 1.638, 1.632 and 1.642
+on Tiny Shakespeare (seeds 0 to 2, each on one core); 1 min 55 s on both cores,
+timed with a learning rate of 0.01 and a warm-up of 100 steps.
 """
 
 from configs import base
