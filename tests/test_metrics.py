@@ -257,7 +257,8 @@ def test_display_is_silent_between_lines(monkeypatch):
     assert [line.split("/")[0].split()[-1] for line in lines] == ["5", "10", "15", "20"]
 
 
-def test_display_on_a_terminal():
+def test_display_on_a_terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=120, color_system=None)
     with Display(console, 2000, 500) as display:
@@ -269,7 +270,17 @@ def test_display_on_a_terminal():
         assert words in shown
 
 
-def test_display_on_a_terminal_lets_errors_through():
+def test_display_prints_plain_lines_on_a_dumb_terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(metrics, "LINE_SECONDS", 0.0)
+    file = io.StringIO()
+    with Display(Console(file=file, force_terminal=True), 2000, 0) as display:
+        display.update(1000, VALUES, 185.0)
+    assert "loss 1.2346" in file.getvalue()
+
+
+def test_display_on_a_terminal_lets_errors_through(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
     console = Console(file=io.StringIO(), force_terminal=True)
 
     def fail():

@@ -143,7 +143,8 @@ class Display:
         self._values: Row = {}
         self.eta = 0.0
         self._live: Live | None = None
-        if console.is_terminal:
+        # A dumb terminal can't move its cursor: it gets the plain lines.
+        if console.is_terminal and not console.is_dumb_terminal:
             self._progress = Progress(
                 TextColumn("[bold]train"),
                 BarColumn(),
