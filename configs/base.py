@@ -3,7 +3,8 @@
 Any key can be set on the command line: --config.model.dim=256
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
+from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ConfigDict:
@@ -13,7 +14,12 @@ def get_config() -> ConfigDict:
     config.batch_size = 12  # sequences per step, all micro-batches together
     config.num_steps = 0  # length of the run; 0: num_epochs instead
     config.num_epochs = 1  # passes over the training part
-    config.learning_rate = 3e-3  # peak; for muon that of the matrices
+    # Peak; for muon that of the matrices. A number, or "auto": the tuner finds it.
+    config.learning_rate = FieldReference("auto", field_type=object)
+    config.use_tuner = True  # False: the plain schedule
+    config.aggressive_tuning = False  # adjust twice as often and twice as far
+    config.target_sparsity_min = placeholder(float)  # share of zeros of every kernel;
+    config.target_sparsity_max = placeholder(float)  # None: as it comes
     config.quantize_steps = 0  # steps that phase quantisation in; 0: from the start
     config.eval_interval = 250  # steps between evaluations on all held-out windows
     config.save_interval = 250  # steps between checkpoints
@@ -63,6 +69,48 @@ def get_config() -> ConfigDict:
     optim.final_ratio = 0.0  # learning rate at the end / peak
     optim.second_stage_ratio = 2 / 3  # two_stage: peak of the second half / first
     optim.accumulation_steps = 1  # micro-batches per step
+
+    config.tuner = tuner = ConfigDict()  # see vaani_jax/tuner.py
+    tuner.interval = 10  # steps between adjustments
+    tuner.probe_share = 0.05  # of the run, at most, for the learning-rate range test
+    tuner.probe_steps = 100  # of the range test, at most
+    tuner.probe_steps_min = 20  # fewer than these: no range test
+    tuner.probe_low = 1e-5  # learning rate that it begins with
+    tuner.probe_high = 1.0  # and ends with
+    tuner.probe_drop = 0.5  # of the whole drop of its loss: where it is read
+    tuner.probe_gain = 5.0  # peak / learning rate read
+    tuner.probe_exponent = 1 / 3  # of the length of runs with a shorter test
+    tuner.trust = 2.0  # a given learning rate this near the test's is kept
+    tuner.cut = 0.7  # factor on the learning rate at a sign of instability
+    tuner.cooldown = 50  # steps between cuts
+    tuner.recovery = 1.1  # factor per calm interval, back up to 1
+    tuner.factor_min = 0.1  # lowest factor on the schedule
+    tuner.overfit_rise = 0.02  # of the validation loss, twice running: cut for good
+    tuner.skip_ratio = 10.0  # gradient norm / usual: the step is skipped
+    tuner.update_skip_ratio = 20.0  # update norm / usual: likewise
+    tuner.update_ratio = 5.0  # update norm / usual: shrunk to it
+    tuner.patience = 30  # skipped steps running before the run goes back
+    tuner.spike_ratio = 4.0  # norm / usual: not calm
+    tuner.rise_sigma = 4.0  # standard errors of the loss: it rises
+    tuner.flip_ratio = 4.0  # codes flipped / usual: not calm
+    tuner.diverged_share = 0.3  # of the progress, lost again: the run goes back
+    tuner.diverged_floor = 0.2  # of the loss, the least rise for that
+    tuner.rescue_cut = 0.5  # factor on the learning rate after that, for good
+    tuner.rescues_max = 3  # without a new lowest loss in between
+    tuner.clip_percentile = 90.0  # of past gradient norms
+    tuner.clip_margin = 1.5  # clipping threshold / percentile
+    tuner.clip_range = 10.0  # its bounds around optim.clip_norm, as a factor
+    tuner.warmup_fast = 1.5  # speed of the warm-up once calm
+    tuner.warmup_slow = 0.25  # its speed at steps that are not
+    tuner.warmup_calm = 20  # calm steps before it speeds up
+    tuner.threshold_rate = 1.15  # largest factor on a ternary threshold per interval
+    tuner.threshold_min = 0.02  # its bounds, in units of mean|W|
+    tuner.threshold_max = 5.0
+    tuner.band_margin = 0.25  # share of the sparsity band left at either edge
+    tuner.momentum_min = 0.9  # bounds of the activation range's momentum
+    tuner.momentum_max = 0.999
+    tuner.momentum_steps = 10.0  # calm steps after which half of the past is kept
+    tuner.dead_band = 0.1  # least relative change of clipping and momentum
 
     config.data = data = ConfigDict()
     data.path = ""  # text file, folder or glob; empty: Tiny Shakespeare

@@ -15,8 +15,8 @@ LINES = (
     ("__init__", "errors", "files", "memory"),
     ("quant", "attention"),
     ("layers",),
-    ("model", "optim", "tokenizer", "metrics"),
-    ("step", "evaluate", "generate", "data", "checkpoint", "plots"),
+    ("model", "optim", "tuner", "tokenizer", "metrics"),
+    ("step", "evaluate", "generate", "data", "checkpoint", "plots", "journal"),
     ("config",),
     ("trainer",),
     ("cli",),
@@ -106,6 +106,13 @@ def test_exceptions_are_used_and_run_one_way():
 
 def test_checkpoint_knows_pytrees_and_json_only():
     assert _modules(FILES["checkpoint"]) <= {"errors", "files"}
+
+
+def test_the_tuner_knows_no_model():
+    assert _modules(FILES["tuner"]) <= {"errors"}
+    outside = {name.partition(".")[0] for name in _imported(FILES["tuner"])}
+    third = outside - set(sys.stdlib_module_names) - {PACKAGE}
+    assert third == {"flax", "jax"}
 
 
 @pytest.mark.parametrize("package", sorted(CONFINED))

@@ -253,7 +253,7 @@ def test_damaged_newest_checkpoint_is_passed_over(text, uninterrupted, tmp_path)
         ({"model": {"dim": 32}}, "model.dim is 16 there, 32 here"),
         ({"seed": 5}, "seed is 0 there, 5 here"),
         ({"optim": {"name": "muon"}}, "optim.name is 'adamw' there, 'muon' here"),
-        ({"learning_rate": 1.0}, "learning_rate is 0.003 there, 1.0 here"),
+        ({"learning_rate": 1.0}, "learning_rate is 'auto' there, 1.0 here"),
     ],
 )
 def test_config_that_does_not_fit_is_refused(text, uninterrupted, change, key):

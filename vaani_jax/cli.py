@@ -131,6 +131,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _plot(options: argparse.Namespace) -> int:
+    from vaani_jax.journal import read_events
     from vaani_jax.metrics import read_rows
     from vaani_jax.plots import plot_curves
 
@@ -139,9 +140,27 @@ def _plot(options: argparse.Namespace) -> int:
     if not rows:
         raise VaaniError(f"{workdir} holds no metrics.jsonl with rows to plot")
     output = pathlib.Path(options.output or workdir / "training_curves.png")
-    plot_curves(rows, output, title=workdir.resolve().name)
+    plot_curves(
+        rows,
+        output,
+        title=workdir.resolve().name,
+        sparsity_band=_sparsity_band(workdir),
+        events=read_events(workdir / "tuner.jsonl"),
+    )
     print(output)
     return 0
+
+
+def _sparsity_band(workdir: pathlib.Path) -> tuple[float, float] | None:
+    """The band that a run aimed at, where it has written its results."""
+    try:
+        config = json.loads((workdir / "run.json").read_text(encoding="utf-8"))[
+            "config"
+        ]
+        low, high = config["target_sparsity_min"], config["target_sparsity_max"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return None if low is None else (low, high)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ it. This is the only module that knows ml_collections.
 import dataclasses
 import difflib
 import pathlib
+import types
 import typing
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from vaani_jax.errors import VaaniError
 from vaani_jax.generate import SampleConfig
 from vaani_jax.model import ModelConfig
 from vaani_jax.optim import OptimConfig
+from vaani_jax.tuner import TunerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +32,13 @@ class Config:
       batch_size: sequences per step, all micro-batches together.
       num_steps: length of the run; 0 takes ``num_epochs`` instead.
       num_epochs: passes over the training part, where ``num_steps`` is 0.
-      learning_rate: peak of the schedule; for muon that of the matrices.
+      learning_rate: peak of the schedule; for muon that of the matrices. "auto" lets
+        the tuner find it.
+      use_tuner: whether `HyperparameterTuner` adjusts the run; without it the schedule
+        is followed as it is.
+      aggressive_tuning: adjust twice as often and twice as far.
+      target_sparsity_min, target_sparsity_max: share of zeros to keep every ternary
+        kernel at; None leaves the natural share alone.
       quantize_steps: steps over which quantisation is phased in (0: from the start).
       eval_interval: steps between evaluations on all of the held-out part.
       save_interval: steps between checkpoints; the best evaluation is kept besides.
@@ -38,14 +46,18 @@ class Config:
       sample_interval: steps between samples; 0 leaves them to the end.
       keep_checkpoints: how many of the last checkpoints to keep, besides the best.
       init_from: workdir of a run whose weights to start from; empty for none.
-      model, optim, data, sample: the sections.
+      model, optim, tuner, data, sample: the sections.
     """
 
     seed: int = 0
     batch_size: int = 12
     num_steps: int = 0
     num_epochs: int = 1
-    learning_rate: float = 3e-3
+    learning_rate: float | Literal["auto"] = "auto"
+    use_tuner: bool = True
+    aggressive_tuning: bool = False
+    target_sparsity_min: float | None = None
+    target_sparsity_max: float | None = None
     quantize_steps: int = 0
     eval_interval: int = 250
     save_interval: int = 250
@@ -55,6 +67,7 @@ class Config:
     init_from: str = ""
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
+    tuner: TunerConfig = TunerConfig()
     data: DataConfig = DataConfig()
     sample: SampleConfig = SampleConfig()
 
@@ -78,6 +91,36 @@ class Config:
                 f"batch_size = {self.batch_size} is no multiple of"
                 f" optim.accumulation_steps = {self.optim.accumulation_steps}"
             )
+
+        if self.learning_rate == "auto" and not self.use_tuner:
+            raise VaaniError(
+                "learning_rate = 'auto' is found by the tuner: give a number, or set"
+                " use_tuner"
+            )
+        if self.learning_rate != "auto" and self.learning_rate <= 0:
+            raise VaaniError(
+                f"learning_rate is {self.learning_rate}: it must be above 0"
+            )
+        low, high = self.target_sparsity_min, self.target_sparsity_max
+        if (low is None) != (high is None):
+            raise VaaniError(
+                "target_sparsity_min and target_sparsity_max come together: set both"
+            )
+        if low is not None and high is not None:
+            if not 0 < low < high < 1:
+                raise VaaniError(
+                    "it must be that 0 < target_sparsity_min < target_sparsity_max < 1;"
+                    f" they are {low} and {high}"
+                )
+            if not self.use_tuner:
+                raise VaaniError("target_sparsity_min and _max need use_tuner")
+
+    @property
+    def sparsity_band(self) -> tuple[float, float] | None:
+        """Lowest and highest share of zeros aimed at, if any."""
+        if self.target_sparsity_min is None or self.target_sparsity_max is None:
+            return None
+        return self.target_sparsity_min, self.target_sparsity_max
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, for JSON."""
@@ -117,6 +160,23 @@ def _build(cls: Any, values: Any, prefix: str) -> Any:
 
 
 def _checked(kind: Any, value: Any, key: str) -> Any:
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        # A number, or one of a few words, or None.
+        choices = typing.get_args(kind)
+        if value is None and types.NoneType in choices:
+            return None
+        words = [w for k in choices for w in typing.get_args(k)]
+        if isinstance(value, str) and value in words:
+            return value
+        number = next(k for k in choices if k in (int, float))
+        try:
+            return _checked(number, value, key)
+        except VaaniError:
+            others = "".join(f" or {w!r}" for w in words)
+            others += " or None" if types.NoneType in choices else ""
+            raise VaaniError(
+                f"config key {key} is {value!r}: it must be a number{others}"
+            ) from None
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         if value not in choices:

@@ -141,6 +141,7 @@ class Display:
         self._start = start_step
         self._last_line = time.monotonic()
         self._values: Row = {}
+        self._note = ""
         self.eta = 0.0
         self._live: Live | None = None
         # A dumb terminal can't move its cursor: it gets the plain lines.
@@ -187,9 +188,18 @@ class Display:
         """Prints a line, or anything that rich prints, above the bar."""
         self._console.print(message, highlight=False, soft_wrap=True, markup=False)
 
+    def note(self, message: str) -> None:
+        """What is going on besides training; empty for nothing."""
+        self._note = message
+        if self._live:
+            self._live.update(self._render())
+        elif message and time.monotonic() - self._last_line >= LINE_SECONDS:
+            self._last_line = time.monotonic()
+            self.say(message)
+
     def _summary(self) -> str:
         v = self._values
-        parts = []
+        parts = [self._note] if self._note else []
         if "train/loss" in v:
             parts.append(f"loss {v['train/loss']:.4f}")
         if "eval/loss" in v:

@@ -254,6 +254,24 @@ def ternary_kernels(params: Tree, quant: Tree) -> list[TernaryKernel]:
     return found
 
 
+def with_settings(quant: Tree, thresholds: dict[str, Array], momentum: Array) -> Tree:
+    """``quant`` with other thresholds, by kernel name, and activation momentum."""
+
+    def visit(path: Any, leaf: Array) -> Array:
+        *names, owner, key = (entry.key for entry in path)
+        if owner == "weight_quantizer":
+            return thresholds["/".join(names)]
+        if owner == "head_quantizer":
+            return thresholds["head"]
+        return (
+            momentum.astype(leaf.dtype) * jnp.ones_like(leaf)
+            if key == "momentum"
+            else leaf
+        )
+
+    return jax.tree_util.tree_map_with_path(visit, quant)
+
+
 def ternary_codes(
     config: ModelConfig, params: Tree, quant: Tree
 ) -> dict[str, tuple[Array, Array]]:

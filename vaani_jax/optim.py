@@ -19,6 +19,10 @@ Array = jax.Array
 Tree = Any
 
 
+# Peaks for where nothing better is known: measured on a small character model.
+USUAL_LEARNING_RATES = {"adamw": 3e-3, "muon": 1e-2}
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
     """The optimizer and its schedule; the peak learning rate is given beside it.
@@ -90,26 +94,32 @@ class Schedule:
 
     def learning_rate(self, step: Array) -> Array:
         """The learning rate of a step, counted from 0; float32, may be traced."""
-        c = self.config
-        step = jnp.asarray(step, jnp.float32)
-        warmup = min(c.warmup_steps, self.num_steps)
         # step + 1: the first step of a warm-up moves, the one after the last would be
         # the end of the decay.
-        ramp = jnp.minimum((step + 1) / max(1, warmup), 1.0)
+        step = jnp.asarray(step, jnp.float32)
+        ramp = jnp.minimum((step + 1) / max(1, self.warmup_steps), 1.0)
+        return self.peak * ramp * self.decay(step)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Of the warm-up, which a shorter run cuts."""
+        return min(self.config.warmup_steps, self.num_steps)
+
+    def decay(self, step: Array) -> Array:
+        """The learning rate over its peak, warm-up left out, in [0, 1]."""
+        c = self.config
+        step = jnp.asarray(step, jnp.float32)
+        warmup = self.warmup_steps
         done = jnp.clip((step - warmup) / max(1, self.num_steps - warmup), 0.0, 1.0)
         linear = 1 - (1 - c.final_ratio) * done
         if c.schedule == "constant":
-            shape = jnp.ones_like(done)
-        elif c.schedule == "linear":
-            shape = linear
-        elif c.schedule == "cosine":
+            return jnp.ones_like(done)
+        if c.schedule == "linear":
+            return linear
+        if c.schedule == "cosine":
             half = (1 + jnp.cos(jnp.pi * done)) / 2
-            shape = c.final_ratio + (1 - c.final_ratio) * half
-        else:
-            shape = linear * jnp.where(
-                self._second_stage(step), c.second_stage_ratio, 1.0
-            )
-        return self.peak * ramp * shape
+            return c.final_ratio + (1 - c.final_ratio) * half
+        return linear * jnp.where(self._second_stage(step), c.second_stage_ratio, 1.0)
 
     def weight_decay(self, step: Array) -> Array:
         """The weight decay of a step, counted from 0; float32, may be traced."""

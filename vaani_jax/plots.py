@@ -2,6 +2,7 @@
 
 import io
 import pathlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,38 @@ def _layers(columns: Columns, name: str) -> tuple[list[float], np.ndarray] | Non
     return found[0]["step"], np.asarray([c["value"] for c in found])
 
 
+def _marks(events: Iterable[Mapping[str, Any]], axes: Any) -> dict[str, Any]:
+    """Steps, axes and style of the tuner's events, by label."""
+    loss, _, rate, gradient, sparsity, _ = axes
+    marks: dict[str, Any] = {}
+
+    def mark(label: str, step: float, targets: list[Any], **style: Any) -> None:
+        marks.setdefault(label, ([], targets, {"ms": 6, **style}))[0].append(step)
+
+    for event in events:
+        step, setting = event["step"], event["setting"]
+        if setting == "state":
+            mark("went back", step, [loss, rate], marker="X", color=VALIDATION)
+        elif setting == "step":
+            style = {"marker": "x", "color": VALIDATION}
+            mark(f"{event['done']} step", step, [loss, gradient], **style)
+        elif setting == "learning_rate_factor":
+            down = event["new"] < event["old"]
+            label, marker = ("cut", "v") if down else ("raised", "^")
+            color = VALIDATION if down else BAND
+            mark(f"factor {label}", step, [rate], marker=marker, color=color)
+        elif setting == "threshold":
+            mark("threshold moved", step, [sparsity], marker="|", color="#666666")
+    return marks
+
+
 def plot_curves(
     rows: list[Row],
     path: pathlib.Path,
     *,
     title: str = "",
     sparsity_band: tuple[float, float] | None = None,
+    events: Iterable[Mapping[str, Any]] = (),
 ) -> None:
     """Draws loss, perplexity, learning rate, gradient norm, sparsity and scale.
 
@@ -35,6 +62,7 @@ def plot_curves(
       path: the PNG to write, whole or not at all.
       title: above everything.
       sparsity_band: lowest and highest share of zeros aimed at, drawn as a band.
+      events: of the tuner's journal; those that matter are marked.
     """
     # Not pyplot: no global state, and no display is asked for.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -70,6 +98,7 @@ def plot_curves(
     rate.set_ylabel("learning rate (applied)")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     line(gradient, "train/gradient_norm", "before clipping", TRAIN, lw=1)
+    line(gradient, "tuner/clip_norm", "clipped at", BAND, lw=1, ls="--")
     if "train/gradient_norm" in columns:
         gradient.set_yscale("log")
     gradient.set_ylabel("gradient norm (unclipped)")
@@ -95,11 +124,17 @@ def plot_curves(
         axis.plot(steps, values.mean(axis=0), color=TRAIN, label="mean of layers")
     if sparsity_band is not None:
         sparsity.axhspan(*sparsity_band, color=BAND, alpha=0.3, label="target band")
+    for label, (steps, targets, style) in _marks(events, axes.flat).items():
+        for axis in targets:
+            # Along the lower edge, in data units across and in the axes' own upward.
+            place = axis.get_xaxis_transform()
+            height = [0.03] * len(steps)
+            axis.plot(steps, height, ls="", transform=place, label=label, **style)
     for axis in axes.flat:
         axis.set_xlabel("step")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        if axis.get_legend_handles_labels()[0] and axis is not rate:
+        if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False, fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)

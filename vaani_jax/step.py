@@ -13,12 +13,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vaani_jax.model import ModelConfig, Vaani, init_variables, ternary_codes
+from vaani_jax.model import (
+    ModelConfig,
+    Vaani,
+    init_variables,
+    ternary_codes,
+    ternary_kernels,
+    with_settings,
+)
 from vaani_jax.optim import Schedule
+from vaani_jax.tuner import Adjustment, HyperparameterTuner
 
 Array = jax.Array
 Tree = Any
-Metrics = dict[str, Array]
+Metrics = dict[str, Any]
 
 
 @flax.struct.dataclass
@@ -32,6 +40,7 @@ class TrainState:
       opt_state: of `make_optimizer`.
       codes: ternary codes, int8, at the last report: what "flipped since" means.
       key: raw data of the random key (uint32) that dropout keys are folded from.
+      tuner: a `TunerState`; None where nothing is tuned.
     """
 
     step: Array
@@ -40,6 +49,7 @@ class TrainState:
     opt_state: Tree
     codes: Tree
     key: Array
+    tuner: Any = None
 
 
 def codes_of(config: ModelConfig, params: Tree, quant: Tree) -> Tree:
@@ -48,19 +58,45 @@ def codes_of(config: ModelConfig, params: Tree, quant: Tree) -> Tree:
 
 
 def init_state(
-    config: ModelConfig, optimizer: optax.GradientTransformation, seed: int
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    tuner: HyperparameterTuner | None = None,
 ) -> TrainState:
     """The state before the first step. Pure: `jax.eval_shape` gives its structure."""
     init_key, dropout_key = jax.random.split(jax.random.key(seed))
     params, quant = init_variables(config, init_key)
+    codes = codes_of(config, params, quant)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         quant=quant,
         opt_state=optimizer.init(params),
-        codes=codes_of(config, params, quant),
+        codes=codes,
         key=jax.random.key_data(dropout_key),
+        tuner=tuner.init(codes, layer_norms(params)) if tuner else None,
     )
+
+
+def layer_norms(grads: Tree) -> dict[str, Array]:
+    """Gradient norm of every layer, embedding and head, by its name in the tree.
+
+    Float32 scalars; [layers] for stacked layers. The root of their summed squares is
+    the global norm.
+    """
+    norms = {}
+    for name, part in grads.items():
+        first = 1 if name == "layers" else 0  # stacked: one norm per layer
+        squares = [
+            jnp.sum(jnp.square(g.astype(jnp.float32)), axis=tuple(range(first, g.ndim)))
+            for g in jax.tree.leaves(part)
+        ]
+        norms[name] = jnp.sqrt(sum(squares))
+    return norms
+
+
+def _global_norm(norms: dict[str, Array]) -> Array:
+    return jnp.sqrt(sum(jnp.sum(jnp.square(norm)) for norm in norms.values()))
 
 
 def cross_entropy(logits: Array, targets: Array) -> Array:
@@ -76,6 +112,7 @@ def make_train_step(
     *,
     accumulation_steps: int = 1,
     mix_steps: int = 0,
+    tuner: HyperparameterTuner | None = None,
 ) -> Callable[[TrainState, Array], tuple[TrainState, Metrics]]:
     """Builds the training step; jit it with the state donated.
 
@@ -86,11 +123,15 @@ def make_train_step(
       accumulation_steps: micro-batches that one batch is cut into.
       mix_steps: steps over which quantisation is phased in, ``lambda = step / n``; 0
         quantises from the start.
+      tuner: judges every step, and sets learning rate and clipping; None leaves both to
+        the schedule and the config.
 
     Returns:
       A function of the state and tokens [B, T + 1]; it returns the next state and
       float32 scalars: ``train/loss`` (nats), ``train/gradient_norm`` (unclipped),
-      ``train/learning_rate`` and ``train/weight_decay`` as applied.
+      ``train/learning_rate`` and ``train/weight_decay`` as applied; with a tuner, also
+      ``tuner/clip_norm`` and its `Verdict`, ``verdict``. A skipped step leaves
+      everything but its count as it was.
     """
     model = Vaani(config)
 
@@ -141,23 +182,53 @@ def make_train_step(
         loss, quant, grads = gradients(state, tokens, mix)
         hyperparams = dict(
             state.opt_state.hyperparams,
-            learning_rate=schedule.learning_rate(state.step),
             weight_decay=schedule.weight_decay(state.step),
         )
+        if tuner is None:
+            hyperparams["learning_rate"] = schedule.learning_rate(state.step)
+        else:
+            hyperparams["learning_rate"] = tuner.applied(
+                state.tuner, schedule.decay(state.step)
+            )
+            hyperparams["clip_norm"] = state.tuner.clip_norm
         opt_state = state.opt_state._replace(hyperparams=hyperparams)
         updates, opt_state = optimizer.update(grads, opt_state, state.params)
-        metrics = {
+        norms = layer_norms(grads)
+        metrics: Metrics = {
             "train/loss": loss,
-            "train/gradient_norm": optax.tree.norm(grads),
+            "train/gradient_norm": _global_norm(norms),
             "train/learning_rate": opt_state.hyperparams["learning_rate"],
             "train/weight_decay": opt_state.hyperparams["weight_decay"],
         }
+        tuned = state.tuner
+        if tuner is not None:
+            tuned, verdict = tuner.observe(
+                state.tuner,
+                loss=loss,
+                gradient_norm=metrics["train/gradient_norm"],
+                layer_norms=norms,
+                update_norm=optax.tree.norm(updates),
+            )
+            metrics["tuner/clip_norm"] = opt_state.hyperparams["clip_norm"]
+            metrics["verdict"] = verdict
+            # Zeros where skipped: NaN times 0 would be NaN.
+            updates = jax.tree.map(
+                lambda u: jnp.where(verdict.accepted, u * verdict.scale, 0), updates
+            )
+            keep = lambda new, old: jnp.where(verdict.accepted, new, old)  # noqa: E731
+            quant = jax.tree.map(keep, quant, state.quant)
+            opt_state = opt_state._replace(
+                inner_state=jax.tree.map(
+                    keep, opt_state.inner_state, state.opt_state.inner_state
+                )
+            )
         state = dataclasses.replace(
             state,
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
             quant=quant,
             opt_state=opt_state,
+            tuner=tuned,
         )
         return state, metrics
 
@@ -197,6 +268,25 @@ def make_report_step(
         return dataclasses.replace(state, codes=codes), stats
 
     return report
+
+
+def make_adjust_step(
+    config: ModelConfig, tuner: HyperparameterTuner
+) -> Callable[[TrainState], tuple[TrainState, Adjustment]]:
+    """Builds the step in which the tuner sets what it doesn't set every step; jit it
+    with the state donated."""
+
+    def adjust(state: TrainState) -> tuple[TrainState, Adjustment]:
+        kernels = ternary_kernels(state.params, state.quant)
+        tuned, thresholds, adjustment = tuner.adjust(
+            state.tuner,
+            thresholds={entry.name: entry.threshold for entry in kernels},
+            codes=codes_of(config, state.params, state.quant),
+        )
+        quant = with_settings(state.quant, thresholds, tuned.momentum)
+        return dataclasses.replace(state, quant=quant, tuner=tuned), adjustment
+
+    return adjust
 
 
 def make_eval_step(

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +32,7 @@ from vaani_jax.data import (
 from vaani_jax.errors import VaaniError
 from vaani_jax.evaluate import Evaluation, ValidationSet
 from vaani_jax.files import write_atomically
+from vaani_jax.journal import Journal
 from vaani_jax.memory import keep_freed_memory
 from vaani_jax.metrics import Display, MetricWriter, Row, duration, size
 from vaani_jax.model import (
@@ -39,15 +41,27 @@ from vaani_jax.model import (
     model_size,
     stack_layers,
 )
-from vaani_jax.optim import Schedule, make_optimizer
+from vaani_jax.optim import USUAL_LEARNING_RATES, Schedule, make_optimizer
 from vaani_jax.step import (
     TrainState,
     init_state,
+    make_adjust_step,
     make_eval_step,
     make_report_step,
     make_train_step,
 )
 from vaani_jax.tokenizer import Tokenizer
+from vaani_jax.tuner import (
+    ACCEPTED,
+    DIVERGENCES,
+    HEALTHY,
+    RECENT,
+    HyperparameterTuner,
+    Verdict,
+    layer_labels,
+    pick_learning_rate,
+    reconcile,
+)
 
 Notify = Callable[[str], None]
 
@@ -242,6 +256,8 @@ class _Report:
 class Trainer:
     """One run in one process; see `train`."""
 
+    journal: Journal | None = None
+
     def __init__(
         self,
         config: Config,
@@ -297,7 +313,28 @@ class Trainer:
         self.num_steps = steps or config.num_epochs * self.batches.steps_per_epoch
         self.tokens_per_step = config.batch_size * model.max_seq_len
         optimizer = make_optimizer(config.optim)
-        make_state = functools.partial(init_state, model, optimizer, config.seed)
+        peak = config.learning_rate
+        if peak == "auto":
+            peak = USUAL_LEARNING_RATES[config.optim.name]
+        schedule = Schedule(config.optim, peak, self.num_steps)
+        self.tuner = None
+        if config.use_tuner:
+            self.tuner = HyperparameterTuner(
+                config.tuner,
+                learning_rate=peak,
+                warmup_steps=schedule.warmup_steps,
+                clip_norm=config.optim.clip_norm,
+                momentum=(
+                    model.activation_momentum
+                    if model.activation_tracking == "ema"
+                    else None
+                ),
+                band=config.sparsity_band,
+                aggressive=config.aggressive_tuning,
+            )
+        self.make_state = make_state = functools.partial(
+            init_state, model, optimizer, config.seed, self.tuner
+        )
         self.elapsed = 0.0
         self.best: dict[str, float] | None = None
         # Metrics of the steps since the last report, on the device or fetched.
@@ -316,11 +353,8 @@ class Trainer:
             self.window = list(restored.meta["window"])
             self.start = restored.step
         else:
-            self.state = jax.jit(make_state)()
+            self.state = self._first_state(source)
             self.start = 0
-            if source is not None:
-                self._start_from(source)
-        schedule = Schedule(config.optim, config.learning_rate, self.num_steps)
         self.train_step = jax.jit(
             make_train_step(
                 model,
@@ -328,9 +362,19 @@ class Trainer:
                 schedule,
                 accumulation_steps=config.optim.accumulation_steps,
                 mix_steps=config.quantize_steps,
+                tuner=self.tuner,
             ),
             donate_argnums=0,
         )
+        # What the tuner made of steps already dispatched, on the device.
+        self.pending: list[tuple[int, Any]] = []
+        if self.tuner is not None:
+            self.adjust_step = jax.jit(
+                make_adjust_step(model, self.tuner), donate_argnums=0
+            )
+            self.see_evaluation = jax.jit(self.tuner.see_evaluation)
+            self.journal = Journal(self.workdir, self.start, self.say)
+            self.layers = layer_labels(self.state.tuner.layer_norms)
         self.report_step = jax.jit(make_report_step(model), donate_argnums=0)
         self.eval_step = jax.jit(make_eval_step(model))
         self.writer = MetricWriter(self.workdir, self.start)
@@ -371,8 +415,11 @@ class Trainer:
                 " text, or use another --workdir"
             )
 
-    def _start_from(self, source: LoadedModel) -> None:
-        """Takes over the weights of another run."""
+    def _first_state(self, source: LoadedModel | None) -> TrainState:
+        """The state before the first step, with the weights of ``source`` if any."""
+        state = jax.jit(self.make_state)()
+        if source is None:
+            return state
         ours, theirs = self.config.model, source.run.model
         shaping = "vocab_size dim n_layers n_heads kv_heads hidden_dim tie_embeddings"
         changed = [
@@ -389,11 +436,15 @@ class Trainer:
         params = source.params
         if self.config.model.scan_layers:
             params = stack_layers(params, self.config.model.n_layers)
-        codes_state = dataclasses.replace(self.state, params=params)
-        self.state, _ = jax.jit(make_report_step(self.config.model))(codes_state)
+        state = dataclasses.replace(state, params=params)
+        state, _ = jax.jit(make_report_step(self.config.model))(state)
+        if self.tuner is not None:
+            codes = jax.tree.map(jnp.copy, state.codes)
+            state = dataclasses.replace(state, tuner=state.tuner.replace(codes=codes))
         self.say(
             f"starting from the weights of {self.config.init_from} (step {source.step})"
         )
+        return state
 
     def _announce(self, train_tokens: int, resumed: bool) -> None:
         config, model = self.config, self.config.model
@@ -441,25 +492,23 @@ class Trainer:
         step = self.start
         waiting: _Report | None = None
         previous = None
+        self._compiled = False
+        self._rescued_at = -1
         began = time.perf_counter()
         with (
             Display(self.console, self.num_steps, step) as self.display,
             jax.transfer_guard("disallow"),
         ):
+            if step == 0 and self.tuner is not None:
+                self._range_test()
             while step < self.num_steps and not self.stop():
-                tokens = jax.device_put(self.batches.batch_at(step))
-                self.state, metrics = self.train_step(self.state, tokens)
+                metrics = self._dispatch(step)
                 step += 1
                 self.window.append(metrics)
-                if step == self.start + 1:
-                    metrics["train/loss"].block_until_ready()
-                    spent = duration(time.perf_counter() - began)
-                    self.display.say(f"first step done after {spent} of compilation")
-                    self._clock = time.perf_counter()
-                    self._busy_steps = -1
                 # One step runs while the one before it is looked at.
                 if previous is not None:
                     previous["train/loss"].block_until_ready()
+                    self._settle(step - 1)
                 previous = metrics
                 if waiting is not None:
                     self._log(waiting)
@@ -476,6 +525,7 @@ class Trainer:
                     if waiting is not None:
                         self._log(waiting)
                         waiting = None
+                    self._settle(step)
                     self._check_finite(
                         step, float(jax.device_get(metrics["train/loss"]))
                     )
@@ -484,9 +534,156 @@ class Trainer:
             if self.stop() and step < self.num_steps:
                 if waiting is not None:
                     self._log(waiting)
+                self._settle(step)
                 self._leave(step)
                 return None
         return self._finish(step, began)
+
+    def _dispatch(self, step: int) -> dict[str, Any]:
+        """Starts the next step; returns its metrics, on the device."""
+        tokens = jax.device_put(self.batches.batch_at(step))
+        began = time.perf_counter()
+        self.state, metrics = self.train_step(self.state, tokens)
+        if not self._compiled:
+            self._compiled = True
+            metrics["train/loss"].block_until_ready()
+            spent = duration(time.perf_counter() - began)
+            self.display.say(f"first step done after {spent} of compilation")
+            self._clock = time.perf_counter()
+            self._busy_steps = -1
+        if self.tuner is not None:
+            self.pending.append((step + 1, metrics.pop("verdict")))
+            if (step + 1) % self.tuner.config.interval == 0:
+                self.state, adjustment = self.adjust_step(self.state)
+                self.pending.append((step + 1, adjustment))
+        return metrics
+
+    # -- The tuner ----------------------------------------------------------------
+
+    def _range_test(self) -> None:
+        """Lets the tuner find, or check, the peak of the learning rate."""
+        tuner, config, journal = self.tuner, self.config, self.journal
+        assert tuner is not None
+        assert journal is not None
+        given = config.learning_rate
+        rates = tuner.probe_rates(self.num_steps)
+        if not rates:
+            if given == "auto":
+                cause = "the usual one: too short a run for a range test"
+                journal.range_test(cause, given, tuner.learning_rate)
+            return
+        kept = jax.tree.map(jnp.copy, self.state)
+        losses: list[Any] = []
+        for i, rate in enumerate(rates):
+            held = jax.device_put(np.float32(rate))
+            self.state = dataclasses.replace(
+                self.state, tuner=self.state.tuner.replace(held=held)
+            )
+            losses.append(self._dispatch(i)["train/loss"])
+            if i:
+                losses[i - 1] = float(jax.device_get(losses[i - 1]))
+                self.display.note(f"range test of the learning rate {i}/{len(rates)}")
+                if not losses[i - 1] < 2 * losses[0]:
+                    break
+            if self.stop():
+                break
+        losses[-1] = float(jax.device_get(losses[-1]))
+        self.display.note("")
+        self.pending = []
+        self.state = kept
+        self._clock = time.perf_counter()
+        self._busy_steps = 0
+        if self.stop():  # nothing is decided: the next session begins again
+            return
+        picked = pick_learning_rate(rates, losses, self.num_steps, tuner.config)
+        if given == "auto":
+            peak, cause = picked, f"from a range test of {len(losses)} steps"
+            if peak is None:
+                peak = tuner.learning_rate
+                cause = "the usual one: the range test shows no slope to read"
+        else:
+            peak, cause = reconcile(given, picked, tuner.config)
+        journal.range_test(cause, given, peak)
+        peak = jax.device_put(np.float32(peak))
+        self.state = dataclasses.replace(
+            self.state, tuner=self.state.tuner.replace(peak=peak)
+        )
+
+    def _settle(self, step: int) -> None:
+        """Takes in what the tuner made of the steps up to ``step``."""
+        if self.tuner is None or self.journal is None:
+            return
+        while self.pending and self.pending[0][0] <= step:
+            at, decided = self.pending.pop(0)
+            if isinstance(decided, Verdict):
+                if jax.device_get(decided.kind) != ACCEPTED:
+                    self.journal.verdict(at, jax.device_get(decided), self.layers)
+                continue
+            adjustment = jax.device_get(decided)
+            self.journal.adjustment(at, adjustment, self.tuner.warmup_steps)
+            if adjustment.diverged != HEALTHY:
+                cause = DIVERGENCES[int(adjustment.diverged)]
+                if math.isfinite(adjustment.loss):
+                    cause += (
+                        f" (loss {adjustment.loss:.3f}, at its lowest"
+                        f" {adjustment.lowest:.3f})"
+                    )
+                self._rescue(at, cause)
+
+    def _rescue(self, step: int, cause: str) -> None:
+        """Goes back to the last good state, with a lower learning rate.
+
+        Only the state goes back: steps and data go on, so that nothing is written twice
+        and the batches that did it are not met again.
+        """
+        assert self.tuner is not None
+        assert self.journal is not None
+        self.checkpoints.wait()
+        rescues = int(jax.device_get(self.state.tuner.rescues_running))
+        if rescues >= self.tuner.config.rescues_max:
+            cause += f", after going back {rescues} times without a new lowest loss"
+            raise self._diverged(step, cause)
+        if step >= self.num_steps:
+            raise self._diverged(step, f"{cause}, and no steps are left to go back")
+        with jax.transfer_guard("allow"):
+            tuned = self.tuner.rescued(self.state.tuner)
+            now = self.state.step
+            state, back_to = self._last_good_state(step)
+            self.state = dataclasses.replace(
+                state, step=now, tuner=jax.tree.map(jnp.copy, tuned)
+            )
+        # The steps dispatched since belong to the state that is gone.
+        self.pending = []
+        factor = float(jax.device_get(self.state.tuner.factor))
+        self.journal.rescue(step, back_to, cause, factor)
+
+    def _last_good_state(self, step: int) -> tuple[TrainState, int]:
+        """The newest state saved well before ``step``, and how many steps made it."""
+        assert self.tuner is not None
+        best = self.checkpoints.best_step()
+        tuning = self.tuner.config
+        # What noticing may have taken.
+        margin = max(RECENT, tuning.patience) + tuning.interval
+        for candidate in reversed(self.checkpoints.steps()):
+            if candidate > step - margin and candidate != best:
+                continue
+            try:
+                restored = self.checkpoints.restore(
+                    lambda meta: _items(jax.eval_shape(self.make_state)),
+                    step=candidate,
+                    notify=self.say,
+                )
+            except VaaniError:  # damaged, and said so
+                continue
+            assert restored is not None
+            items = restored.items
+            return TrainState(**items["model"], **items["training"]), candidate
+        source = None
+        if self.config.init_from:
+            source = load_model(self.config.init_from, notify=self.say)
+        return self._first_state(source), 0
+
+    # -- Reports ------------------------------------------------------------------
 
     @contextmanager
     def _pause(self) -> Iterator[None]:
@@ -507,7 +704,10 @@ class Trainer:
         last = dict(fetched[-1])
         for key in ("train/loss", "train/gradient_norm"):
             # In float64: a resumed run has read the first of them from its metadata.
-            last[key] = np.mean([m[key] for m in fetched], dtype=np.float64)
+            seen = np.asarray([m[key] for m in fetched], np.float64)
+            if self.tuner is not None:  # it has skipped those that are not finite
+                seen = seen[np.isfinite(seen)]
+            last[key] = seen.mean() if seen.size else np.nan
         values: dict[str, Any] = {**last, **stats}
         if steps > 0 and seconds > 0:
             values["perf/tokens_per_second"] = steps * self.tokens_per_step / seconds
@@ -524,15 +724,18 @@ class Trainer:
         self._check_finite(report.step, row["train/loss"])
 
     def _check_finite(self, step: int, loss: float) -> None:
-        if math.isfinite(loss):
-            return
+        """Ends a diverged run; with a tuner, that is the tuner's to find."""
+        if self.tuner is None and not math.isfinite(loss):
+            raise self._diverged(step, f"the loss is {loss}")
+
+    def _diverged(self, step: int, what: str) -> VaaniError:
         self.checkpoints.wait()
         saved = self.checkpoints.steps()
         kept = f"step {saved[-1]}" if saved else "none was saved yet"
-        raise VaaniError(
-            f"training diverged: the loss is {loss} at step {step}. Last good"
-            f" checkpoint: {kept}. Try a lower --config.learning_rate (it is"
-            f" {self.config.learning_rate:g}) in a new --workdir"
+        return VaaniError(
+            f"training diverged at step {step}: {what}. Last good checkpoint: {kept}."
+            " Try a lower --config.learning_rate (it is"
+            f" {self.config.learning_rate}) in a new --workdir"
         )
 
     def _at_boundary(self, step: int, evaluate: bool, save: bool, sample: bool) -> None:
@@ -552,7 +755,21 @@ class Trainer:
         )
         if result is None:
             return None
+        if not math.isfinite(result.loss):
+            # The weights themselves are at fault, however few steps were skipped.
+            cause = f"the validation loss is {result.loss}"
+            if self.tuner is None or self._rescued_at == step:
+                raise self._diverged(step, cause)
+            self._rescued_at = step
+            self._rescue(step, cause)
+            return self._evaluate(step)
         self._last_eval = (step, result)
+        if self.journal is not None:
+            tuned, change = self.see_evaluation(
+                self.state.tuner, jax.device_put(np.float32(result.loss))
+            )
+            self.state = dataclasses.replace(self.state, tuner=tuned)
+            self.journal.evaluation(step, jax.device_get(change))
         row: Row = {
             "eval/loss": result.loss,
             "eval/perplexity": result.perplexity,
@@ -685,6 +902,8 @@ class Trainer:
             small = "- (full precision)"
         table.add_row("size with 2-bit codes", "", small)
         self.console.print(table)
+        if self.journal is not None:
+            self.say(self.journal.summary())
         self.say(f"curves, history and samples are in {self.workdir}")
         return final
 
@@ -696,6 +915,8 @@ class Trainer:
             self.workdir / "training_curves.png",
             title=f"{self.workdir.name}: "
             + (f"validation loss {self.best['loss']:.4f} at best" if self.best else ""),
+            sparsity_band=self.config.sparsity_band,
+            events=self.journal.events if self.journal is not None else (),
         )
         summary = {
             "best": self.best,
@@ -711,19 +932,24 @@ class Trainer:
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
+        if self.journal is not None:
+            self.journal.close()
         self.checkpoints.close()
 
 
 def _items(state: TrainState) -> dict[str, Any]:
     """A state in the two parts that a checkpoint holds."""
+    training = {
+        "step": state.step,
+        "opt_state": state.opt_state,
+        "codes": state.codes,
+        "key": state.key,
+    }
+    if state.tuner is not None:
+        training["tuner"] = state.tuner
     return {
         "model": {"params": state.params, "quant": state.quant},
-        "training": {
-            "step": state.step,
-            "opt_state": state.opt_state,
-            "codes": state.codes,
-            "key": state.key,
-        },
+        "training": training,
     }
 
 
