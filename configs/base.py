@@ -95,6 +95,7 @@ def get_config() -> ConfigDict:
     tuner.flip_ratio = 4.0  # codes flipped / usual: not calm
     tuner.diverged_share = 0.3  # of the progress, lost again: the run goes back
     tuner.diverged_floor = 0.2  # of the loss, the least rise for that
+    tuner.diverged_ratio = 10.0  # loss / that of the first step: likewise
     tuner.rescue_cut = 0.5  # factor on the learning rate after that, for good
     tuner.rescues_max = 3  # without a new lowest loss in between
     tuner.clip_percentile = 90.0  # of past gradient norms

@@ -12,10 +12,13 @@ from vaani_jax.model import ModelConfig, Vaani
 from vaani_jax.optim import OptimConfig, Schedule, make_optimizer
 from vaani_jax.step import (
     init_state,
+    layer_norms,
+    make_adjust_step,
     make_eval_step,
     make_report_step,
     make_train_step,
 )
+from vaani_jax.tuner import NON_FINITE, HyperparameterTuner
 
 MODEL = ModelConfig(
     vocab_size=11, dim=16, n_layers=1, n_heads=2, ffn_dim=32, max_seq_len=8
@@ -289,3 +292,96 @@ def test_eval_step_sums_weighted_rows():
     for weights in ([1, 1, 1, 1], [1, 0, 1, 0], [0.5, 2, 0, 0]):
         total = step(state.params, state.quant, tokens, np.float32(weights))
         assert float(total) == pytest.approx((rows * weights).sum(), rel=1e-6)
+
+
+# -- With the tuner ---------------------------------------------------------------
+
+TUNER = HyperparameterTuner(
+    learning_rate=PEAK, warmup_steps=4, clip_norm=OPTIM.clip_norm, band=(0.5, 0.6)
+)
+
+
+def _tuned_state(config=MODEL, seed=0):
+    return jit(lambda: init_state(config, make_optimizer(OPTIM), seed, TUNER))()
+
+
+def test_layer_norms_make_up_the_global_norm():
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda p: rng.normal(size=p.shape), _state().params)
+    norms = layer_norms(grads)
+    assert set(norms) == {"embedding", "layers_0", "final_norm"}
+    for name, part in grads.items():
+        squares = sum((np.float64(g) ** 2).sum() for g in jax.tree.leaves(part))
+        assert float(norms[name]) == pytest.approx(np.sqrt(squares), rel=1e-5)
+    stacked = layer_norms({"layers": {"kernel": jnp.asarray(rng.normal(size=(3, 4)))}})
+    assert stacked["layers"].shape == (3,)
+
+
+def test_while_all_is_calm_the_tuner_changes_nothing():
+    plain, tuned = _state(), _tuned_state()
+    for i in range(8):
+        plain, expected = _train_step()(plain, _tokens(seed=i))
+        tuned, metrics = _train_step(tuner=TUNER)(tuned, _tokens(seed=i))
+        for key, value in expected.items():
+            assert float(metrics[key]) == pytest.approx(float(value), rel=1e-5), key
+        assert metrics["verdict"].scale == 1
+        assert metrics["tuner/clip_norm"] == OPTIM.clip_norm
+    for a, b in zip(*map(jax.tree.leaves, (plain.params, tuned.params)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("tracking", ["token", "ema"])
+def test_a_skipped_step_leaves_everything_but_its_count(tracking):
+    config = _model(activation_tracking=tracking)
+    step = _train_step(config, tuner=TUNER)
+    state, _ = step(_tuned_state(config), _tokens())
+    # An id past the vocabulary embeds as NaN.
+    after, metrics = step(state, np.full_like(_tokens(), 10_000))
+    assert metrics["verdict"].kind == NON_FINITE
+    assert not np.isfinite(metrics["train/loss"])
+    assert after.step == state.step + 1
+    _assert_same(after.params, state.params)
+    _assert_same(after.quant, state.quant)
+    _assert_same(after.opt_state.inner_state, state.opt_state.inner_state)
+    after, metrics = step(after, _tokens())
+    assert metrics["verdict"].scale == 1
+    assert np.isfinite(metrics["train/loss"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"scan_layers": True, "n_layers": 2},
+        {"activation_tracking": "ema"},
+        {"ternary_head": True},
+        {"quantize": False},
+    ],
+)
+def test_adjusting_writes_thresholds_and_momentum_where_they_belong(changes):
+    config = _model(**changes)
+    tuner = HyperparameterTuner(learning_rate=PEAK, momentum=0.99, band=(0.5, 0.6))
+    state = jit(lambda: init_state(config, make_optimizer(OPTIM), 0, tuner))()
+    after, adjustment = jit(make_adjust_step(config, tuner))(state)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    before = {jax.tree_util.keystr(k): v for k, v in _leaves(state.quant)}
+    seen = set()
+    for path, value in _leaves(after.quant):
+        key = path[-1].key
+        seen.add(key)
+        if key == "threshold":  # about 0.31 zeros: too few
+            np.testing.assert_allclose(value, 0.5 * 1.15, rtol=1e-6)
+        elif key == "momentum":
+            np.testing.assert_allclose(value, after.tuner.momentum)
+            assert (value != 0.99).all()
+        else:
+            np.testing.assert_array_equal(value, before[jax.tree_util.keystr(path)])
+    assert ("threshold" in seen) == config.quantize
+    assert ("momentum" in seen) == (config.activation_tracking == "ema")
+    assert len(adjustment.thresholds) == sum(
+        path[-1].key == "threshold" for path, _ in _leaves(state.quant)
+    )
+
+
+def _leaves(tree):
+    return jax.tree_util.tree_leaves_with_path(tree)

@@ -1,5 +1,6 @@
 """Whole runs as people start them: resume, kill, signals, damage, refusals."""
 
+import io
 import json
 import os
 import pathlib
@@ -15,8 +16,10 @@ from rich.console import Console
 
 from vaani_jax.checkpoint import Checkpoints
 from vaani_jax.config import from_dict
+from vaani_jax.data import Batches
 from vaani_jax.errors import VaaniError
-from vaani_jax.trainer import load_model, train
+from vaani_jax.optim import Schedule
+from vaani_jax.trainer import Trainer, load_model, train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -314,9 +317,196 @@ def test_init_from_takes_weights_and_tokenizer(text, uninterrupted, tmp_path):
 
 
 def test_divergence_ends_with_a_message_and_a_good_checkpoint(text, tmp_path):
-    config = make_config(text, learning_rate=1e30, optim={"warmup_steps": 20})
-    with pytest.raises(VaaniError, match=r"training diverged: .*config.learning_rate"):
+    config = make_config(
+        text, use_tuner=False, learning_rate=1e30, optim={"warmup_steps": 20}
+    )
+    with pytest.raises(VaaniError, match=r"training diverged .*config.learning_rate"):
         run(config, tmp_path / "run")
+
+
+# -- The tuner --------------------------------------------------------------------
+
+# As much of the tuner as fits into few steps.
+KEEN = {"interval": 4, "probe_share": 0.25, "probe_steps_min": 8, "patience": 5}
+
+
+def tuned_config(text, **changes):
+    changes.setdefault("num_steps", 48)
+    return make_config(text, **{"tuner": KEEN, **changes})
+
+
+def events(workdir, setting=None):
+    lines = (pathlib.Path(workdir) / "tuner.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    return [e for e in found if setting in (None, e["setting"])]
+
+
+def poison(monkeypatch, *steps):
+    """Batches whose ids are past the vocabulary: they embed as NaN."""
+    original = Batches.batch_at
+
+    def batch_at(self, step):
+        tokens = original(self, step)
+        return np.full_like(tokens, 10_000) if step in steps else tokens
+
+    monkeypatch.setattr(Batches, "batch_at", batch_at)
+
+
+@pytest.fixture(scope="module")
+def tuned(text, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("tuned") / "run"
+    return workdir, run(tuned_config(text), workdir)
+
+
+def test_auto_finds_a_learning_rate_before_the_first_step(tuned):
+    workdir, _ = tuned
+    (event,) = events(workdir, "learning_rate")
+    assert event["step"] == 0
+    assert event["old"] == "auto"
+    assert "range test of 12 steps" in event["cause"]
+    rates = json.loads((workdir / "training_history.json").read_text())
+    top = max(rates["train/learning_rate"]["value"])
+    assert 0.8 * event["new"] < top <= event["new"] * (1 + 1e-6)
+
+
+def test_the_range_test_leaves_no_trace_in_the_state(text, tuned, tmp_path):
+    """A run that is given the peak that the test picks is the run that picked it."""
+    (event,) = events(tuned[0], "learning_rate")
+    given = tuned_config(text, learning_rate=event["new"])
+    run(given, tmp_path / "given")
+    assert final_state(tmp_path / "given", 48) == final_state(tuned[0], 48)
+    given = tuned_config(text, learning_rate=event["new"] * 100)
+    run(given, tmp_path / "far")
+    assert final_state(tmp_path / "far", 48) == final_state(tuned[0], 48)
+    assert "far from" in events(tmp_path / "far", "learning_rate")[0]["cause"]
+
+
+def test_a_short_run_takes_the_usual_learning_rate_and_says_so(uninterrupted):
+    (event,) = events(uninterrupted[0], "learning_rate")
+    assert event["new"] == pytest.approx(3e-3)
+    assert "too short" in event["cause"]
+
+
+def test_without_the_tuner_it_is_the_plain_schedule(text, tmp_path):
+    config = tuned_config(text, use_tuner=False, learning_rate=1e-2)
+    run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "tuner.jsonl").exists()
+    history = json.loads((tmp_path / "run" / "training_history.json").read_text())
+    rates = history["train/learning_rate"]
+    schedule = Schedule(config.optim, 1e-2, 48)
+    expected = [schedule.learning_rate(step - 1) for step in rates["step"]]
+    np.testing.assert_allclose(rates["value"], expected, rtol=1e-6)
+    assert not [key for key in history if key.startswith("tuner/")]
+
+
+def test_a_bad_batch_is_skipped_and_told_of(text, tuned, tmp_path, monkeypatch):
+    poison(monkeypatch, 30)
+    result = run(tuned_config(text), tmp_path / "run")
+    (event,) = events(tmp_path / "run", "step")
+    assert event["step"] == 31
+    assert event["done"] == "skipped"
+    assert "not finite" in event["cause"]
+    assert result.loss == pytest.approx(tuned[1].loss, rel=0.02)
+    for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        loss = json.loads(row).get("train/loss", 0.0)
+        assert np.isfinite(loss)
+
+
+def test_a_run_that_is_stuck_goes_back_and_goes_on(text, tmp_path, monkeypatch):
+    poison(monkeypatch, *range(20, 28))
+    file = io.StringIO()
+    console = Console(file=file, width=200)
+    result = train(tuned_config(text), tmp_path / "run", console=console)
+    (event,) = events(tmp_path / "run", "state")
+    assert event["old"] == 28
+    assert event["new"] == 24  # the best: its weights are those of step 20
+    assert event["learning_rate_factor"] == 0.5
+    assert result.loss < 3.2  # from 3.33
+    assert "rescued: no step can be applied" in file.getvalue()
+    assert "1 times back to an earlier state" in " ".join(file.getvalue().split())
+
+
+def test_a_rescue_is_repeated_bit_for_bit(text, tmp_path, monkeypatch):
+    """Killed before it and resumed, a run is rescued as it would have been."""
+    poison(monkeypatch, *range(20, 28))
+    run(tuned_config(text), tmp_path / "whole")
+    from vaani_jax import trainer as module
+
+    original = module.Trainer._dispatch
+
+    def dispatch(self, step):
+        if step == 25 and step > self.start + 20:
+            raise KeyError("killed")
+        return original(self, step)
+
+    monkeypatch.setattr(module.Trainer, "_dispatch", dispatch)
+    with pytest.raises(KeyError):
+        run(tuned_config(text), tmp_path / "killed")
+    run(tuned_config(text), tmp_path / "killed")
+    assert final_state(tmp_path / "killed", 48) == final_state(tmp_path / "whole", 48)
+    assert events(tmp_path / "killed") == events(tmp_path / "whole")
+
+
+def test_a_run_beyond_rescue_ends_with_its_checkpoint_intact(
+    text, tmp_path, monkeypatch
+):
+    poison(monkeypatch, *range(20, 48))
+    with pytest.raises(
+        VaaniError, match=r"diverged at step \d+: no step can"
+    ) as caught:
+        run(tuned_config(text, tuner={**KEEN, "rescues_max": 1}), tmp_path / "run")
+    assert "after going back 1 times" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert load_model(tmp_path / "run").step == 24
+    assert events(tmp_path / "run", "state")
+
+
+def test_weights_far_worse_than_guessing_are_gone_back_from(text, tmp_path):
+    """Too few steps for a range test, and a wild learning rate."""
+    config = make_config(text, learning_rate=1e8)
+    with pytest.raises(VaaniError, match="training diverged at step 24"):
+        run(config, tmp_path / "run")
+    gone = events(tmp_path / "run", "state")
+    assert [e["step"] for e in gone] == [8, 16]
+    assert all(e["cause"].startswith("the validation loss is") for e in gone)
+
+
+def test_a_run_in_which_nothing_could_be_applied_is_no_success(text, tmp_path):
+    config = make_config(text, learning_rate=1e30)  # the update's norm overflows
+    with pytest.raises(VaaniError, match="at step 24: no step can be applied"):
+        run(config, tmp_path / "run")
+
+
+def test_sparsity_comes_into_the_band(text, tmp_path):
+    band = {"target_sparsity_min": 0.5, "target_sparsity_max": 0.6}
+    run(tuned_config(text, **band), tmp_path / "run")
+    history = json.loads((tmp_path / "run" / "training_history.json").read_text())
+    zeros = [c["value"] for k, c in history.items() if k.startswith("quant/sparsity/")]
+    assert len(zeros) == 14
+    assert min(column[0] for column in zeros) < 0.45
+    assert all(0.5 <= column[-1] <= 0.6 for column in zeros)
+    moved = events(tmp_path / "run", "threshold")
+    assert {e["kernel"] for e in moved} >= {"layers_0/attn/q_proj"}
+    assert all("share of zeros" in e["cause"] for e in moved)
+
+
+def test_a_signal_in_the_range_test_decides_nothing(text, tuned, tmp_path):
+    config, workdir = tuned_config(text), tmp_path / "run"
+    calls = []
+
+    def stop():
+        calls.append(1)
+        return len(calls) > 5
+
+    with open(os.devnull, "w") as sink:
+        trainer = Trainer(config, workdir, Console(file=sink), stop)
+        try:
+            assert trainer.run() is None
+        finally:
+            trainer.close()
+    assert events(workdir, "learning_rate") == []
+    run(config, workdir)
+    assert final_state(workdir, 48) == final_state(tuned[0], 48)
 
 
 def test_twin_trains_with_the_same_parameters(text, uninterrupted, tmp_path):

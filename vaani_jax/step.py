@@ -271,10 +271,12 @@ def make_report_step(
 
 
 def make_adjust_step(
-    config: ModelConfig, tuner: HyperparameterTuner
+    config: ModelConfig, tuner: HyperparameterTuner, *, mix_steps: int = 0
 ) -> Callable[[TrainState], tuple[TrainState, Adjustment]]:
-    """Builds the step in which the tuner sets what it doesn't set every step; jit it
-    with the state donated."""
+    """Builds the step in which the tuner sets what it doesn't set every step.
+
+    Jit it with the state donated. ``mix_steps`` as in `make_train_step`.
+    """
 
     def adjust(state: TrainState) -> tuple[TrainState, Adjustment]:
         kernels = ternary_kernels(state.params, state.quant)
@@ -282,6 +284,7 @@ def make_adjust_step(
             state.tuner,
             thresholds={entry.name: entry.threshold for entry in kernels},
             codes=codes_of(config, state.params, state.quant),
+            settling=state.step < mix_steps,
         )
         quant = with_settings(state.quant, thresholds, tuned.momentum)
         return dataclasses.replace(state, quant=quant, tuner=tuned), adjustment

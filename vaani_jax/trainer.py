@@ -56,6 +56,7 @@ from vaani_jax.tuner import (
     DIVERGENCES,
     HEALTHY,
     RECENT,
+    STUCK,
     HyperparameterTuner,
     Verdict,
     layer_labels,
@@ -370,7 +371,8 @@ class Trainer:
         self.pending: list[tuple[int, Any]] = []
         if self.tuner is not None:
             self.adjust_step = jax.jit(
-                make_adjust_step(model, self.tuner), donate_argnums=0
+                make_adjust_step(model, self.tuner, mix_steps=config.quantize_steps),
+                donate_argnums=0,
             )
             self.see_evaluation = jax.jit(self.tuner.see_evaluation)
             self.journal = Journal(self.workdir, self.start, self.say)
@@ -707,7 +709,10 @@ class Trainer:
             seen = np.asarray([m[key] for m in fetched], np.float64)
             if self.tuner is not None:  # it has skipped those that are not finite
                 seen = seen[np.isfinite(seen)]
-            last[key] = seen.mean() if seen.size else np.nan
+            if seen.size:
+                last[key] = seen.mean()
+            else:
+                del last[key]
         values: dict[str, Any] = {**last, **stats}
         if steps > 0 and seconds > 0:
             values["perf/tokens_per_second"] = steps * self.tokens_per_step / seconds
@@ -721,7 +726,7 @@ class Trainer:
         left = self.num_steps - report.step
         eta = left * getattr(self, "_seconds_per_step", 0.0)
         self.display.update(report.step, row, eta)
-        self._check_finite(report.step, row["train/loss"])
+        self._check_finite(report.step, row.get("train/loss", math.nan))
 
     def _check_finite(self, step: int, loss: float) -> None:
         """Ends a diverged run; with a tuner, that is the tuner's to find."""
@@ -739,6 +744,10 @@ class Trainer:
         )
 
     def _at_boundary(self, step: int, evaluate: bool, save: bool, sample: bool) -> None:
+        last = self.tuner is not None and step == self.num_steps
+        # Too few skipped steps to lose patience may still have been all there were.
+        if last and not int(jax.device_get(self.state.tuner.count)):
+            raise self._diverged(step, DIVERGENCES[STUCK])
         result = None
         if evaluate:
             result = self._evaluate(step)
@@ -755,9 +764,10 @@ class Trainer:
         )
         if result is None:
             return None
-        if not math.isfinite(result.loss):
-            # The weights themselves are at fault, however few steps were skipped.
-            cause = f"the validation loss is {result.loss}"
+        # Far worse than guessing, or not a number: the weights are at fault, whatever
+        # the tuner has seen of it so far.
+        if not result.loss < 10 * math.log(self.config.model.vocab_size):
+            cause = f"the validation loss is {result.loss:.3g}"
             if self.tuner is None or self._rescued_at == step:
                 raise self._diverged(step, cause)
             self._rescued_at = step

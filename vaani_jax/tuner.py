@@ -101,6 +101,7 @@ class TunerConfig:
       diverged_share: share of the loss's whole drop that must be lost again for a
         divergence.
       diverged_floor: least rise of the loss for a divergence, as a share of it.
+      diverged_ratio: loss over that of the first step that is one in any case.
       rescue_cut: factor on the learning rate after going back, for good.
       rescues_max: times to go back without a new lowest loss in between.
       clip_percentile: of past gradient norms, in [0, 100].
@@ -141,6 +142,7 @@ class TunerConfig:
     flip_ratio: float = 4.0
     diverged_share: float = 0.3
     diverged_floor: float = 0.2
+    diverged_ratio: float = 10.0
     rescue_cut: float = 0.5
     rescues_max: int = 3
     clip_percentile: float = 90.0
@@ -235,8 +237,9 @@ class TunerState:
       flip_rate: running mean of the share of codes that flip in a step; 0 where unset.
       calm: steps since the last one that was not calm.
       since_cut: steps since the factor was cut.
-      first, lowest, record: smoothed loss at the beginning, the lowest since the last
-        rescue, the lowest of all; inf where unset.
+      first: loss of the first step; inf before it.
+      lowest, record: lowest smoothed loss since the last rescue, and of all; inf where
+        unset.
       skipped, shrunk: steps, in all.
       skipped_before: ``skipped`` at the last adjustment.
       running: steps skipped just now, one after the other.
@@ -484,7 +487,10 @@ class HyperparameterTuner:
         finite = (
             jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & jnp.isfinite(update_norm)
         )
-        explodes = gradient_norm > c.skip_ratio * state.gradient_median
+        # The first steps of healthy runs have spikes of their own.
+        explodes = (state.count >= LOSSES) & (
+            gradient_norm > c.skip_ratio * state.gradient_median
+        )
         # Updates grow by themselves during warm-up.
         warm = state.ramp >= 1
         ratio = jnp.where(warm, update_norm / state.update_median, 0.0)
@@ -544,6 +550,7 @@ class HyperparameterTuner:
                 for name in state.layer_norms
             },
             count=state.count + 1 - skip,
+            first=jnp.where(accepted & jnp.isinf(state.first), loss, state.first),
             calm=calm,
             since_cut=state.since_cut + 1,
             skipped=state.skipped + skip,
@@ -553,7 +560,12 @@ class HyperparameterTuner:
         return state, verdict
 
     def adjust(
-        self, state: TunerState, *, thresholds: ByName, codes: ByName
+        self,
+        state: TunerState,
+        *,
+        thresholds: ByName,
+        codes: ByName,
+        settling: Array | bool = False,
     ) -> tuple[TunerState, ByName, Adjustment]:
         """Sets everything that is not set every step.
 
@@ -561,6 +573,8 @@ class HyperparameterTuner:
           state: of the tuner.
           thresholds: of every ternary kernel, [] or [layers].
           codes: of every ternary kernel, int8, as they are now.
+          settling: whether the task itself still grows harder, as while quantisation is
+            phased in: the loss may rise then. A bool, may be traced.
 
         Returns:
           The state, the thresholds to use from now on, and what changed.
@@ -627,17 +641,18 @@ class HyperparameterTuner:
 
         # -- divergence
         has_recent = state.count >= RECENT
-        first = jnp.where(has_recent & ~jnp.isfinite(state.first), recent, state.first)
-        lowest = jnp.where(has_recent, jnp.minimum(state.lowest, recent), state.lowest)
+        lowest = jnp.where(settling, recent, jnp.minimum(state.lowest, recent))
+        lowest = jnp.where(has_recent, lowest, state.lowest)
         rise = jnp.maximum(
-            c.diverged_share * jnp.maximum(first - lowest, 0.0),
+            c.diverged_share * jnp.maximum(state.first - lowest, 0.0),
             c.diverged_floor * lowest,
         )
-        lost = has_recent & (recent - lowest > rise)
+        lost = (recent - lowest > rise) | (recent > c.diverged_ratio * state.first)
+        lost = has_recent & lost
         diverged = jnp.where(
             state.running >= c.patience, STUCK, jnp.where(lost, LOST, HEALTHY)
         )
-        record = jnp.minimum(state.record, lowest)
+        record = jnp.where(settling, lowest, jnp.minimum(state.record, lowest))
 
         thresholds, changes = self._thresholds(thresholds, codes)
         adjustment = Adjustment(
@@ -663,7 +678,6 @@ class HyperparameterTuner:
             loss_deviation=jnp.where(full, deviation, jnp.inf),
             codes=codes,
             flip_rate=flip_rate,
-            first=first,
             lowest=lowest,
             record=record,
             skipped_before=state.skipped,
