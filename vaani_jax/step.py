@@ -130,8 +130,8 @@ def make_train_step(
       A function of the state and tokens [B, T + 1]; it returns the next state and
       float32 scalars: ``train/loss`` (nats), ``train/gradient_norm`` (unclipped),
       ``train/learning_rate`` and ``train/weight_decay`` as applied; with a tuner, also
-      ``tuner/clip_norm`` and its `Verdict`, ``verdict``. A skipped step leaves
-      everything but its count as it was.
+      ``tuner/clip_norm`` and its `Verdict`, ``verdict``. A skipped step leaves the
+      parameters as they were, and what is not sound leaves everything but the count.
     """
     model = Vaani(config)
 
@@ -192,11 +192,27 @@ def make_train_step(
             )
             hyperparams["clip_norm"] = state.tuner.clip_norm
         opt_state = state.opt_state._replace(hyperparams=hyperparams)
-        updates, opt_state = optimizer.update(grads, opt_state, state.params)
         norms = layer_norms(grads)
+        gradient_norm = _global_norm(norms)
+
+        def update() -> tuple[Tree, Any]:
+            return optimizer.update(grads, opt_state, state.params)
+
+        if tuner is None:
+            updates, opt_state = update()
+        else:
+            # A branch, and not a choice between two results: selecting every moment
+            # costs a pass over all of them. Where only the update leaps, the moments
+            # have seen a good gradient and go on.
+            sound = tuner.sound(state.tuner, loss, gradient_norm)
+            nothing = lambda: (jax.tree.map(jnp.zeros_like, grads), opt_state)  # noqa: E731
+            updates, opt_state = jax.lax.cond(sound, update, nothing)
+            quant = jax.tree.map(
+                lambda new, old: jnp.where(sound, new, old), quant, state.quant
+            )
         metrics: Metrics = {
             "train/loss": loss,
-            "train/gradient_norm": _global_norm(norms),
+            "train/gradient_norm": gradient_norm,
             "train/learning_rate": opt_state.hyperparams["learning_rate"],
             "train/weight_decay": opt_state.hyperparams["weight_decay"],
         }
@@ -205,7 +221,7 @@ def make_train_step(
             tuned, verdict = tuner.observe(
                 state.tuner,
                 loss=loss,
-                gradient_norm=metrics["train/gradient_norm"],
+                gradient_norm=gradient_norm,
                 layer_norms=norms,
                 update_norm=optax.tree.norm(updates),
             )
@@ -214,13 +230,6 @@ def make_train_step(
             # Zeros where skipped: NaN times 0 would be NaN.
             updates = jax.tree.map(
                 lambda u: jnp.where(verdict.accepted, u * verdict.scale, 0), updates
-            )
-            keep = lambda new, old: jnp.where(verdict.accepted, new, old)  # noqa: E731
-            quant = jax.tree.map(keep, quant, state.quant)
-            opt_state = opt_state._replace(
-                inner_state=jax.tree.map(
-                    keep, opt_state.inner_state, state.opt_state.inner_state
-                )
             )
         state = dataclasses.replace(
             state,

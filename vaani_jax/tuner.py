@@ -464,6 +464,18 @@ class HyperparameterTuner:
         rate = state.peak * state.factor * state.ramp * decay
         return jnp.where(state.held > 0, state.held, rate)
 
+    def _explodes(self, state: TunerState, gradient_norm: Array) -> Array:
+        # The first steps of healthy runs have spikes of their own.
+        return (state.count >= LOSSES) & (
+            gradient_norm > self.config.skip_ratio * state.gradient_median
+        )
+
+    def sound(self, state: TunerState, loss: Array, gradient_norm: Array) -> Array:
+        """Whether an optimizer may take in a gradient: false for what `observe` will
+        call NON_FINITE or GRADIENT, known before there is an update."""
+        finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+        return finite & ~self._explodes(state, gradient_norm)
+
     def observe(
         self,
         state: TunerState,
@@ -487,10 +499,7 @@ class HyperparameterTuner:
         finite = (
             jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & jnp.isfinite(update_norm)
         )
-        # The first steps of healthy runs have spikes of their own.
-        explodes = (state.count >= LOSSES) & (
-            gradient_norm > c.skip_ratio * state.gradient_median
-        )
+        explodes = self._explodes(state, gradient_norm)
         # Updates grow by themselves during warm-up.
         warm = state.ramp >= 1
         ratio = jnp.where(warm, update_norm / state.update_median, 0.0)
