@@ -13,7 +13,7 @@ on all held-out windows. Finished runs are kept in --results and not run again. 
 * sparsity: from three thresholds to two bands of zeros;
 * rescue: the learning rate times 100 for 20 steps in mid-run, and a batch that makes
   the loss NaN;
-* full: the best and the worst of "robust" at 2000 steps.
+* full: "auto" and the worst start of "robust" at 2000 steps, with a grid as long.
 """
 
 import argparse
@@ -40,6 +40,7 @@ sys.path.insert(0, str(ROOT))
 
 STARTS = [1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
 GRID = [3e-3, 6e-3, 1e-2, 1.5e-2, 2e-2, 3e-2]
+FULL_GRID = [6e-3, 1.2e-2, 2.4e-2]  # longer runs want lower learning rates
 OTHERS = {  # name: learning rates; 1 is "by itself"
     "prodigy": [1.0],
     "dadapt_adamw": [1.0],
@@ -419,12 +420,16 @@ def report(sweep: Sweep, results: Results, parts: list[str]) -> None:
             print(f"{name:>32} {with_:>8} {versus(median(jobs), calm)}")
 
 
-def full_length(sweep: Sweep, results: Results) -> tuple[Sweep, Any, Any]:
-    """The same at 2000 steps; the worst start; the best rate of the grid."""
+def full_length(sweep: Sweep, results: Results) -> dict[str, list[Job]]:
+    """The runs of 2000 steps: a grid, "auto", and the worst start of the short ones."""
     tuned = {r: results.median(j) for r, j in sweep.tuned().items() if r != "auto"}
-    grid = {r: results.median(j) for r, j in sweep.grid().items()}
+    worst = max(tuned, key=tuned.__getitem__)
     longer = dataclasses.replace(sweep, steps=2000)
-    return longer, max(tuned, key=tuned.__getitem__), min(grid, key=grid.__getitem__)
+    return {
+        **{f"without, {r:g}": longer.jobs(r, tuner=False) for r in FULL_GRID},
+        "auto": longer.jobs("auto", tuner=True),
+        f"with, from {worst:g}": longer.jobs(worst, tuner=True),
+    }
 
 
 def main() -> None:
@@ -468,17 +473,13 @@ def main() -> None:
     print(f"{options.shape}, {sweep.steps} steps, seeds {options.seeds}: median losses")
     report(sweep, results, parts)
     if "full" in parts:
-        longer, worst, best = full_length(sweep, results)
-        named = {
-            f"without, {best:g}": longer.jobs(best, tuner=False),
-            "auto": longer.jobs("auto", tuner=True),
-            f"with, from {worst:g}": longer.jobs(worst, tuner=True),
-        }
+        named = full_length(sweep, results)
         run_all(flat(named), results, options.processes)
-        reference = results.median(named[f"without, {best:g}"])
+        losses = {name: results.median(group) for name, group in named.items()}
+        reference = min(v for k, v in losses.items() if k.startswith("without"))
         print("\nAt 2000 steps")
-        for name, group in named.items():
-            print(f"{name:>20} {versus(results.median(group), reference)}")
+        for name, loss in losses.items():
+            print(f"{name:>20} {versus(loss, reference)}")
 
 
 if __name__ == "__main__":

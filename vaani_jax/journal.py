@@ -53,7 +53,7 @@ class Journal:
         lines = "".join(json.dumps(event) + "\n" for event in self.events)
         write_atomically(path, lines.encode())
         self._file = path.open("a", encoding="utf-8")
-        self._skips = 0  # running, to tell of the first one only
+        self._last_skip = -1  # people hear of the first of many
 
     def record(
         self, step: int, setting: str, cause: str, old: Any, new: Any, **more: Any
@@ -69,7 +69,6 @@ class Journal:
         """Takes in a fetched verdict on the step that made ``step`` steps."""
         kind = int(verdict.kind)
         if kind == ACCEPTED:
-            self._skips = 0
             return
         cause = VERDICTS[kind]
         if kind == GRADIENT or kind >= SHRUNK - 1:
@@ -78,9 +77,9 @@ class Journal:
             cause += f"; foremost in {layers[int(verdict.layer)]}"
         done = "shrunk" if kind == SHRUNK else "skipped"
         self.record(step, "step", cause, 1.0, verdict.scale, done=done)
-        if not self._skips:
+        if step != self._last_skip + 1:
             self.say(f"step {step:>6,}  {done}: {cause}")
-        self._skips += 1
+        self._last_skip = step
 
     def adjustment(self, step: int, adjustment: Adjustment, due_warmup: int) -> None:
         """Takes in a fetched adjustment; ``due_warmup``: steps as configured."""

@@ -55,6 +55,7 @@ from vaani_jax.tuner import (
     ACCEPTED,
     DIVERGENCES,
     HEALTHY,
+    LOST,
     RECENT,
     STUCK,
     HyperparameterTuner,
@@ -625,7 +626,7 @@ class Trainer:
             self.journal.adjustment(at, adjustment, self.tuner.warmup_steps)
             if adjustment.diverged != HEALTHY:
                 cause = DIVERGENCES[int(adjustment.diverged)]
-                if math.isfinite(adjustment.loss):
+                if adjustment.diverged == LOST:
                     cause += (
                         f" (loss {adjustment.loss:.3f}, at its lowest"
                         f" {adjustment.lowest:.3f})"
@@ -647,7 +648,7 @@ class Trainer:
             raise self._diverged(step, cause)
         if step >= self.num_steps:
             raise self._diverged(step, f"{cause}, and no steps are left to go back")
-        with jax.transfer_guard("allow"):
+        with self._pause(), jax.transfer_guard("allow"):
             tuned = self.tuner.rescued(self.state.tuner)
             now = self.state.step
             state, back_to = self._last_good_state(step)
