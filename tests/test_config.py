@@ -157,6 +157,35 @@ def test_flags_override_the_file(read):
     assert isinstance(config.learning_rate, float)
 
 
+def test_a_learning_rate_is_a_number_or_auto(read):
+    for flag, value in (("auto", "auto"), ("5e-3", 5e-3), ("1", 1.0)):
+        config = read(f"--config={SMALL}", f"--config.learning_rate={flag}")[0]
+        assert config.learning_rate == value
+        assert from_dict(config.to_dict()) == config
+    assert Config().learning_rate == "auto"
+    with pytest.raises(VaaniError, match="found by the tuner"):
+        from_dict({"use_tuner": False})
+
+
+def test_a_sparsity_band(read):
+    flags = [f"--config.target_sparsity_{k}" for k in ("min=0.3", "max=0.4")]
+    config = read(f"--config={SMALL}", *flags)[0]
+    assert config.sparsity_band == (0.3, 0.4)
+    assert Config().sparsity_band is None
+    for low, high in ((0.4, 0.3), (0.0, 0.3), (0.5, 1.0)):
+        with pytest.raises(VaaniError, match="0 < target_sparsity_min"):
+            from_dict({"target_sparsity_min": low, "target_sparsity_max": high})
+    with pytest.raises(VaaniError, match="need use_tuner"):
+        from_dict(
+            {
+                "target_sparsity_min": 0.3,
+                "target_sparsity_max": 0.4,
+                "use_tuner": False,
+                "learning_rate": 1e-3,
+            }
+        )
+
+
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
@@ -173,6 +202,11 @@ def test_flags_override_the_file(read):
         ("--config.model.dim=65", "model.dim = 65"),
         ("--config.data.validation_fraction=2", "data.validation_fraction"),
         ("--config.sample.top_p=0", "top-p"),
+        ("--config.learning_rate=fast", "must be a number or 'auto'"),
+        ("--config.learning_rate=0", "learning_rate is 0"),
+        ("--config.target_sparsity_min=0.3", "set both"),
+        ("--config.target_sparsity_max=much", "target_sparsity_max"),
+        ("--config.tuner.trust=0.5", "tuner: it must be that trust >= 1"),
         ("--wrokdir=x", "wrokdir"),
         ("--config.model.dim", "config.model.dim"),
         ("stuff", "unexpected argument 'stuff'"),

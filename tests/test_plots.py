@@ -95,6 +95,36 @@ def test_sparsity_band(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("event", "panels"),
+    [
+        ({"setting": "state", "old": 30, "new": 20}, {(0, 0), (0, 2)}),
+        ({"setting": "step", "done": "skipped", "old": 1, "new": 0}, {(0, 0), (1, 0)}),
+        ({"setting": "learning_rate_factor", "old": 1.0, "new": 0.7}, {(0, 2)}),
+    ],
+)
+def test_what_the_tuner_did_is_marked(tmp_path, event, panels):
+    rows = [
+        {k: v for k, v in row.items() if not k.startswith("eval/")}
+        for row in _rows(range(1, 51))
+    ]
+    image = _draw(tmp_path, rows, events=[{"step": s, **event} for s in (10, 30)])
+    marked = {
+        (row, column)
+        for row in range(2)
+        for column in range(3)
+        if _has(_panel(image, row, column), VALIDATION)
+    }
+    assert marked == panels
+
+
+def test_decisions_that_need_no_mark(tmp_path):
+    event = {"step": 10, "setting": "clip_norm", "old": 1.0, "new": 2.0}
+    rows = _rows(range(1, 51))
+    plain = _draw(tmp_path, rows)
+    np.testing.assert_array_equal(_draw(tmp_path, rows, events=[event]), plain)
+
+
+@pytest.mark.parametrize(
     "rows",
     [
         [],
