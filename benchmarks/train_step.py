@@ -1,4 +1,4 @@
-"""Speed of a training step: ternary, its full-precision twin, and PyTorch.
+"""Speed of a training step: ternary, with the tuner, its twin, and PyTorch.
 
     python benchmarks/train_step.py                        # the shape of small.py
     python benchmarks/train_step.py --config=configs/medium.py
@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 CONTENDERS = {
     "ternary": "Vaani, ternary",
+    "tuned": "the same, with the tuner",
     "twin": "Vaani, full-precision twin",
     "torch": "PyTorch, ternary, compiled",
 }
@@ -45,7 +46,7 @@ def load_config(path: str) -> Any:
     )
 
 
-def vaani_step(config: Any, quantize: bool) -> Callable[[int], float]:
+def vaani_step(config: Any, quantize: bool, tuned: bool) -> Callable[[int], float]:
     import dataclasses
 
     import jax
@@ -53,22 +54,28 @@ def vaani_step(config: Any, quantize: bool) -> Callable[[int], float]:
 
     from vaani_jax.memory import keep_freed_memory
     from vaani_jax.optim import Schedule, make_optimizer
-    from vaani_jax.step import init_state, make_train_step
+    from vaani_jax.step import init_state, make_adjust_step, make_train_step
+    from vaani_jax.tuner import HyperparameterTuner
 
     keep_freed_memory()
     model = dataclasses.replace(config.model, quantize=quantize)
     optimizer = make_optimizer(config.optim)
     schedule = Schedule(config.optim, 1e-3, 1_000_000)
+    tuner = HyperparameterTuner(learning_rate=1e-3) if tuned else None
     step = jax.jit(
         make_train_step(
             model,
             optimizer,
             schedule,
             accumulation_steps=config.optim.accumulation_steps,
+            tuner=tuner,
         ),
         donate_argnums=0,
     )
-    state = jax.jit(lambda: init_state(model, optimizer, 0))()
+    adjust = None
+    if tuner is not None:
+        adjust = jax.jit(make_adjust_step(model, tuner), donate_argnums=0)
+    state = jax.jit(lambda: init_state(model, optimizer, 0, tuner))()
     rng = np.random.default_rng(0)
     shape = (config.batch_size, model.max_seq_len + 1)
     tokens = jax.device_put(rng.integers(0, 65, shape, dtype=np.int32))
@@ -76,8 +83,10 @@ def vaani_step(config: Any, quantize: bool) -> Callable[[int], float]:
     def run(count: int) -> float:
         nonlocal state
         start = time.perf_counter()
-        for _ in range(count):
+        for i in range(count):
             state, metrics = step(state, tokens)
+            if adjust is not None and i % tuner.config.interval == 0:
+                state, _ = adjust(state)
         metrics["train/loss"].block_until_ready()
         return time.perf_counter() - start
 
@@ -124,7 +133,8 @@ def serve(contender: str, path: str) -> None:
     if contender == "torch":
         run = torch_step(config)
     else:
-        run = vaani_step(config, quantize=contender == "ternary")
+        quantize, tuned = contender != "twin", contender == "tuned"
+        run = vaani_step(config, quantize, tuned)
     run(2)
     print("ready", flush=True)
     for line in sys.stdin:
