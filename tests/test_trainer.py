@@ -434,10 +434,10 @@ def test_a_rescue_is_repeated_bit_for_bit(text, tmp_path, monkeypatch):
 
     original = module.Trainer._dispatch
 
-    def dispatch(self, step):
+    def dispatch(self, step, **options):
         if step == 25 and step > self.start + 20:
             raise KeyError("killed")
-        return original(self, step)
+        return original(self, step, **options)
 
     monkeypatch.setattr(module.Trainer, "_dispatch", dispatch)
     with pytest.raises(KeyError):

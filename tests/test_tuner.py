@@ -257,6 +257,17 @@ def test_nothing_explodes_before_there_is_a_norm_to_compare_with():
         assert verdict.kind == ACCEPTED
 
 
+def test_a_range_test_may_explode():
+    tuner, state = make()
+    state = trained(tuner, state)
+    state = dataclasses.replace(state, held=jnp.float32(1e-3))
+    _, verdict = see(tuner, state, gradient_norm=1e3, update_norm=1e3)
+    assert verdict.kind == ACCEPTED
+    assert verdict.scale == 1
+    _, verdict = see(tuner, state, gradient_norm=math.inf)
+    assert verdict.kind == NON_FINITE
+
+
 def test_updates_are_shrunk_then_skipped_then_let_through_shrunk():
     tuner, state = make()
     state = trained(tuner, state)

@@ -542,7 +542,7 @@ class Trainer:
                 return None
         return self._finish(step, began)
 
-    def _dispatch(self, step: int) -> dict[str, Any]:
+    def _dispatch(self, step: int, *, adjust: bool = True) -> dict[str, Any]:
         """Starts the next step; returns its metrics, on the device."""
         tokens = jax.device_put(self.batches.batch_at(step))
         began = time.perf_counter()
@@ -556,7 +556,7 @@ class Trainer:
             self._busy_steps = -1
         if self.tuner is not None:
             self.pending.append((step + 1, metrics.pop("verdict")))
-            if (step + 1) % self.tuner.config.interval == 0:
+            if adjust and (step + 1) % self.tuner.config.interval == 0:
                 self.state, adjustment = self.adjust_step(self.state)
                 self.pending.append((step + 1, adjustment))
         return metrics
@@ -582,7 +582,7 @@ class Trainer:
             self.state = dataclasses.replace(
                 self.state, tuner=self.state.tuner.replace(held=held)
             )
-            losses.append(self._dispatch(i)["train/loss"])
+            losses.append(self._dispatch(i, adjust=False)["train/loss"])
             if i:
                 losses[i - 1] = float(jax.device_get(losses[i - 1]))
                 self.display.note(f"range test of the learning rate {i}/{len(rates)}")

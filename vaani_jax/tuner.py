@@ -465,9 +465,12 @@ class HyperparameterTuner:
         return jnp.where(state.held > 0, state.held, rate)
 
     def _explodes(self, state: TunerState, gradient_norm: Array) -> Array:
-        # The first steps of healthy runs have spikes of their own.
-        return (state.count >= LOSSES) & (
-            gradient_norm > self.config.skip_ratio * state.gradient_median
+        # The first steps of healthy runs have spikes of their own, and a range test is
+        # there to explode.
+        return (
+            (state.count >= LOSSES)
+            & (state.held == 0)
+            & (gradient_norm > self.config.skip_ratio * state.gradient_median)
         )
 
     def sound(self, state: TunerState, loss: Array, gradient_norm: Array) -> Array:
@@ -500,8 +503,8 @@ class HyperparameterTuner:
             jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & jnp.isfinite(update_norm)
         )
         explodes = self._explodes(state, gradient_norm)
-        # Updates grow by themselves during warm-up.
-        warm = state.ramp >= 1
+        # Updates grow by themselves during warm-up, and in a range test.
+        warm = (state.ramp >= 1) & (state.held == 0)
         ratio = jnp.where(warm, update_norm / state.update_median, 0.0)
         leaps = (ratio > c.update_skip_ratio) & (state.running < c.patience)
         kind = jnp.where(
