@@ -78,7 +78,7 @@ def get_config() -> ConfigDict:
     tuner.probe_low = 1e-5  # learning rate that it begins with
     tuner.probe_high = 1.0  # and ends with
     tuner.probe_drop = 0.5  # of the whole drop of its loss: where it is read
-    tuner.probe_gain = 5.0  # peak / learning rate read
+    tuner.probe_gain = 4.0  # peak / learning rate read
     tuner.probe_exponent = 1 / 3  # of the length of runs with a shorter test
     tuner.trust = 2.0  # a given learning rate this near the test's is kept
     tuner.cut = 0.7  # factor on the learning rate at a sign of instability
