@@ -797,7 +797,7 @@ def pick_learning_rate(
     The point half way down the flank of the curve is the best determined one: the
     minimum and the edge of divergence beyond it move with every batch. A longer test
     reaches it at a lower learning rate, as longer runs want lower ones. Measured on one
-    small character model, tests of 30 and of 100 steps find it at about a quarter of the
+    small character model, tests of 30 and 100 steps find it at about a quarter of the
     best peak of a run twenty times as long, with Muon, and with AdamW at 100.
 
     Args:
