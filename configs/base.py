@@ -78,7 +78,7 @@ def get_config() -> ConfigDict:
     tuner.probe_low = 1e-5  # learning rate that it begins with
     tuner.probe_high = 1.0  # and ends with
     tuner.probe_drop = 0.5  # of the whole drop of its loss: where it is read
-    tuner.probe_gain = 4.0  # peak / learning rate read
+    tuner.probe_gain = 4.5  # peak / learning rate read
     tuner.probe_exponent = 1 / 3  # of the length of runs with a shorter test
     tuner.trust = 2.0  # a given learning rate this near the test's is kept
     tuner.cut = 0.7  # factor on the learning rate at a sign of instability
@@ -100,7 +100,7 @@ def get_config() -> ConfigDict:
     tuner.rescues_max = 3  # without a new lowest loss in between
     tuner.clip_percentile = 90.0  # of past gradient norms
     tuner.clip_margin = 1.5  # clipping threshold / percentile
-    tuner.clip_range = 10.0  # its bounds around optim.clip_norm, as a factor
+    tuner.clip_range = 10.0  # how far below optim.clip_norm it may come, a factor
     tuner.warmup_fast = 1.5  # speed of the warm-up once calm
     tuner.warmup_slow = 0.25  # its speed at steps that are not
     tuner.warmup_calm = 20  # calm steps before it speeds up

@@ -106,7 +106,8 @@ class TunerConfig:
       rescues_max: times to go back without a new lowest loss in between.
       clip_percentile: of past gradient norms, in [0, 100].
       clip_margin: clipping threshold over that percentile.
-      clip_range: bounds of the clipping threshold, over and under the configured one.
+      clip_range: how far below the configured clipping threshold it may come, a factor;
+        it is never above.
       warmup_fast: speed of the warm-up after ``warmup_calm`` calm steps.
       warmup_slow: its speed at a step that is not calm.
       warmup_calm: steps.
@@ -125,7 +126,7 @@ class TunerConfig:
     probe_low: float = 1e-5
     probe_high: float = 1.0
     probe_drop: float = 0.5
-    probe_gain: float = 4.0
+    probe_gain: float = 4.5
     probe_exponent: float = 1 / 3
     trust: float = 2.0
     cut: float = 0.7
@@ -635,9 +636,7 @@ class HyperparameterTuner:
         wanted = c.clip_margin * _finite_percentile(
             state.gradient_norms, c.clip_percentile
         )
-        wanted = jnp.clip(
-            wanted, self.clip_norm / c.clip_range, self.clip_norm * c.clip_range
-        )
+        wanted = jnp.clip(wanted, self.clip_norm / c.clip_range, self.clip_norm)
         moves = jnp.abs(wanted - state.clip_norm) > c.dead_band * state.clip_norm
         enough = state.count >= min(RECENT, NORMS)
         clip_norm = jnp.where(moves & enough, wanted, state.clip_norm)
