@@ -153,6 +153,14 @@ def test_a_resumed_run_drops_the_lines_it_will_write_again(tmp_path, said):
     assert [e["step"] for e in read_events(tmp_path / "tuner.jsonl")] == [5, 10, 12]
 
 
+def test_a_run_that_begins_again_has_one_range_test(tmp_path, said):
+    for _ in range(2):  # killed before its first checkpoint
+        journal = Journal(tmp_path, 0, said.append)
+        journal.range_test("from a range test", "auto", 0.01)
+        journal.close()
+    assert len(read_events(tmp_path / "tuner.jsonl")) == 1
+
+
 def test_numbers_that_json_has_none_for(journal, tmp_path):
     journal.record(1, "clip_norm", "why", float("inf"), jnp.float32(2))
     (event,) = read_events(tmp_path / "tuner.jsonl")

@@ -21,6 +21,7 @@ from vaani_jax.tuner import (
     CALM,
     CAUSES,
     GRADIENT,
+    NON_FINITE,
     SHRUNK,
     VERDICTS,
     Adjustment,
@@ -48,8 +49,9 @@ class Journal:
     ) -> None:
         self.say = say
         path = workdir / "tuner.jsonl"
-        # A resumed run repeats the steps after its checkpoint: their events go.
-        self.events = [e for e in read_events(path) if e["step"] <= start_step]
+        # A resumed run repeats the steps after its checkpoint: their events go. One that
+        # begins again repeats the range test too, whose event is of step 0.
+        self.events = [e for e in read_events(path) if e["step"] <= start_step > 0]
         lines = "".join(json.dumps(event) + "\n" for event in self.events)
         write_atomically(path, lines.encode())
         self._file = path.open("a", encoding="utf-8")
@@ -71,9 +73,9 @@ class Journal:
         if kind == ACCEPTED:
             return
         cause = VERDICTS[kind]
-        if kind == GRADIENT or kind >= SHRUNK - 1:
+        if kind != NON_FINITE:
             cause += f": norm {verdict.value:.3g}, usually {verdict.usual:.3g}"
-        if kind < SHRUNK - 1:
+        if kind in (NON_FINITE, GRADIENT):
             cause += f"; foremost in {layers[int(verdict.layer)]}"
         done = "shrunk" if kind == SHRUNK else "skipped"
         self.record(step, "step", cause, 1.0, verdict.scale, done=done)
