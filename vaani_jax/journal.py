@@ -49,8 +49,8 @@ class Journal:
     ) -> None:
         self.say = say
         path = workdir / "tuner.jsonl"
-        # A resumed run repeats the steps after its checkpoint: their events go. One that
-        # begins again repeats the range test too, whose event is of step 0.
+        # A resumed run repeats the steps after its checkpoint: their events go. One
+        # that begins again repeats the range test too, whose event is of step 0.
         self.events = [e for e in read_events(path) if e["step"] <= start_step > 0]
         lines = "".join(json.dumps(event) + "\n" for event in self.events)
         write_atomically(path, lines.encode())

@@ -22,7 +22,7 @@ from vaani_jax.model import (
     with_settings,
 )
 from vaani_jax.optim import Schedule
-from vaani_jax.tuner import Adjustment, HyperparameterTuner
+from vaani_jax.tuner import Adjustment, HyperparameterTuner, zeros_share
 
 Array = jax.Array
 Tree = Any
@@ -262,7 +262,7 @@ def make_report_step(
         for name, (t, gamma) in entries.items():
             codes[name] = t
             axes = (-2, -1)
-            sparsity[name] = jnp.mean(t == 0, axis=axes, dtype=jnp.float32)
+            sparsity[name] = zeros_share(t)
             flipped[name] = jnp.mean(
                 t != state.codes[name], axis=axes, dtype=jnp.float32
             )
