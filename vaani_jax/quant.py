@@ -137,7 +137,9 @@ def quantize_activations(
     codes = jnp.clip(
         jnp.round(x * (ACTIVATION_MAX / bound)), ACTIVATION_MIN, ACTIVATION_MAX
     )
-    return codes, bound * (1.0 / ACTIVATION_MAX)
+    # The barrier keeps XLA from merging the constant with the scale of a kernel, which
+    # would round products in another order than serving does.
+    return codes, jax.lax.optimization_barrier(bound * (1.0 / ACTIVATION_MAX))
 
 
 def straight_through(value: Array, surrogate: Array) -> Array:
