@@ -13,11 +13,15 @@ PACKAGE = "vaani_jax"
 # Lowest first: a module imports from lower lines only, or as SAME_LINE says.
 LINES = (
     ("__init__", "errors", "files", "memory"),
-    ("quant", "attention"),
+    ("quant", "norm"),
+    ("pack",),
+    ("kernels",),
+    ("attention",),
     ("layers",),
     ("model", "optim", "tuner", "tokenizer", "metrics"),
     ("step", "evaluate", "generate", "data", "checkpoint", "plots", "journal"),
     ("config",),
+    ("load",),
     ("trainer",),
     ("cli",),
     ("__main__",),
@@ -38,6 +42,7 @@ FORBIDDEN = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "j
 FORBIDDEN |= {"marshal", "torch", "tensorflow"}
 
 FILES = {file.stem: file for file in (ROOT / PACKAGE).glob("*.py")}
+FOLDERS = {file.parent.name for file in (ROOT / PACKAGE).glob("*/*.py")}
 
 
 def _tree(file: pathlib.Path) -> ast.AST:
@@ -63,7 +68,7 @@ def _modules(file: pathlib.Path) -> set[str]:
         top, _, rest = name.partition(".")
         if top == PACKAGE:
             module = rest.partition(".")[0]
-            found.add(module if module in FILES else "__init__")
+            found.add(module if module in FILES.keys() | FOLDERS else "__init__")
     return found
 
 
@@ -76,8 +81,7 @@ def _users(package: str) -> set[str]:
 
 
 def test_every_module_has_its_line():
-    folders = {f.parent.name for f in (ROOT / PACKAGE).glob("*/*.py")}
-    assert set(FILES) | folders == set(RANK), "give a new module its place in LINES"
+    assert set(FILES) | FOLDERS == set(RANK), "give a new module its place in LINES"
     assert len(RANK) == sum(map(len, LINES))
 
 

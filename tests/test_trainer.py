@@ -18,8 +18,9 @@ from vaani_jax.checkpoint import Checkpoints
 from vaani_jax.config import from_dict
 from vaani_jax.data import Batches
 from vaani_jax.errors import VaaniError
+from vaani_jax.load import load_model
 from vaani_jax.optim import Schedule
-from vaani_jax.trainer import Trainer, load_model, train
+from vaani_jax.trainer import Trainer, train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

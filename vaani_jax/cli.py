@@ -1,4 +1,4 @@
-"""The command line: ``python -m vaani_jax generate | evaluate | plot``.
+"""The command line: ``python -m vaani_jax generate | evaluate | pack | plot``.
 
 Results go to standard output, everything else to standard error.
 """
@@ -43,7 +43,7 @@ def _notify(message: str) -> None:
 
 def _generate(options: argparse.Namespace) -> int:
     from vaani_jax import generate
-    from vaani_jax.trainer import load_model
+    from vaani_jax.load import load_model
 
     sampler = generate.SamplerConfig(
         0.0 if options.greedy else options.temperature,
@@ -99,14 +99,10 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(options: argparse.Namespace) -> int:
-    import jax
-
+def _held_out(model: Any) -> Any:
+    """The validation part of the text that a model was trained on."""
     from vaani_jax.data import load_corpus, split_tokens
-    from vaani_jax.step import make_eval_step
-    from vaani_jax.trainer import load_model, validation_set
 
-    model = load_model(options.workdir, checkpoint=options.checkpoint, notify=_notify)
     corpus = load_corpus(model.run.data, _notify)
     if corpus.sha256 != model.meta["corpus"]["sha256"]:
         raise VaaniError(
@@ -114,11 +110,25 @@ def _evaluate(options: argparse.Namespace) -> int:
             f" {corpus.source} as it is now: bring the text back"
         )
     seq_len = model.config.max_seq_len
-    split = split_tokens(model.run.data, corpus, model.tokenizer, seq_len)
-    result = validation_set(model.run, split, model.tokenizer).evaluate(
+    return split_tokens(model.run.data, corpus, model.tokenizer, seq_len)
+
+
+def _measured(model: Any, split: Any) -> Any:
+    import jax
+
+    from vaani_jax.step import make_eval_step
+    from vaani_jax.trainer import validation_set
+
+    return validation_set(model.run, split, model.tokenizer).evaluate(
         jax.jit(make_eval_step(model.config)), model.params, model.quant
     )
-    assert result is not None
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from vaani_jax.load import load_model
+
+    model = load_model(options.workdir, checkpoint=options.checkpoint, notify=_notify)
+    result = _measured(model, _held_out(model))
     if options.json:
         print(json.dumps(result.as_dict()))
     else:
@@ -127,6 +137,48 @@ def _evaluate(options: argparse.Namespace) -> int:
         print(f"perplexity     {result.perplexity:.3f}")
         print(f"bits per byte  {result.bits_per_byte:.4f}")
         print(f"tokens         {result.tokens:,}")
+    return 0
+
+
+def _pack(options: argparse.Namespace) -> int:
+    from vaani_jax.load import PACKED_ARRAYS, load_model, pack_model, save_packed
+    from vaani_jax.model import model_size
+    from vaani_jax.pack import PackedTernary
+
+    model = load_model(options.workdir, checkpoint=options.checkpoint, notify=_notify)
+    small = pack_model(model, options.embedding)
+    save_packed(small, options.output)
+    import jax
+
+    kernels = [
+        leaf
+        for leaf in jax.tree.leaves(
+            small.params, is_leaf=lambda x: isinstance(x, PackedTernary)
+        )
+        if isinstance(leaf, PackedTernary)
+    ]
+    weights = sum(k.shape[0] * k.shape[1] for k in kernels)
+    taken = sum(k.codes.nbytes + k.scale.nbytes for k in kernels)
+    bytes_ = (pathlib.Path(options.output) / PACKED_ARRAYS).stat().st_size
+    fp16 = model_size(model.config).bytes_fp16
+    print(f"checkpoint       {model.step:,}")
+    print(f"ternary weights  {weights:,} in {8 * taken / weights:.3f} bits each")
+    print(
+        f"file             {bytes_ / 1e6:.2f} MB, {fp16 / bytes_:.1f} x less than fp16"
+    )
+    if options.embedding == "int8":
+        # What the rounding of the embedding costs is measured, where the text is.
+        try:
+            split = _held_out(model)
+        except VaaniError as error:
+            _notify(f"the loss was not measured: {error}")
+        else:
+            before, after = (_measured(m, split) for m in (model, small))
+            print(
+                f"validation loss  {after.loss:.4f},"
+                f" {before.loss:.4f} with a float32 embedding"
+            )
+    print(f"next: python -m vaani_jax generate --workdir={options.output}")
     return 0
 
 
@@ -177,7 +229,7 @@ def make_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         sub.set_defaults(function=function)
-        sub.add_argument("--workdir", required=True, help="of the run")
+        sub.add_argument("--workdir", required=True, help="of the run, or packed")
         return sub
 
     sub = command("generate", _generate, "Continue a prompt.")
@@ -196,6 +248,16 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command("evaluate", _evaluate, "Measure a model on its held-out text.")
     sub.add_argument("--checkpoint", default="best", help="best, last or a step")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+    sub = command("pack", _pack, "Write a model in 2 bits a weight.")
+    sub.add_argument("--output", required=True, help="folder to write")
+    sub.add_argument(
+        "--embedding",
+        choices=("float32", "int8"),
+        default="float32",
+        help="int8: 8 bits with a scale per row, for the embedding and its head",
+    )
+    sub.add_argument("--checkpoint", default="best", help="best, last or a step")
 
     sub = command("plot", _plot, "Draw the training curves of a run.")
     sub.add_argument("--output", default="", help="PNG; in the workdir if not given")

@@ -7,7 +7,6 @@ the attention output before ``o_proj`` and one on the gated product before
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -16,8 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vaani_jax.attention import cached_attention, causal_attention
+from vaani_jax.attention import cached_attention, causal_attention, quantize_heads
 from vaani_jax.errors import VaaniError
+from vaani_jax.kernels import rows_matmul, ternary_matmul
+from vaani_jax.norm import rms_norm
+from vaani_jax.pack import PackedRows, PackedTernary
 from vaani_jax.quant import (
     ActivationQuantizer,
     TernaryQuantizer,
@@ -143,8 +145,8 @@ class ModelConfig:
 class BitLinear(nn.Module):
     """A bias-free linear layer with ternary weights and 8-bit inputs.
 
-    Parameters: ``kernel`` [in, features], float32 master weights. Variables in
-    collection ``quant``: those of its two quantisers.
+    Parameters: ``kernel`` [in, features], float32 master weights, or `PackedTernary`.
+    Variables in collection ``quant``: those of its two quantisers.
 
     Attributes:
       features: width of the output.
@@ -166,8 +168,11 @@ class BitLinear(nn.Module):
             )
 
     @nn.compact
-    def master(self, in_features: int) -> Array:
-        """The master kernel [in_features, features], float32."""
+    def kernel(self, in_features: int) -> Array | PackedTernary | PackedRows:
+        """The master kernel [in_features, features], float32; or a packed one."""
+        stored: Any = self.get_variable("params", "kernel")
+        if isinstance(stored, PackedTernary | PackedRows):
+            return stored
         return self.param(
             "kernel",
             nn.initializers.normal(self.init_std),
@@ -186,6 +191,7 @@ def project(
     x: Array,
     layers: Sequence[BitLinear],
     *,
+    norm: "RMSNorm | None" = None,
     train: bool = False,
     mix: Array | None = None,
 ) -> tuple[Array, ...]:
@@ -196,14 +202,25 @@ def project(
     Args:
       x: [..., in].
       layers: bound modules with equal quantiser settings.
+      norm: applied to the input first; packed kernels do both in one call.
       train: whether tracked ranges are updated.
       mix: see `ternary_dot`.
 
     Returns:
       [..., features] of each layer, in ``x.dtype``.
     """
-    kernels = [layer.master(x.shape[-1]) for layer in layers]
+    kernels: list[Any] = [layer.kernel(x.shape[-1]) for layer in layers]
     first = layers[0]
+    if isinstance(kernels[0], PackedTernary):
+        tracked = first.activation_quantizer.observe(x, train=False)
+        weights = None
+        if norm is not None:
+            weights = norm.weight(x.shape[-1]), norm.epsilon
+        return ternary_matmul(x, kernels, activation_range=tracked, norm=weights)
+    if norm is not None:
+        x = norm(x)
+    if isinstance(kernels[0], PackedRows):
+        return tuple(rows_matmul(x, kernel) for kernel in kernels)
     if not first.config.quantize:
         return tuple(jnp.dot(x, kernel.astype(x.dtype)) for kernel in kernels)
     return ternary_dot(
@@ -216,47 +233,6 @@ def project(
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
-    """``x / sqrt(mean(x^2) + epsilon) * scale`` over the last axis, in float32.
-
-    Args:
-      x: [..., D].
-      scale: [D].
-      epsilon: added to the mean square.
-
-    Returns:
-      Same shape and dtype as ``x``. The gradient is written out, so that the
-      normalised values are computed once, not in every fusion that needs them.
-    """
-    return _rms_norm_fwd(x, scale, epsilon)[0]
-
-
-def _rms_norm_fwd(x: Array, scale: Array, epsilon: float) -> tuple[Array, Any]:
-    wide = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
-    y = wide * inverse * _along_last(scale, x.ndim)
-    return y.astype(x.dtype), (x, scale, inverse)
-
-
-def _rms_norm_bwd(epsilon: float, residuals: Any, g: Array) -> tuple[Array, Array]:
-    del epsilon
-    x, scale, inverse = residuals
-    wide, g = x.astype(jnp.float32), g.astype(jnp.float32)
-    normed = wide * inverse
-    dscale = jnp.sum(g * normed, axis=tuple(range(x.ndim - 1)))
-    u = g * _along_last(scale, x.ndim)
-    mean = jnp.mean(u * normed, axis=-1, keepdims=True)
-    return ((u - normed * mean) * inverse).astype(x.dtype), dscale
-
-
-rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
-
-
-def _along_last(scale: Array, ndim: int) -> Array:
-    return scale.reshape((1,) * (ndim - 1) + (-1,))
-
-
 class RMSNorm(nn.Module):
     """Root-mean-square norm (arXiv:1910.07467), computed in float32.
 
@@ -266,9 +242,12 @@ class RMSNorm(nn.Module):
     epsilon: float = 1e-5
 
     @nn.compact
+    def weight(self, width: int) -> Array:
+        """The scale [width]."""
+        return self.param("scale", nn.initializers.ones, (width,), jnp.float32)
+
     def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        return rms_norm(x, scale, self.epsilon)
+        return rms_norm(x, self.weight(x.shape[-1]), self.epsilon)
 
 
 def rotary_angles(
@@ -293,12 +272,15 @@ def rotary_embedding(x: Array, cos: Any, sin: Any) -> Array:
 
     Args:
       x: queries or keys [B, T, heads, H], H even.
-      cos, sin: rows of `rotary_angles` for the positions of ``x``, [T, H / 2].
+      cos, sin: rows of `rotary_angles` for the positions of ``x``, [T, H / 2], or
+        [B, T, H / 2] where rows differ.
 
     Returns:
       Same shape and dtype as ``x``; computed in float32.
     """
-    cos, sin = cos[None, :, None, :], sin[None, :, None, :]
+    if cos.ndim == 2:
+        cos, sin = cos[None], sin[None]
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
     return rotated.astype(x.dtype)
@@ -333,27 +315,32 @@ class MultiHeadAttention(nn.Module):
         x: Array,
         positions: Array,
         rotary: tuple[Any, Any],
-        cache: tuple[Array, Array] | None = None,
+        cache: tuple[Array, ...] | None = None,
         *,
+        norm: RMSNorm | None = None,
         train: bool = False,
         mix: Array | None = None,
-    ) -> tuple[Array, tuple[Array, Array] | None]:
+        start: Array | None = None,
+    ) -> tuple[Array, tuple[Array, ...] | None]:
         """Attends from ``x`` [B, T, D] to itself, or to a cache that it joins.
 
         Args:
-          x: normalised residual stream [B, T, D].
-          positions: [T], consecutive.
-          rotary: cosines and sines of these positions, [T, H / 2].
-          cache: keys and values [B, S, K, H], filled below ``positions[0]``.
+          x: residual stream [B, T, D].
+          positions: [T], consecutive; with a cache, the slots to fill.
+          rotary: cosines and sines of these positions, [T, H / 2] or [B, T, H / 2].
+          cache: keys and values [B, S, K, H], filled below ``positions[0]``; in int8,
+            they are codes, and their scales [B, S, K] follow.
+          norm: applied to ``x`` first.
           train: whether tracked ranges are updated.
           mix: see `ternary_dot`.
+          start: first slot of the cache that counts in each row, [B]; 0 where None.
 
         Returns:
           [B, T, D], and the cache with the new keys and values written in.
         """
         c = self.config
         q, k, v = project(
-            x, (self.q_proj, self.k_proj, self.v_proj), train=train, mix=mix
+            x, (self.q_proj, self.k_proj, self.v_proj), norm=norm, train=train, mix=mix
         )
         q_BTNH = q.reshape(*q.shape[:-1], c.n_heads, c.head_dim)
         k_BTKH = k.reshape(*k.shape[:-1], c.kv_heads, c.head_dim)
@@ -363,18 +350,22 @@ class MultiHeadAttention(nn.Module):
         if cache is None:
             y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, c.attention)
         else:
-            start = (0, positions[0], 0, 0)
-            k_BSKH, v_BSKH = cache = (
-                jax.lax.dynamic_update_slice(
-                    cache[0], k_BTKH.astype(cache[0].dtype), start
-                ),
-                jax.lax.dynamic_update_slice(
-                    cache[1], v_BTKH.astype(cache[1].dtype), start
-                ),
+            new: tuple[Array, ...] = (k_BTKH, v_BTKH)
+            if cache[0].dtype == jnp.int8:
+                codes, scales = zip(*map(quantize_heads, new), strict=True)
+                new = (*codes, *scales)
+            cache = tuple(
+                jax.lax.dynamic_update_slice_in_dim(
+                    old, x.astype(old.dtype), positions[0], axis=1
+                )
+                for old, x in zip(cache, new, strict=True)
             )
-            y_BTNH = cached_attention(q_BTNH, k_BSKH, v_BSKH, positions)
+            y_BTNH = cached_attention(
+                q_BTNH, cache[0], cache[1], positions, start, cache[2:] or None
+            )
         y = y_BTNH.reshape(*x.shape[:-1], c.n_heads * c.head_dim)
-        return self.o_proj(self.sub_norm(y), train=train, mix=mix), cache
+        (y,) = project(y, (self.o_proj,), norm=self.sub_norm, train=train, mix=mix)
+        return y, cache
 
 
 @jax.custom_vjp
@@ -419,12 +410,23 @@ class FeedForward(nn.Module):
         self.down_proj = BitLinear(c.dim, c, c.init_std / (2 * c.n_layers) ** 0.5)
 
     def __call__(
-        self, x: Array, *, train: bool = False, mix: Array | None = None
+        self,
+        x: Array,
+        *,
+        norm: RMSNorm | None = None,
+        train: bool = False,
+        mix: Array | None = None,
     ) -> Array:
-        gate, up = project(x, (self.gate_proj, self.up_proj), train=train, mix=mix)
+        """Maps [..., D] to [..., D]; ``norm`` is applied to ``x`` first."""
+        gate, up = project(
+            x, (self.gate_proj, self.up_proj), norm=norm, train=train, mix=mix
+        )
         gated = swiglu if self.config.activation == "swiglu" else relu2
         hidden = gated(gate, up)
-        return self.down_proj(self.sub_norm(hidden), train=train, mix=mix)
+        (y,) = project(
+            hidden, (self.down_proj,), norm=self.sub_norm, train=train, mix=mix
+        )
+        return y
 
 
 class TransformerBlock(nn.Module):
@@ -441,21 +443,29 @@ class TransformerBlock(nn.Module):
     def __call__(
         self,
         x: Array,
-        cache: tuple[Array, Array] | None,
+        cache: tuple[Array, ...] | None,
         dropout_key: Array | None,
         positions: Array,
         rotary: tuple[Any, Any],
         mix: Array | None,
         train: bool,
-    ) -> tuple[Array, tuple[Array, Array] | None]:
+        start: Array | None = None,
+    ) -> tuple[Array, tuple[Array, ...] | None]:
         """Maps [B, T, D] to [B, T, D]; arguments as in `MultiHeadAttention`."""
         rate = self.config.dropout
         keys: Any = (
             (None, None) if dropout_key is None else jax.random.split(dropout_key)
         )
         y, cache = self.attn(
-            self.attn_norm(x), positions, rotary, cache, train=train, mix=mix
+            x,
+            positions,
+            rotary,
+            cache,
+            norm=self.attn_norm,
+            train=train,
+            mix=mix,
+            start=start,
         )
         x = x + dropout(y, rate, keys[0])
-        y = self.ffn(self.ffn_norm(x), train=train, mix=mix)
+        y = self.ffn(x, norm=self.ffn_norm, train=train, mix=mix)
         return x + dropout(y, rate, keys[1]), cache

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from vaani_jax import __version__, generate, plots, tokenizer
 from vaani_jax.checkpoint import Checkpoints, Meta
-from vaani_jax.config import Config, differences, from_dict
+from vaani_jax.config import Config, differences
 from vaani_jax.data import (
     Batches,
     Corpus,
@@ -33,11 +33,10 @@ from vaani_jax.errors import VaaniError
 from vaani_jax.evaluate import Evaluation, ValidationSet
 from vaani_jax.files import write_atomically
 from vaani_jax.journal import Journal
+from vaani_jax.load import LoadedModel, load_model
 from vaani_jax.memory import keep_freed_memory
 from vaani_jax.metrics import Display, MetricWriter, Row, duration, size
 from vaani_jax.model import (
-    ModelConfig,
-    init_variables,
     model_size,
     stack_layers,
 )
@@ -84,97 +83,6 @@ FREE_KEYS = (
     "model.operands",
     "sample.",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadedModel:
-    """A trained model, ready for inference.
-
-    Attributes:
-      config: of the model, layers unrolled.
-      params, quant: its variables.
-      tokenizer: as trained.
-      step: of the checkpoint.
-      run: config of the run.
-      meta: everything else that was saved.
-    """
-
-    config: ModelConfig
-    params: Any
-    quant: Any
-    tokenizer: Tokenizer
-    step: int
-    run: Config
-    meta: Meta
-
-
-def load_model(
-    workdir: str | pathlib.Path,
-    *,
-    checkpoint: str = "best",
-    notify: Notify = print,
-) -> LoadedModel:
-    """Loads the model of a run.
-
-    Args:
-      workdir: of the run.
-      checkpoint: "best" (lowest validation loss), "last", or a step.
-      notify: receives a line for each damaged checkpoint passed over.
-
-    Raises:
-      VaaniError: no run there, or nothing in it that can be read.
-    """
-    workdir = pathlib.Path(workdir)
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    try:
-        if checkpoint == "best":
-            step = checkpoints.best_step()
-        elif checkpoint == "last":
-            step = None
-        elif checkpoint.isdecimal():
-            step = int(checkpoint)
-        else:
-            raise VaaniError(
-                f"checkpoint {checkpoint!r}: choose best, last or a step number"
-            )
-
-        def target(meta: Meta) -> dict[str, Any]:
-            model = _run_config(meta).model
-            params, quant = jax.eval_shape(
-                lambda: init_variables(model, jax.random.key(0))
-            )
-            return {"model": {"params": params, "quant": quant}}
-
-        if step is not None and checkpoint == "best":
-            try:
-                restored = checkpoints.restore(target, step=step, notify=notify)
-            except VaaniError as error:
-                notify(f"{error}; taking the newest one")
-                restored = checkpoints.restore(target, notify=notify)
-        else:
-            restored = checkpoints.restore(target, step=step, notify=notify)
-        if restored is None:
-            raise VaaniError(f"{workdir} has no checkpoint yet")
-    finally:
-        checkpoints.close()
-    run = _run_config(restored.meta)
-    model = restored.items["model"]
-    config, params, quant = generate.unrolled(
-        run.model, model["params"], model["quant"]
-    )
-    return LoadedModel(
-        config=config,
-        params=params,
-        quant=quant,
-        tokenizer=tokenizer.from_json(restored.meta["tokenizer"]),
-        step=restored.step,
-        run=run,
-        meta=restored.meta,
-    )
-
-
-def _run_config(meta: Meta) -> Config:
-    return from_dict(meta["config"])
 
 
 def validation_set(config: Config, split: Split, tokenizer: Tokenizer) -> ValidationSet:
@@ -423,6 +331,11 @@ class Trainer:
         state = jax.jit(self.make_state)()
         if source is None:
             return state
+        if source.packed:
+            raise VaaniError(
+                f"{self.config.init_from} holds a packed model, which has no weights to"
+                " train: start from the run that it was packed from"
+            )
         ours, theirs = self.config.model, source.run.model
         shaping = "vocab_size dim n_layers n_heads kv_heads hidden_dim tie_embeddings"
         changed = [

@@ -1,0 +1,387 @@
+"""Packed inference beside llama.cpp: tokens per second, bytes, bandwidth.
+
+    python benchmarks/decode.py                              # every shape, minutes
+    python benchmarks/decode.py --shapes=t512 --threads=2 --passes=3 --json
+
+Random ternary weights; the same weights for llama.cpp as GGUF TQ2_0, and as Q4_0, its
+fastest type (`pip install llama-cpp-python gguf`; without them only our side is
+measured). Embeddings have 8 bits on both sides. Each measurement is a process of its
+own on as many cores as threads; engines take turns, and medians over the passes are
+printed. Prefill reads 512 tokens; generation draws 128 from an empty context, ours with
+greedy sampling in the loop, llama.cpp's without any sampling.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+SHAPES = {  # layers, d, ffn, heads, vocabulary
+    "t512": (8, 512, 1536, 8, 256),
+    "125m": (12, 768, 2048, 12, 32000),
+    "700m": (24, 1536, 4096, 16, 32000),
+}
+PREFILL, GENERATE = 512, 128
+REPEATS = 3  # within a process
+
+
+def linears(shape: str) -> list[tuple[str, str, int, int]]:
+    """Path here, name in GGUF, inputs and outputs of each ternary kernel of a layer."""
+    _, d, f, _, _ = SHAPES[shape]
+    return [
+        ("attn/q_proj", "attn_q", d, d),
+        ("attn/k_proj", "attn_k", d, d),
+        ("attn/v_proj", "attn_v", d, d),
+        ("attn/o_proj", "attn_output", d, d),
+        ("ffn/gate_proj", "ffn_gate", d, f),
+        ("ffn/up_proj", "ffn_up", d, f),
+        ("ffn/down_proj", "ffn_down", f, d),
+    ]
+
+
+def weights(shape: str, layer: int, index: int, k: int, n: int) -> Any:
+    """Random ternary weights [k, n], int8, and their scale."""
+    import numpy as np
+
+    rng = np.random.default_rng([len(shape), layer, index])
+    return rng.integers(-1, 2, (k, n), np.int8), 1.2 / k**0.5
+
+
+def embedding(shape: str) -> Any:
+    import numpy as np
+
+    _, d, _, _, v = SHAPES[shape]
+    return np.random.default_rng(0).normal(0, 0.02, (v, d)).astype(np.float32)
+
+
+# -- Writing the models -----------------------------------------------------------
+
+
+def write_vaani(shape: str, folder: pathlib.Path) -> None:
+    import jax.numpy as jnp
+
+    from vaani_jax.config import Config
+    from vaani_jax.load import LoadedModel, save_packed
+    from vaani_jax.model import ModelConfig
+    from vaani_jax.pack import pack, pack_rows
+    from vaani_jax.tokenizer import ByteTokenizer
+
+    layers, d, f, heads, v = SHAPES[shape]
+    config = ModelConfig(
+        vocab_size=v,
+        dim=d,
+        n_layers=layers,
+        n_heads=heads,
+        ffn_dim=f,
+        max_seq_len=2048,
+    )
+    norm = {"scale": jnp.ones(d)}
+    params: dict[str, Any] = {
+        "embedding": pack_rows(jnp.asarray(embedding(shape))),
+        "final_norm": norm,
+    }
+    for i in range(layers):
+        layer: dict[str, Any] = {
+            "attn_norm": norm,
+            "ffn_norm": norm,
+            "attn": {"sub_norm": norm},
+            "ffn": {"sub_norm": {"scale": jnp.ones(f)}},
+        }
+        for index, (path, _, k, n) in enumerate(linears(shape)):
+            part, name = path.split("/")
+            codes, scale = weights(shape, i, index, k, n)
+            layer[part][name] = {"kernel": pack(codes, jnp.float32(scale))}
+        params[f"layers_{i}"] = layer
+    run = Config(model=config)
+    model = LoadedModel(config, params, {}, ByteTokenizer(), 0, run, {"corpus": None})
+    save_packed(model, folder)
+
+
+def write_gguf(shape: str, kind: str, path: pathlib.Path) -> None:
+    import gguf
+    import numpy as np
+    from gguf.quants import quantize
+
+    layers, d, f, heads, v = SHAPES[shape]
+    writer = gguf.GGUFWriter(str(path), "bitnet")
+    writer.add_context_length(2048)
+    writer.add_embedding_length(d)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(f)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(500_000.0)
+    writer.add_rope_dimension_count(d // heads)
+    writer.add_vocab_size(v)
+    writer.add_tokenizer_model("none")
+    target = gguf.GGMLQuantizationType[kind]
+
+    def add(name: str, values: Any, dtype: Any) -> None:
+        writer.add_tensor(name, quantize(values, dtype), raw_dtype=dtype)
+
+    q8 = gguf.GGMLQuantizationType.Q8_0
+    add("token_embd.weight", embedding(shape), q8)
+    one = np.ones(d, np.float32)
+    writer.add_tensor("output_norm.weight", one)
+    for i in range(layers):
+        for index, (_, name, k, n) in enumerate(linears(shape)):
+            codes, scale = weights(shape, i, index, k, n)
+            values = np.ascontiguousarray(codes.T.astype(np.float32) * scale)
+            add(f"blk.{i}.{name}.weight", values, target)
+        for name in ("attn_norm", "attn_sub_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{i}.{name}.weight", one)
+        writer.add_tensor(f"blk.{i}.ffn_sub_norm.weight", np.ones(f, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+# -- Measuring, in a process of its own --------------------------------------------
+
+
+def peak() -> float:
+    """Largest resident memory so far, MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure_vaani(path: pathlib.Path) -> dict[str, Any]:
+    import jax
+    import jax.numpy as jnp
+
+    jax.jit(lambda x: x + 1)(jnp.ones(8)).block_until_ready()
+    runtime = peak()
+    from vaani_jax.generate import SamplerConfig, decode, prefill
+    from vaani_jax.kernels import backend
+    from vaani_jax.load import load_packed
+
+    model = load_packed(path)
+    greedy, key = SamplerConfig(temperature=0.0), jax.random.key(0)
+
+    def read(length: int, capacity: int) -> Any:
+        tokens = jnp.ones((1, length), jnp.int32)
+        return prefill(
+            model.config,
+            model.params,
+            model.quant,
+            tokens,
+            jnp.int32(length),
+            capacity=capacity,
+        )
+
+    def generate() -> float:
+        logits, cache = jax.block_until_ready(read(16, 256))
+        cache = type(cache).create(model.config, 1, 256)  # an empty context
+        began = time.perf_counter()
+        tokens, _, _ = decode(
+            model.config,
+            greedy,
+            GENERATE,
+            model.params,
+            model.quant,
+            logits,
+            cache,
+            key,
+            jnp.int32(0),
+        )
+        tokens.block_until_ready()
+        return GENERATE / (time.perf_counter() - began)
+
+    generate()
+    generated = [generate() for _ in range(REPEATS)]
+    memory = peak()
+    jax.block_until_ready(read(PREFILL, PREFILL))
+    prefilled = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        jax.block_until_ready(read(PREFILL, PREFILL))
+        prefilled.append(PREFILL / (time.perf_counter() - began))
+    return {
+        "prefill": statistics.median(prefilled),
+        "generate": statistics.median(generated),
+        "peak": memory,
+        "runtime": runtime,
+        "kernels": backend(),
+    }
+
+
+def measure_llama(path: pathlib.Path, threads: int) -> dict[str, Any]:
+    import ctypes
+
+    import llama_cpp as ll
+
+    silent = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(
+        lambda *_: None
+    )
+    ll.llama_log_set(silent, ctypes.c_void_p())
+    ll.llama_backend_init()
+    runtime = peak()
+    model = ll.llama_model_load_from_file(
+        str(path).encode(), ll.llama_model_default_params()
+    )
+    if not model:
+        raise SystemExit(f"llama.cpp can't load {path}")
+    params = ll.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch = PREFILL + 64, PREFILL, PREFILL
+    params.n_threads = params.n_threads_batch = threads
+    context = ll.llama_init_from_model(model, params)
+    tokens = (ll.llama_token * PREFILL)(*([1] * PREFILL))
+
+    def forward(count: int, steps: int) -> float:
+        ll.llama_memory_clear(ll.llama_get_memory(context), True)
+        began = time.perf_counter()
+        for _ in range(steps):
+            if ll.llama_decode(context, ll.llama_batch_get_one(tokens, count)):
+                raise SystemExit("llama_decode failed")
+        ll.llama_synchronize(context)
+        return count * steps / (time.perf_counter() - began)
+
+    forward(1, 16)
+    generated = [forward(1, GENERATE) for _ in range(REPEATS)]
+    memory = peak()
+    forward(PREFILL, 1)
+    return {
+        "prefill": statistics.median(forward(PREFILL, 1) for _ in range(REPEATS)),
+        "generate": statistics.median(generated),
+        "peak": memory,
+        "runtime": runtime,
+    }
+
+
+# -- The table ----------------------------------------------------------------------
+
+
+def machine(threads: int, folder: pathlib.Path) -> dict[str, float]:
+    """Best read bandwidth and vpdpbusd rate, where they can be measured."""
+    program = folder / "machine"
+    source = str(ROOT / "benchmarks" / "machine.cc")
+    command = ["c++", "-O3", "-std=c++17", "-march=native", "-pthread", source]
+    try:
+        if not program.exists():
+            subprocess.run([*command, "-o", str(program)], check=True)
+        done = subprocess.run(
+            pinned([str(program), str(threads)], threads), capture_output=True
+        )
+        return json.loads(done.stdout)
+    except (OSError, subprocess.CalledProcessError, ValueError):
+        return {}
+
+
+def pinned(command: list[str], threads: int) -> list[str]:
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:threads]))
+    return ["taskset", "-c", cores, *command]
+
+
+def have_llama() -> bool:
+    code = "import gguf, llama_cpp"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    return done.returncode == 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--types", default="TQ2_0,Q4_0", help="of llama.cpp")
+    parser.add_argument("--folder", default="", help="keeps the models for a next time")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        engine, path, threads = options.work
+        if engine == "vaani":
+            answer = measure_vaani(pathlib.Path(path))
+        else:
+            answer = measure_llama(pathlib.Path(path), int(threads))
+        print(json.dumps(answer))
+        return
+    temporary = tempfile.TemporaryDirectory()
+    folder = pathlib.Path(options.folder or temporary.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    kinds = options.types.split(",") if options.types and have_llama() else []
+    results: list[dict[str, Any]] = []
+    for shape in options.shapes.split(","):
+        paths = {"vaani": folder / f"{shape}-vaani"}
+        if not paths["vaani"].exists():
+            write_vaani(shape, paths["vaani"])
+        for kind in kinds:
+            paths[kind] = folder / f"{shape}-{kind}.gguf"
+            if not paths[kind].exists():
+                write_gguf(shape, kind, paths[kind])
+        for threads in map(int, options.threads.split(",")):
+            answers: dict[str, list[Any]] = {name: [] for name in paths}
+            best = machine(threads, folder)
+            for _ in range(options.passes):
+                for name, path in paths.items():
+                    command = [sys.executable, __file__, "--work", name, str(path)]
+                    done = subprocess.run(
+                        pinned([*command, str(threads)], threads),
+                        stdout=subprocess.PIPE,
+                        text=True,
+                        check=True,
+                    )
+                    answers[name].append(json.loads(done.stdout.splitlines()[-1]))
+            rows = []
+            for name, path in paths.items():
+                files = [path] if path.is_file() else list(path.iterdir())
+                middle = {
+                    key: statistics.median(a[key] for a in answers[name])
+                    for key in ("prefill", "generate", "peak", "runtime")
+                }
+                size = sum(f.stat().st_size for f in files) / 1e6
+                rows.append({"engine": name, "file_MB": size, **middle})
+            results.append(
+                {"shape": shape, "threads": threads, **best, "engines": rows}
+            )
+            if not options.json:
+                show(results[-1])
+    if options.json:
+        print(json.dumps(results, indent=1))
+
+
+def show(result: dict[str, Any]) -> None:
+    rows = result["engines"]
+    ours = rows[0]
+    layers, d, f, _, _ = SHAPES[result["shape"]]
+    macs = layers * (4 * d * d + 3 * d * f) / 1e9  # of the ternary kernels, per token
+    read = result.get("read_GB/s", float("nan"))
+    multiply = result.get("vpdpbusd_GMAC/s", float("nan"))
+    print(
+        f"\n{result['shape']}, {result['threads']} thread(s); this machine reads"
+        f" {read:.1f} GB/s, vpdpbusd {multiply:.0f} GMAC/s"
+    )
+    print(
+        f"{'':>8} {'file MB':>8} {'peak MB':>8} {'prefill/s':>10} {'generate/s':>11}"
+        f" {'GB/s':>6} {'of read':>8} {'GMAC/s':>7} {'of peak':>8}"
+    )
+    for row in rows:
+        bandwidth = row["file_MB"] * row["generate"] / 1e3
+        rate = macs * row["prefill"]
+        print(
+            f"{row['engine']:>8} {row['file_MB']:8.1f} {row['peak']:8.0f}"
+            f" {row['prefill']:10.0f} {row['generate']:11.1f} {bandwidth:6.1f}"
+            f" {bandwidth / read:8.0%} {rate:7.0f} {rate / multiply:8.0%}"
+        )
+    for row in rows[1:]:
+        prefill, generate = (ours[k] / row[k] for k in ("prefill", "generate"))
+        print(
+            f"  ours / {row['engine']}: prefill {prefill:.2f} x,"
+            f" generation {generate:.2f} x"
+        )
+    print(f"  (our runtime alone, before any model: {ours['runtime']:.0f} MB)")
+
+
+if __name__ == "__main__":
+    main()

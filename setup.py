@@ -1,0 +1,30 @@
+"""Builds the native CPU kernels; everything else is in pyproject.toml.
+
+Where no compiler is found the package installs without them, and says so when a model
+is run (`vaani_jax.kernels`).
+"""
+
+import jax
+from setuptools import Extension, setup
+
+setup(
+    ext_modules=[
+        Extension(
+            "vaani_jax.kernels._cpu",
+            sources=["vaani_jax/kernels/cpu.cc"],
+            include_dirs=[jax.ffi.include_dir()],
+            language="c++",
+            optional=True,
+            extra_compile_args=[
+                "-std=c++17",
+                "-O3",
+                "-g0",
+                # Products and sums round one by one, as XLA's do.
+                "-ffp-contract=off",
+                "-fno-math-errno",
+                "-fno-trapping-math",
+                "-Wno-maybe-uninitialized",
+            ],
+        )
+    ],
+)

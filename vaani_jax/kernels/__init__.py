@@ -1,0 +1,188 @@
+"""Products with packed weights: one function, several ways to compute it.
+
+    ternary_matmul(x, packed)     quantises x per token, multiplies, rescales
+    rows_matmul(x, rows)          an output head in 8 bits
+
+Backends, all equal to the bit in `ternary_matmul`:
+
+* "reference": plain JAX, on any platform;
+* "cpu": native code through `jax.ffi` (`cpu.cc`), built with the package;
+* "gpu", "tpu": Pallas (`pallas.py`).
+
+The backend is chosen once, by the platform, and told once; ``VAANI_KERNELS`` in the
+environment forces one, and it is an error if that one is missing.
+"""
+
+import functools
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+
+from vaani_jax.errors import VaaniError
+from vaani_jax.kernels import cpu
+from vaani_jax.norm import rms_norm
+from vaani_jax.pack import Layout, PackedRows, PackedTernary, unpack
+from vaani_jax.quant import operand_dtype, quantize_activations
+
+Array = jax.Array
+Norm = tuple[Array, float]
+Backend = Literal["reference", "cpu", "gpu", "tpu"]
+BACKENDS: tuple[Backend, ...] = ("reference", "cpu", "gpu", "tpu")
+
+log = logging.getLogger("vaani_jax")
+
+
+@functools.cache
+def backend() -> Backend:
+    """The backend that this process uses.
+
+    Raises:
+      VaaniError: VAANI_KERNELS names one that is unknown or missing.
+    """
+    forced = os.environ.get("VAANI_KERNELS", "")
+    platform = jax.default_backend()
+    if forced:
+        if forced not in BACKENDS:
+            raise VaaniError(
+                f"VAANI_KERNELS is {forced!r}: choose one of {', '.join(BACKENDS)}"
+            )
+        if forced not in ("reference", platform):
+            raise VaaniError(
+                f"VAANI_KERNELS is {forced}, but JAX runs on {platform} here: unset it"
+            )
+        if forced == "cpu" and (missing := cpu.missing()):
+            raise VaaniError(f"VAANI_KERNELS is cpu, but {missing}")
+        log.info("kernels: %s (forced)", _described(forced))
+        return forced
+    choice: Backend = "reference"
+    if platform in ("gpu", "tpu"):
+        choice = platform  # type: ignore[assignment]
+    elif platform == "cpu":
+        missing = cpu.missing()
+        if missing:
+            log.warning("slow products: %s", missing)
+        else:
+            choice = "cpu"
+    log.info("kernels: %s", _described(choice))
+    return choice
+
+
+def _described(name: str) -> str:
+    return f"cpu, {cpu.isa()}" if name == "cpu" else name
+
+
+def layout(name: Backend | None = None) -> Layout:
+    """The order of codes that a backend multiplies fastest."""
+    return "planes" if (name or backend()) in ("gpu", "tpu") else "tiles"
+
+
+@overload
+def ternary_matmul(
+    x: Array,
+    packed: PackedTernary,
+    *,
+    activation_range: Array | None = None,
+    norm: Norm | None = None,
+    using: Backend | None = None,
+) -> Array: ...
+
+
+@overload
+def ternary_matmul(
+    x: Array,
+    packed: Sequence[PackedTernary],
+    *,
+    activation_range: Array | None = None,
+    norm: Norm | None = None,
+    using: Backend | None = None,
+) -> tuple[Array, ...]: ...
+
+
+def ternary_matmul(
+    x: Array,
+    packed: PackedTernary | Sequence[PackedTernary],
+    *,
+    activation_range: Array | None = None,
+    norm: Norm | None = None,
+    using: Backend | None = None,
+) -> Any:
+    """Products of one input, quantised to 8 bits per token, with packed kernels.
+
+    Equal to `quant.ternary_dot` of the kernels that were packed, bit for bit in
+    float32. Not differentiable.
+
+    Args:
+      x: activations [..., K], float32 or bfloat16.
+      packed: a kernel [K, N], or several that share the input.
+      activation_range: see `quantize_activations`.
+      norm: scale [K] and epsilon of an RMSNorm that x passes first. Sums of floats
+        have another order in native code, so here backends agree to rounding only.
+      using: the backend; None takes `backend()`.
+
+    Returns:
+      [..., N] in ``x.dtype``; a tuple of them for several kernels.
+    """
+    if isinstance(packed, PackedTernary):
+        (y,) = ternary_matmul(
+            x, (packed,), activation_range=activation_range, norm=norm, using=using
+        )
+        return y
+    for kernel in packed:
+        if kernel.shape[0] != x.shape[-1]:
+            raise VaaniError(
+                f"activations of width {x.shape[-1]} do not fit a packed kernel of"
+                f" {kernel.shape[0]} inputs"
+            )
+    name = using or backend()
+    if norm is not None and name != "cpu":
+        x = rms_norm(x, *norm)
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    kernels = tuple(packed)
+    outputs: Sequence[Array]
+    if name == "cpu":
+        outputs = cpu.ternary_matmul(rows, kernels, activation_range, norm)
+    elif name == "reference":
+        outputs = reference(rows, kernels, activation_range)
+    else:
+        from vaani_jax.kernels import pallas
+
+        outputs = pallas.ternary_matmul(rows, kernels, activation_range, platform=name)
+    return tuple(y.reshape(*x.shape[:-1], y.shape[-1]).astype(x.dtype) for y in outputs)
+
+
+def reference(
+    x: Array, packed: tuple[PackedTernary, ...], activation_range: Array | None
+) -> list[Array]:
+    """`ternary_matmul` in plain JAX: x [M, K] float32, outputs [M, N] float32."""
+    q, s = quantize_activations(x, activation_range)
+    dtype = operand_dtype("auto")
+    outputs = []
+    for kernel in packed:
+        sums = jnp.dot(
+            q.astype(dtype),
+            unpack(kernel, dtype),
+            precision="highest",
+            preferred_element_type=jnp.float32,
+        )
+        scale = kernel.scale if kernel.scale.ndim == 0 else kernel.scale[None, :]
+        outputs.append(sums * (s * scale))
+    return outputs
+
+
+def rows_matmul(x: Array, rows: PackedRows, *, using: Backend | None = None) -> Array:
+    """``x @ dequantised(rows).T`` for x [..., D]: [..., V] in float32.
+
+    Activations take part in 16 bits, with a scale per token: coarser rounding than
+    float32's, and far finer than that of the rows. Backends agree to float rounding.
+    """
+    flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    if (using or backend()) == "cpu":
+        y = cpu.rows_matmul(flat, rows)
+    else:
+        codes = rows.codes.astype(jnp.float32)
+        y = jnp.dot(flat, codes.T, precision="highest") * rows.scale[None, :]
+    return y.reshape(*x.shape[:-1], y.shape[-1])

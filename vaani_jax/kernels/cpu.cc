@@ -1,0 +1,1170 @@
+// Products of 8-bit activations with packed weights on a CPU, for jax.ffi.
+//
+// Ternary weights [K, N] come as tiles (pack.py): block (n / 16, k / 16) is 64 bytes;
+// byte 4 * (n % 16) + k % 4 holds, two bits each and lowest first, the codes
+// (weight + 1) of the four k with the same k % 4. A 64-byte vector therefore is, for
+// each of its four pairs of bits, sixteen outputs times four inputs: what one
+// vpdpbusd, one vdot or one row of an AMX tile takes, with no sum across lanes ever.
+//
+//   sum_k (code - 1) q  =  sum_k code q  -  sum_k q
+//
+// so codes stay unsigned and the sum of the activations is subtracted at the end.
+// All sums are exact in int32; the two roundings of the result, of scale products and
+// of the output, are those of quant.py, in its order.
+//
+// Every instruction set has its own functions behind one table, in one binary; the
+// best one that the processor has is chosen when the library is loaded.
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define VAANI_X86 1
+#include <immintrin.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#elif defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
+#define VAANI_NEON 1
+#include <arm_neon.h>
+#endif
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+constexpr float kEpsilon = 1e-5f;  // as EPSILON in quant.py
+constexpr int64_t kTile = 16;      // outputs and inputs of a block
+constexpr int64_t kBlock = 64;     // its bytes
+// Rows of activation codes are padded to this, and to whole AMX tiles.
+constexpr int64_t kRowAlign = 64;
+constexpr int64_t kRows = 32;
+
+// Quantised activations [m, stride], with the sum and the scale of each row.
+struct Activations {
+  const int8_t* codes;
+  const int32_t* sums;
+  const float* scales;
+  int64_t m, stride;
+};
+
+// A product to compute: tiles and scale in, [m, n] out.
+struct Product {
+  const uint8_t* tiles;
+  const float* scale;
+  bool per_channel;
+  int64_t n, depth;  // depth: blocks along k
+  float* out;
+};
+
+// 8-bit rows [v, d] with a scale each: an embedding, as an output head.
+struct Rows {
+  const int8_t* codes;
+  const float* scales;
+  int64_t v, d;
+  float* out;
+};
+
+// Activations as 16-bit codes, split in unsigned bytes: code + 32768 = 256 high + low.
+struct Wide {
+  const uint8_t* high;
+  const uint8_t* low;
+  const float* scales;
+  int64_t m, stride;
+};
+
+// One query per row of a batch against a cache; see `attention`.
+struct Attention {
+  const float* q;  // [b, n, h]
+  const void *keys, *values;  // [b, s, k, h], float32, bfloat16 or int8
+  const float *key_scales, *value_scales;  // [b, s, k], of int8
+  const int32_t* starts;  // [b]
+  int64_t length, n, s, k, h;  // length: slots that count
+  float* out;  // [b, n, h]
+};
+
+struct Isa {
+  const char* name;
+  bool (*available)();
+  void (*quantize)(const float* x, int64_t k, const float* range, int8_t* codes,
+                   int64_t stride, int32_t* sum, float* scale);
+  // Output blocks [begin, end) of 16, for all rows.
+  void (*multiply)(const Activations&, const Product&, int64_t begin, int64_t end);
+  // Vocabulary rows [begin, end), for all rows of activations.
+  void (*rows)(const Wide&, const Rows&, int64_t begin, int64_t end);
+  // out = x / sqrt(mean(x^2) + epsilon) * scale, of one row.
+  void (*norm)(const float* x, const float* scale, int64_t k, float epsilon,
+               float* out);
+  // Row `b` of the batch, key-value head `head`; one function per dtype of the cache.
+  void (*attend[3])(const Attention&, int64_t b, int64_t head, float* scratch);
+};
+
+bool always() { return true; }
+
+// What to do with the range of a row: the scale, and the factor that gives codes.
+// A row that isn't finite gets a NaN scale, so that its outputs are NaN as in training.
+float scale_of(float bound, bool finite, float* factor) {
+  bound = std::max(bound, kEpsilon);
+  *factor = 127.0f / bound;
+  return finite ? bound * (1.0f / 127.0f) : std::numeric_limits<float>::quiet_NaN();
+}
+
+// -- Float parts ------------------------------------------------------------------
+//
+// Plain loops over sixteen lanes, inlined into a function of each instruction set,
+// whose vectors the compiler then uses.
+
+#define VAANI_INLINE inline __attribute__((always_inline))
+
+constexpr int kLanes = 16;
+
+VAANI_INLINE float lanes_total(const float* lanes) {
+  float half[8], quarter[4];
+  for (int i = 0; i < 8; ++i) half[i] = lanes[i] + lanes[i + 8];
+  for (int i = 0; i < 4; ++i) quarter[i] = half[i] + half[i + 4];
+  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+}
+
+VAANI_INLINE void norm_row(const float* x, const float* scale, int64_t k,
+                           float epsilon, float* out) {
+  float lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= k; i += kLanes)
+    for (int l = 0; l < kLanes; ++l) lanes[l] += x[i + l] * x[i + l];
+  float total = lanes_total(lanes);
+  for (; i < k; ++i) total += x[i] * x[i];
+  const float inverse = 1.0f / std::sqrt(total / static_cast<float>(k) + epsilon);
+  for (i = 0; i < k; ++i) out[i] = x[i] * inverse * scale[i];
+}
+
+// exp of x <= 0, to about an ulp: 2^n e^r, r in +-ln 2 / 2, by a polynomial.
+VAANI_INLINE float exp_of(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  const float n = std::nearbyint(x * 1.44269504f);
+  float r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, 4);
+  return p * power;
+}
+
+VAANI_INLINE float widened(float x) { return x; }
+VAANI_INLINE float widened(int8_t x) { return static_cast<float>(x); }
+VAANI_INLINE float widened(uint16_t x) {  // bfloat16
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Queries of a group share keys. `scratch` holds a score per slot.
+template <typename T>
+VAANI_INLINE void attend_row(const Attention& a, int64_t b, int64_t head,
+                             float* scratch) {
+  const int64_t group = a.n / a.k, step = a.k * a.h, h = a.h;
+  const int64_t first = std::min<int64_t>(a.starts[b], a.length - 1);
+  const int64_t origin = b * a.s * step + head * h;
+  const T* keys = static_cast<const T*>(a.keys) + origin;
+  const T* values = static_cast<const T*>(a.values) + origin;
+  const float root = 1.0f / std::sqrt(static_cast<float>(h));
+  for (int64_t g = 0; g < group; ++g) {
+    const int64_t query = b * a.n + head * group + g;
+    const float* q = a.q + query * h;
+    float largest = -std::numeric_limits<float>::infinity();
+    for (int64_t s = first; s < a.length; ++s) {
+      const T* key = keys + s * step;
+      float lanes[kLanes] = {};
+      int64_t i = 0;
+      for (; i + kLanes <= h; i += kLanes)
+        for (int l = 0; l < kLanes; ++l) lanes[l] += q[i + l] * widened(key[i + l]);
+      float score = lanes_total(lanes);
+      for (; i < h; ++i) score += q[i] * widened(key[i]);
+      score *= root;
+      if (a.key_scales) score *= a.key_scales[(b * a.s + s) * a.k + head];
+      scratch[s] = score;
+      largest = std::max(largest, score);
+    }
+    for (int64_t s = first; s < a.length; ++s) scratch[s] = exp_of(scratch[s] - largest);
+    float total = 0.0f;
+    for (int64_t s = first; s < a.length; ++s) total += scratch[s];
+    const float inverse = 1.0f / total;
+    float* out = a.out + query * h;
+    for (int64_t i = 0; i < h; ++i) out[i] = 0.0f;
+    for (int64_t s = first; s < a.length; ++s) {
+      float weight = scratch[s] * inverse;
+      if (a.value_scales) weight *= a.value_scales[(b * a.s + s) * a.k + head];
+      const T* value = values + s * step;
+      for (int64_t i = 0; i < h; ++i) out[i] += weight * widened(value[i]);
+    }
+  }
+}
+
+#define VAANI_FLOAT_PARTS(name, target)                                              \
+  target void name##_norm(const float* x, const float* scale, int64_t k,             \
+                          float epsilon, float* out) {                               \
+    norm_row(x, scale, k, epsilon, out);                                             \
+  }                                                                                  \
+  template <typename T>                                                              \
+  target void name##_attend(const Attention& a, int64_t b, int64_t head, float* s) { \
+    attend_row<T>(a, b, head, s);                                                    \
+  }
+
+#define VAANI_FLOAT_TABLE(name) \
+  name##_norm, { name##_attend<float>, name##_attend<uint16_t>, name##_attend<int8_t> }
+
+// -- Portable ---------------------------------------------------------------------
+
+VAANI_FLOAT_PARTS(portable, )
+
+void portable_quantize(const float* x, int64_t k, const float* range, int8_t* codes,
+                       int64_t stride, int32_t* sum, float* scale) {
+  float largest = 0.0f;
+  bool finite = true;
+  for (int64_t i = 0; i < k; ++i) {
+    // With a given range, infinities saturate; NaN never passes.
+    finite &= range ? !std::isnan(x[i]) : std::isfinite(x[i]);
+    largest = std::max(largest, std::fabs(x[i]));
+  }
+  float factor;
+  *scale = scale_of(range ? *range : largest, finite, &factor);
+  int32_t total = 0;
+  for (int64_t i = 0; i < k; ++i) {
+    float value = std::nearbyint(x[i] * factor);
+    value = std::min(std::max(value, -128.0f), 127.0f);
+    codes[i] = finite ? static_cast<int8_t>(value) : 0;
+    total += codes[i];
+  }
+  std::memset(codes + k, 0, stride - k);
+  *sum = total;
+}
+
+void store_block(const Activations& a, const Product& p, int64_t block, int64_t row,
+                 const int32_t* sums) {
+  const int64_t first = block * kTile, count = std::min(kTile, p.n - first);
+  float* out = p.out + row * p.n + first;
+  for (int64_t i = 0; i < count; ++i) {
+    const float scale = p.per_channel ? p.scale[first + i] : *p.scale;
+    out[i] = static_cast<float>(sums[i] - a.sums[row]) * (a.scales[row] * scale);
+  }
+}
+
+void portable_multiply(const Activations& a, const Product& p, int64_t begin,
+                       int64_t end) {
+  for (int64_t b = begin; b < end; ++b) {
+    const uint8_t* tiles = p.tiles + b * p.depth * kBlock;
+    for (int64_t m = 0; m < a.m; ++m) {
+      int32_t sums[kTile] = {};
+      for (int64_t kb = 0; kb < p.depth; ++kb) {
+        const uint8_t* tile = tiles + kb * kBlock;
+        const int8_t* q = a.codes + m * a.stride + kb * kTile;
+        for (int64_t n = 0; n < kTile; ++n) {
+          int32_t sum = 0;
+          for (int64_t j = 0; j < 4; ++j) {
+            const int32_t byte = tile[4 * n + j];
+            for (int64_t plane = 0; plane < 4; ++plane)
+              sum += ((byte >> (2 * plane)) & 3) * q[4 * plane + j];
+          }
+          sums[n] += sum;
+        }
+      }
+      store_block(a, p, b, m, sums);
+    }
+  }
+}
+
+void portable_rows(const Wide& a, const Rows& r, int64_t begin, int64_t end) {
+  for (int64_t v = begin; v < end; ++v) {
+    const int8_t* w = r.codes + v * r.d;
+    for (int64_t m = 0; m < a.m; ++m) {
+      const uint8_t *high = a.high + m * a.stride, *low = a.low + m * a.stride;
+      int32_t sum_high = 0, sum_low = 0;
+      for (int64_t i = 0; i < r.d; ++i) {
+        sum_high += (static_cast<int32_t>(high[i]) - 128) * w[i];
+        sum_low += static_cast<int32_t>(low[i]) * w[i];
+      }
+      const double total = 256.0 * sum_high + sum_low;
+      r.out[m * r.v + v] =
+          static_cast<float>(total) * (a.scales[m] * r.scales[v]);
+    }
+  }
+}
+
+#if VAANI_X86
+
+// -- AVX2 -------------------------------------------------------------------------
+
+#define VAANI_AVX2 __attribute__((target("avx2,fma")))
+
+VAANI_FLOAT_PARTS(avx2, VAANI_AVX2)
+
+VAANI_AVX2 void avx2_quantize(const float* x, int64_t k, const float* range,
+                              int8_t* codes, int64_t stride, int32_t* sum,
+                              float* scale) {
+  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  const __m256 infinity = _mm256_set1_ps(std::numeric_limits<float>::infinity());
+  __m256 largest = _mm256_setzero_ps(), bad = _mm256_setzero_ps();
+  int64_t i = 0;
+  for (; i + 8 <= k; i += 8) {
+    const __m256 v = _mm256_and_ps(_mm256_loadu_ps(x + i), magnitude);
+    largest = _mm256_max_ps(largest, v);
+    bad = _mm256_or_ps(bad, range ? _mm256_cmp_ps(v, v, _CMP_UNORD_Q)
+                                  : _mm256_cmp_ps(v, infinity, _CMP_NLT_UQ));
+  }
+  float lanes[8], bound = 0.0f;
+  bool finite = _mm256_movemask_ps(bad) == 0;
+  _mm256_storeu_ps(lanes, largest);
+  for (float lane : lanes) bound = std::max(bound, lane);
+  for (int64_t j = i; j < k; ++j) {
+    finite &= range ? !std::isnan(x[j]) : std::isfinite(x[j]);
+    bound = std::max(bound, std::fabs(x[j]));
+  }
+  float factor;
+  *scale = scale_of(range ? *range : bound, finite, &factor);
+  if (!finite) {
+    std::memset(codes, 0, stride);
+    *sum = 0;
+    return;
+  }
+  const __m256 by = _mm256_set1_ps(factor);
+  const __m256 low = _mm256_set1_ps(-128.0f), high = _mm256_set1_ps(127.0f);
+  __m256i total = _mm256_setzero_si256();
+  for (i = 0; i + 8 <= k; i += 8) {
+    __m256 v = _mm256_mul_ps(_mm256_loadu_ps(x + i), by);
+    v = _mm256_min_ps(_mm256_max_ps(v, low), high);
+    const __m256i q = _mm256_cvtps_epi32(v);
+    total = _mm256_add_epi32(total, q);
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(q),
+                                          _mm256_extracti128_si256(q, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + i),
+                     _mm_packs_epi16(words, words));
+  }
+  int32_t totals[8];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(totals), total);
+  int32_t result = 0;
+  for (int32_t t : totals) result += t;
+  for (; i < k; ++i) {
+    const float v = std::min(std::max(x[i] * factor, -128.0f), 127.0f);
+    codes[i] = static_cast<int8_t>(std::nearbyint(v));
+    result += codes[i];
+  }
+  std::memset(codes + k, 0, stride - k);
+  *sum = result;
+}
+
+inline int32_t four(const int8_t* q) {
+  int32_t value;
+  std::memcpy(&value, q, 4);
+  return value;
+}
+
+// Pairs of products are at most 2 * 2 * 128 and four planes are added: fifteen blocks
+// fit in 16 bits before they must be widened.
+template <int M>
+VAANI_AVX2 void avx2_block(const Activations& a, const Product& p, int64_t b,
+                           int64_t row) {
+  const uint8_t* tiles = p.tiles + b * p.depth * kBlock;
+  const int8_t* q = a.codes + row * a.stride;
+  const __m256i three = _mm256_set1_epi8(3), one = _mm256_set1_epi16(1);
+  alignas(32) int32_t sums[M][kTile] = {};
+  for (int64_t start = 0; start < p.depth; start += 15) {
+    const int64_t stop = std::min<int64_t>(start + 15, p.depth);
+    __m256i acc[M][2];
+    for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = _mm256_setzero_si256();
+    for (int64_t kb = start; kb < stop; ++kb) {
+      const __m256i* tile = reinterpret_cast<const __m256i*>(tiles + kb * kBlock);
+      __m256i left = _mm256_loadu_si256(tile), right = _mm256_loadu_si256(tile + 1);
+      for (int plane = 0; plane < 4; ++plane) {
+        const __m256i l = _mm256_and_si256(left, three);
+        const __m256i r = _mm256_and_si256(right, three);
+        left = _mm256_srli_epi16(left, 2);
+        right = _mm256_srli_epi16(right, 2);
+        for (int m = 0; m < M; ++m) {
+          const __m256i x =
+              _mm256_set1_epi32(four(q + m * a.stride + kb * kTile + 4 * plane));
+          acc[m][0] = _mm256_add_epi16(acc[m][0], _mm256_maddubs_epi16(l, x));
+          acc[m][1] = _mm256_add_epi16(acc[m][1], _mm256_maddubs_epi16(r, x));
+        }
+      }
+    }
+    for (int m = 0; m < M; ++m)
+      for (int half = 0; half < 2; ++half) {
+        __m256i* sum = reinterpret_cast<__m256i*>(sums[m] + 8 * half);
+        const __m256i wide = _mm256_madd_epi16(acc[m][half], one);
+        _mm256_store_si256(sum, _mm256_add_epi32(_mm256_load_si256(sum), wide));
+      }
+  }
+  for (int m = 0; m < M; ++m) store_block(a, p, b, row + m, sums[m]);
+}
+
+VAANI_AVX2 void avx2_multiply(const Activations& a, const Product& p, int64_t begin,
+                              int64_t end) {
+  int64_t row = 0;
+  for (; row + 4 <= a.m; row += 4)
+    for (int64_t b = begin; b < end; ++b) avx2_block<4>(a, p, b, row);
+  for (int64_t b = begin; b < end; ++b) switch (a.m - row) {
+      case 3: avx2_block<3>(a, p, b, row); break;
+      case 2: avx2_block<2>(a, p, b, row); break;
+      case 1: avx2_block<1>(a, p, b, row); break;
+    }
+}
+
+VAANI_AVX2 int32_t avx2_total(__m256i v) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
+  return _mm_cvtsi128_si32(s);
+}
+
+VAANI_AVX2 void avx2_rows(const Wide& a, const Rows& r, int64_t begin, int64_t end) {
+  const int64_t whole = r.d / 16 * 16;
+  for (int64_t v = begin; v < end; ++v) {
+    const int8_t* w = r.codes + v * r.d;
+    for (int64_t m = 0; m < a.m; ++m) {
+      const uint8_t *high = a.high + m * a.stride, *low = a.low + m * a.stride;
+      __m256i sum_high = _mm256_setzero_si256(), sum_low = _mm256_setzero_si256();
+      for (int64_t i = 0; i < whole; i += 16) {
+        // Sixteen bits on both sides: pairs sum to at most 2 * 255 * 128.
+        const __m256i x = _mm256_cvtepi8_epi16(
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + i)));
+        const __m256i h = _mm256_sub_epi16(
+            _mm256_cvtepu8_epi16(
+                _mm_loadu_si128(reinterpret_cast<const __m128i*>(high + i))),
+            _mm256_set1_epi16(128));
+        const __m256i l = _mm256_cvtepu8_epi16(
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(low + i)));
+        sum_high = _mm256_add_epi32(sum_high, _mm256_madd_epi16(h, x));
+        sum_low = _mm256_add_epi32(sum_low, _mm256_madd_epi16(l, x));
+      }
+      int32_t total_high = avx2_total(sum_high), total_low = avx2_total(sum_low);
+      for (int64_t i = whole; i < r.d; ++i) {
+        total_high += (static_cast<int32_t>(high[i]) - 128) * w[i];
+        total_low += static_cast<int32_t>(low[i]) * w[i];
+      }
+      r.out[m * r.v + v] = static_cast<float>(256.0 * total_high + total_low) *
+                           (a.scales[m] * r.scales[v]);
+    }
+  }
+}
+
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+// -- AVX-512 with VNNI ------------------------------------------------------------
+
+#define VAANI_AVX512 \
+  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+
+VAANI_FLOAT_PARTS(avx512, VAANI_AVX512)
+
+VAANI_AVX512 void avx512_quantize(const float* x, int64_t k, const float* range,
+                                  int8_t* codes, int64_t stride, int32_t* sum,
+                                  float* scale) {
+  const __m512 infinity = _mm512_set1_ps(std::numeric_limits<float>::infinity());
+  __m512 largest = _mm512_setzero_ps();
+  __mmask16 bad = 0;
+  for (int64_t i = 0; i < k; i += 16) {
+    const __mmask16 mask = k - i >= 16 ? 0xffff : (1u << (k - i)) - 1;
+    const __m512 v = _mm512_abs_ps(_mm512_maskz_loadu_ps(mask, x + i));
+    largest = _mm512_max_ps(largest, v);
+    bad |= range ? _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q)
+                 : _mm512_cmp_ps_mask(v, infinity, _CMP_NLT_UQ);
+  }
+  float factor;
+  *scale = scale_of(range ? *range : _mm512_reduce_max_ps(largest), !bad, &factor);
+  if (bad) {
+    std::memset(codes, 0, stride);
+    *sum = 0;
+    return;
+  }
+  const __m512 by = _mm512_set1_ps(factor);
+  const __m512 low = _mm512_set1_ps(-128.0f), high = _mm512_set1_ps(127.0f);
+  __m512i total = _mm512_setzero_si512();
+  int64_t i = 0;
+  for (; i < k; i += 16) {
+    const __mmask16 mask = k - i >= 16 ? 0xffff : (1u << (k - i)) - 1;
+    __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), by);
+    v = _mm512_min_ps(_mm512_max_ps(v, low), high);
+    const __m512i q = _mm512_cvtps_epi32(v);
+    total = _mm512_add_epi32(total, q);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), _mm512_cvtsepi32_epi8(q));
+  }
+  std::memset(codes + i, 0, stride - i);
+  *sum = _mm512_reduce_add_epi32(total);
+}
+
+VAANI_AVX512 inline void avx512_store(const Activations& a, const Product& p,
+                                      int64_t block, int64_t row, __m512i sums) {
+  const int64_t first = block * kTile, left = p.n - first;
+  const __mmask16 mask = left >= kTile ? 0xffff : (1u << left) - 1;
+  const __m512 weight = p.per_channel
+                            ? _mm512_maskz_loadu_ps(mask, p.scale + first)
+                            : _mm512_set1_ps(*p.scale);
+  sums = _mm512_sub_epi32(sums, _mm512_set1_epi32(a.sums[row]));
+  const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(a.scales[row]), weight);
+  _mm512_mask_storeu_ps(p.out + row * p.n + first, mask,
+                        _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scale));
+}
+
+// Few rows: bound by reading the tiles. The planes are masked where they stand, which
+// multiplies their sums by 1, 4, 16 and 64; each has its accumulator and is shifted
+// back at the end. U accumulators a plane hide the latency of vpdpbusd.
+template <int M, int U>
+VAANI_AVX512 void avx512_narrow(const Activations& a, const Product& p, int64_t row,
+                                int64_t begin, int64_t end) {
+  const __m512i masks[4] = {
+      _mm512_set1_epi8(0x03), _mm512_set1_epi8(0x0c), _mm512_set1_epi8(0x30),
+      _mm512_set1_epi8(static_cast<char>(0xc0))};
+  const int8_t* q = a.codes + row * a.stride;
+  for (int64_t b = begin; b < end; ++b) {
+    const uint8_t* tiles = p.tiles + b * p.depth * kBlock;
+    __m512i acc[U][M][4];
+    for (int u = 0; u < U; ++u)
+      for (int m = 0; m < M; ++m)
+        for (int plane = 0; plane < 4; ++plane)
+          acc[u][m][plane] = _mm512_setzero_si512();
+    int64_t kb = 0;
+    for (; kb + U <= p.depth; kb += U)
+      for (int u = 0; u < U; ++u) {
+        const uint8_t* at = tiles + (kb + u) * kBlock;
+        _mm_prefetch(reinterpret_cast<const char*>(at + 2048), _MM_HINT_T0);
+        const __m512i tile = _mm512_loadu_si512(at);
+        for (int plane = 0; plane < 4; ++plane) {
+          const __m512i codes = _mm512_and_si512(tile, masks[plane]);
+          for (int m = 0; m < M; ++m)
+            acc[u][m][plane] = _mm512_dpbusd_epi32(
+                acc[u][m][plane], codes,
+                _mm512_set1_epi32(
+                    four(q + m * a.stride + (kb + u) * kTile + 4 * plane)));
+        }
+      }
+    for (; kb < p.depth; ++kb) {
+      const __m512i tile = _mm512_loadu_si512(tiles + kb * kBlock);
+      for (int plane = 0; plane < 4; ++plane) {
+        const __m512i codes = _mm512_and_si512(tile, masks[plane]);
+        for (int m = 0; m < M; ++m)
+          acc[0][m][plane] = _mm512_dpbusd_epi32(
+              acc[0][m][plane], codes,
+              _mm512_set1_epi32(four(q + m * a.stride + kb * kTile + 4 * plane)));
+      }
+    }
+    for (int m = 0; m < M; ++m) {
+      __m512i sum = _mm512_setzero_si512();
+      for (int u = 0; u < U; ++u) {
+        sum = _mm512_add_epi32(sum, acc[u][m][0]);
+        sum = _mm512_add_epi32(sum, _mm512_srai_epi32(acc[u][m][1], 2));
+        sum = _mm512_add_epi32(sum, _mm512_srai_epi32(acc[u][m][2], 4));
+        sum = _mm512_add_epi32(sum, _mm512_srai_epi32(acc[u][m][3], 6));
+      }
+      avx512_store(a, p, b, row + m, sum);
+    }
+  }
+}
+
+// Many rows: bound by arithmetic. M rows times two blocks in registers; a tile is
+// unpacked once for all of them.
+template <int M>
+VAANI_AVX512 void avx512_wide(const Activations& a, const Product& p, int64_t row,
+                              int64_t begin, int64_t end) {
+  const __m512i three = _mm512_set1_epi8(3);
+  const int8_t* q = a.codes + row * a.stride;
+  for (int64_t b = begin; b < end; b += 2) {
+    const bool pair = b + 1 < end;
+    const uint8_t* tiles = p.tiles + b * p.depth * kBlock;
+    const uint8_t* others = pair ? tiles + p.depth * kBlock : tiles;
+    __m512i acc[M][2];
+    for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = _mm512_setzero_si512();
+    for (int64_t kb = 0; kb < p.depth; ++kb) {
+      __m512i left = _mm512_loadu_si512(tiles + kb * kBlock);
+      __m512i right = _mm512_loadu_si512(others + kb * kBlock);
+      for (int plane = 0; plane < 4; ++plane) {
+        const __m512i l = _mm512_and_si512(left, three);
+        const __m512i r = _mm512_and_si512(right, three);
+        left = _mm512_srli_epi16(left, 2);
+        right = _mm512_srli_epi16(right, 2);
+        for (int m = 0; m < M; ++m) {
+          const __m512i x =
+              _mm512_set1_epi32(four(q + m * a.stride + kb * kTile + 4 * plane));
+          acc[m][0] = _mm512_dpbusd_epi32(acc[m][0], l, x);
+          acc[m][1] = _mm512_dpbusd_epi32(acc[m][1], r, x);
+        }
+      }
+    }
+    for (int m = 0; m < M; ++m) {
+      avx512_store(a, p, b, row + m, acc[m][0]);
+      if (pair) avx512_store(a, p, b + 1, row + m, acc[m][1]);
+    }
+  }
+}
+
+using Avx512Part = void (*)(const Activations&, const Product&, int64_t, int64_t,
+                            int64_t);
+
+template <int... I>
+constexpr std::array<Avx512Part, sizeof...(I)> wide_parts(
+    std::integer_sequence<int, I...>) {
+  return {avx512_wide<I + 1>...};
+}
+
+constexpr int kWide = 12;
+constexpr auto kWideParts = wide_parts(std::make_integer_sequence<int, kWide>());
+
+VAANI_AVX512 void avx512_multiply(const Activations& a, const Product& p,
+                                  int64_t begin, int64_t end) {
+  switch (a.m) {
+    case 1: return avx512_narrow<1, 2>(a, p, 0, begin, end);
+    case 2: return avx512_narrow<2, 1>(a, p, 0, begin, end);
+    case 3: return avx512_narrow<3, 1>(a, p, 0, begin, end);
+    case 4: return avx512_narrow<4, 1>(a, p, 0, begin, end);
+  }
+  for (int64_t row = 0; row < a.m;) {
+    // Rows in equal parts: 13 are 7 and 6, not 12 and 1.
+    const int64_t left = a.m - row, parts = (left + kWide - 1) / kWide;
+    const int64_t count = (left + parts - 1) / parts;
+    kWideParts[count - 1](a, p, row, begin, end);
+    row += count;
+  }
+}
+
+// u8 high and low bytes times s8 weights; 128 * sum(weights) comes from a third
+// product, which costs nothing where memory is the limit.
+template <int M>
+VAANI_AVX512 void avx512_rows_of(const Wide& a, const Rows& r, int64_t row,
+                                 int64_t begin, int64_t end) {
+  const __m512i bias = _mm512_set1_epi8(static_cast<char>(0x80));
+  for (int64_t v = begin; v < end; ++v) {
+    const int8_t* w = r.codes + v * r.d;
+    __m512i high[M], low[M], offset = _mm512_setzero_si512();
+    for (int m = 0; m < M; ++m) high[m] = low[m] = _mm512_setzero_si512();
+    for (int64_t i = 0; i < r.d; i += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(w + i + 2048), _MM_HINT_T0);
+      const __mmask64 mask =
+          r.d - i >= 64 ? ~__mmask64{0} : (__mmask64{1} << (r.d - i)) - 1;
+      const __m512i x = _mm512_maskz_loadu_epi8(mask, w + i);
+      offset = _mm512_dpbusd_epi32(offset, bias, x);
+      for (int m = 0; m < M; ++m) {
+        const int64_t at = (row + m) * a.stride + i;
+        high[m] = _mm512_dpbusd_epi32(high[m], _mm512_loadu_si512(a.high + at), x);
+        low[m] = _mm512_dpbusd_epi32(low[m], _mm512_loadu_si512(a.low + at), x);
+      }
+    }
+    for (int m = 0; m < M; ++m) {
+      const double total =
+          256.0 * _mm512_reduce_add_epi32(_mm512_sub_epi32(high[m], offset)) +
+          _mm512_reduce_add_epi32(low[m]);
+      r.out[(row + m) * r.v + v] =
+          static_cast<float>(total) * (a.scales[row + m] * r.scales[v]);
+    }
+  }
+}
+
+VAANI_AVX512 void avx512_rows(const Wide& a, const Rows& r, int64_t begin,
+                              int64_t end) {
+  int64_t row = 0;
+  for (; row + 4 <= a.m; row += 4) avx512_rows_of<4>(a, r, row, begin, end);
+  for (; row < a.m; ++row) avx512_rows_of<1>(a, r, row, begin, end);
+}
+
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+
+// -- AMX: AVX-512, and tiles of 16 x 64 bytes for many rows -----------------------
+
+#if defined(__linux__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
+#define VAANI_AMX 1
+#define VAANI_TILES                                                              \
+  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile," \
+                        "amx-int8")))
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Two panels of 16 outputs, unpacked to rows of four inputs x 16 outputs, as
+// tdpbsud takes them: [depth x 4, 64] bytes each.
+VAANI_TILES void amx_unpack(const uint8_t* tiles, int64_t depth, int64_t padded,
+                            uint8_t* panel) {
+  const __m512i three = _mm512_set1_epi8(3);
+  for (int64_t kb = 0; kb < depth; ++kb) {
+    __m512i tile = _mm512_loadu_si512(tiles + kb * kBlock);
+    for (int plane = 0; plane < 4; ++plane) {
+      _mm512_store_si512(panel + (4 * kb + plane) * 64, _mm512_and_si512(tile, three));
+      tile = _mm512_srli_epi16(tile, 2);
+    }
+  }
+  std::memset(panel + depth * 256, 0, (padded - depth) * 256);
+}
+
+VAANI_TILES void amx_multiply(const Activations& a, const Product& p, int64_t begin,
+                              int64_t end) {
+  if (a.m < 12) return avx512_multiply(a, p, begin, end);
+  const int64_t padded = (p.depth + 3) / 4 * 4;  // blocks; tiles take four
+  thread_local std::vector<uint8_t> scratch;
+  scratch.resize(2 * padded * 256 + 64);
+  uint8_t* panels = scratch.data() + (-reinterpret_cast<uintptr_t>(scratch.data()) & 63);
+  uint8_t* second = panels + padded * 256;
+  TileConfig config;
+  for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = 16;
+  _tile_loadconfig(&config);
+  alignas(64) int32_t sums[4][16][16];
+  for (int64_t b = begin; b < end; b += 2) {
+    const bool pair = b + 1 < end;
+    amx_unpack(p.tiles + b * p.depth * kBlock, p.depth, padded, panels);
+    if (pair)
+      amx_unpack(p.tiles + (b + 1) * p.depth * kBlock, p.depth, padded, second);
+    for (int64_t row = 0; row < a.m; row += kRows) {
+      // Rows beyond m are padding that belongs to the buffer.
+      const int8_t* q = a.codes + row * a.stride;
+      const int8_t* more = q + 16 * a.stride;
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t kb = 0; kb < padded; kb += 4) {
+        _tile_loadd(4, q + kb * kTile, a.stride);
+        _tile_loadd(5, more + kb * kTile, a.stride);
+        _tile_loadd(6, panels + kb * 256, 64);
+        _tile_loadd(7, second + kb * 256, 64);
+        _tile_dpbsud(0, 4, 6);
+        _tile_dpbsud(1, 5, 6);
+        _tile_dpbsud(2, 4, 7);
+        _tile_dpbsud(3, 5, 7);
+      }
+      _tile_stored(0, sums[0], 64);
+      _tile_stored(1, sums[1], 64);
+      _tile_stored(2, sums[2], 64);
+      _tile_stored(3, sums[3], 64);
+      const int64_t count = std::min(kRows, a.m - row);
+      for (int64_t i = 0; i < count; ++i) {
+        avx512_store(a, p, b, row + i, _mm512_load_si512(sums[i / 16][i % 16]));
+        if (pair)
+          avx512_store(a, p, b + 1, row + i,
+                       _mm512_load_si512(sums[2 + i / 16][i % 16]));
+      }
+    }
+  }
+  _tile_release();
+}
+
+bool has_amx() {
+  if (!has_avx512()) return false;
+  unsigned a, b, c, d;
+  __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(0));
+  const bool tiles = (d >> 24) & 1, int8 = (d >> 25) & 1;
+  // Linux hands the tile registers out on request (ARCH_REQ_XCOMP_PERM, XTILEDATA).
+  return tiles && int8 && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+}
+#endif  // AMX
+#endif  // x86
+
+#if VAANI_NEON
+
+// -- NEON with dot products -------------------------------------------------------
+
+template <int M>
+void neon_block(const Activations& a, const Product& p, int64_t b, int64_t row) {
+  const uint8_t* tiles = p.tiles + b * p.depth * kBlock;
+  const int8_t* q = a.codes + row * a.stride;
+  const uint8x16_t three = vdupq_n_u8(3);
+  int32x4_t acc[M][4];
+  for (int m = 0; m < M; ++m)
+    for (int part = 0; part < 4; ++part) acc[m][part] = vdupq_n_s32(0);
+  for (int64_t kb = 0; kb < p.depth; ++kb) {
+    int8x16_t x[M];
+    for (int m = 0; m < M; ++m) x[m] = vld1q_s8(q + m * a.stride + kb * kTile);
+    for (int part = 0; part < 4; ++part) {
+      const uint8x16_t tile = vld1q_u8(tiles + kb * kBlock + 16 * part);
+      const int8x16_t w0 = vreinterpretq_s8_u8(vandq_u8(tile, three));
+      const int8x16_t w1 = vreinterpretq_s8_u8(vandq_u8(vshrq_n_u8(tile, 2), three));
+      const int8x16_t w2 = vreinterpretq_s8_u8(vandq_u8(vshrq_n_u8(tile, 4), three));
+      const int8x16_t w3 = vreinterpretq_s8_u8(vshrq_n_u8(tile, 6));
+      for (int m = 0; m < M; ++m) {
+        acc[m][part] = vdotq_laneq_s32(acc[m][part], w0, x[m], 0);
+        acc[m][part] = vdotq_laneq_s32(acc[m][part], w1, x[m], 1);
+        acc[m][part] = vdotq_laneq_s32(acc[m][part], w2, x[m], 2);
+        acc[m][part] = vdotq_laneq_s32(acc[m][part], w3, x[m], 3);
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    int32_t sums[kTile];
+    for (int part = 0; part < 4; ++part) vst1q_s32(sums + 4 * part, acc[m][part]);
+    store_block(a, p, b, row + m, sums);
+  }
+}
+
+void neon_multiply(const Activations& a, const Product& p, int64_t begin,
+                   int64_t end) {
+  int64_t row = 0;
+  for (; row + 4 <= a.m; row += 4)
+    for (int64_t b = begin; b < end; ++b) neon_block<4>(a, p, b, row);
+  for (int64_t b = begin; b < end; ++b)
+    for (int64_t rest = row; rest < a.m; ++rest) neon_block<1>(a, p, b, rest);
+}
+#endif  // NEON
+
+// -- The choice -------------------------------------------------------------------
+
+const Isa kIsas[] = {
+#if VAANI_X86
+#if VAANI_AMX
+    {"amx", has_amx, avx512_quantize, amx_multiply, avx512_rows,
+     VAANI_FLOAT_TABLE(avx512)},
+#endif
+    {"avx512", has_avx512, avx512_quantize, avx512_multiply, avx512_rows,
+     VAANI_FLOAT_TABLE(avx512)},
+    {"avx2", has_avx2, avx2_quantize, avx2_multiply, avx2_rows,
+     VAANI_FLOAT_TABLE(avx2)},
+#endif
+#if VAANI_NEON
+    {"neon", always, portable_quantize, neon_multiply, portable_rows,
+     VAANI_FLOAT_TABLE(portable)},
+#endif
+    {"portable", always, portable_quantize, portable_multiply, portable_rows,
+     VAANI_FLOAT_TABLE(portable)},
+};
+
+const Isa* best() {
+  for (const Isa& isa : kIsas)
+    if (isa.available()) return &isa;
+  return nullptr;
+}
+
+std::atomic<const Isa*> chosen{best()};
+
+// -- Threads ----------------------------------------------------------------------
+
+// Work in numbered parts that threads take one by one. The caller takes part, so that
+// a busy pool delays nothing; a helper that comes late finds no part and leaves.
+template <typename F>
+struct Shared {
+  Shared(F work, int64_t parts) : work(std::move(work)), parts(parts) {}
+  F work;
+  const int64_t parts;
+  std::atomic<int64_t> next{0}, done{0};
+
+  void run() {
+    for (;;) {
+      const int64_t part = next.fetch_add(1, std::memory_order_relaxed);
+      if (part >= parts) return;
+      work(part);
+      done.fetch_add(1, std::memory_order_release);
+    }
+  }
+};
+
+inline void pause() {
+#if VAANI_X86
+  _mm_pause();
+#endif
+}
+
+template <typename F>
+void parallel(ffi::ThreadPool& pool, int64_t threads, int64_t parts, F work) {
+  threads = std::min(threads, parts);
+  if (threads <= 1) {
+    for (int64_t part = 0; part < parts; ++part) work(part);
+    return;
+  }
+  auto shared = std::make_shared<Shared<F>>(std::move(work), parts);
+  for (int64_t i = 1; i < threads; ++i) pool.Schedule([shared] { shared->run(); });
+  shared->run();
+  while (shared->done.load(std::memory_order_acquire) < parts) pause();
+}
+
+// Fewer byte-rows than this a thread cost more to hand over than to do.
+constexpr int64_t kWorth = 1 << 16;
+
+int64_t useful_threads(ffi::ThreadPool& pool, int64_t work) {
+  const int64_t available = std::max<int64_t>(1, pool.num_threads());
+  return std::clamp<int64_t>(work / kWorth, 1, available);
+}
+
+template <typename T>
+T* aligned(std::vector<T>& buffer, int64_t count) {
+  if (static_cast<int64_t>(buffer.size()) < count + 64) buffer.resize(count + 64);
+  const auto address = reinterpret_cast<uintptr_t>(buffer.data());
+  return buffer.data() + (-address & 63) / sizeof(T);
+}
+
+int64_t rounded(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+
+// -- Handlers ---------------------------------------------------------------------
+
+// Inputs: x [m, k] float32; then, for each product, tiles [n / 16, k / 16, 64] uint8
+// and scale [] or [n] float32; then, where `tracked`, the activation range, and, where
+// `normed`, the scale [k] of an RMSNorm that comes first. Outputs: [m, n] float32 each.
+ffi::Error ternary_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
+                          ffi::RemainingArgs args, ffi::RemainingRets results,
+                          bool tracked, bool normed, float epsilon) {
+  const Isa& isa = *chosen.load(std::memory_order_relaxed);
+  if (x.dimensions().size() != 2)
+    return ffi::Error::InvalidArgument("activations must be [m, k]");
+  const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
+  const int64_t depth = rounded(k, kTile) / kTile;
+  const size_t count = results.size();
+  if (args.size() != 2 * count + tracked + normed)
+    return ffi::Error::InvalidArgument("tiles and a scale for each product");
+  std::vector<Product> products;
+  int64_t work = 0;
+  for (size_t i = 0; i < count; ++i) {
+    auto tiles = args.get<ffi::Buffer<ffi::U8>>(2 * i);
+    auto scale = args.get<ffi::Buffer<ffi::F32>>(2 * i + 1);
+    auto out = results.get<ffi::Buffer<ffi::F32>>(i);
+    if (!tiles || !scale || !out)
+      return ffi::Error::InvalidArgument("uint8 tiles, float32 scales and outputs");
+    const auto shape = tiles->dimensions();
+    const int64_t n = (*out)->dimensions().back();
+    if (shape.size() != 3 || shape[0] != rounded(n, kTile) / kTile ||
+        shape[1] != depth || shape[2] != kBlock ||
+        (*out)->element_count() != static_cast<size_t>(m * n))
+      return ffi::Error::InvalidArgument("tiles do not fit the input and the output");
+    const bool channel = scale->dimensions().size() == 1;
+    if (channel && scale->dimensions()[0] != n)
+      return ffi::Error::InvalidArgument("scale must be [] or [n]");
+    products.push_back({tiles->typed_data(), scale->typed_data(), channel, n, depth,
+                        (*out)->typed_data()});
+    work += static_cast<int64_t>(tiles->element_count()) * m;
+  }
+  const float* range = nullptr;
+  if (tracked) {
+    auto buffer = args.get<ffi::Buffer<ffi::F32>>(2 * count);
+    if (!buffer) return ffi::Error::InvalidArgument("the range must be float32");
+    range = buffer->typed_data();
+  }
+  const float* norm_scale = nullptr;
+  if (normed) {
+    auto buffer = args.get<ffi::Buffer<ffi::F32>>(2 * count + tracked);
+    if (!buffer || buffer->element_count() != static_cast<size_t>(k))
+      return ffi::Error::InvalidArgument("the norm's scale must be [k] float32");
+    norm_scale = buffer->typed_data();
+  }
+  if (m == 0) return ffi::Error::Success();
+
+  thread_local std::vector<int8_t> code_buffer;
+  thread_local std::vector<int32_t> sums;
+  thread_local std::vector<float> scales;
+  const int64_t stride = rounded(k, kRowAlign), rows = rounded(m, kRows);
+  int8_t* codes = aligned(code_buffer, rows * stride);
+  if (static_cast<int64_t>(sums.size()) < m) sums.resize(m), scales.resize(m);
+  int32_t* row_sums = sums.data();
+  float* row_scales = scales.data();
+  const float* input = x.typed_data();
+  const int64_t threads = useful_threads(pool, work);
+
+  constexpr int64_t kBatch = 8;  // rows quantised at a time
+  parallel(pool, useful_threads(pool, m * k), (m + kBatch - 1) / kBatch,
+           [=, &isa](int64_t part) {
+             thread_local std::vector<float> normal;
+             if (norm_scale && static_cast<int64_t>(normal.size()) < k)
+               normal.resize(k);
+             const int64_t stop = std::min(m, (part + 1) * kBatch);
+             for (int64_t row = part * kBatch; row < stop; ++row) {
+               const float* from = input + row * k;
+               if (norm_scale) {
+                 isa.norm(from, norm_scale, k, epsilon, normal.data());
+                 from = normal.data();
+               }
+               isa.quantize(from, k, range, codes + row * stride, stride,
+                            row_sums + row, row_scales + row);
+             }
+           });
+
+  // Blocks of all products in one row, cut in parts of even numbers of blocks.
+  const Activations activations{codes, row_sums, row_scales, m, stride};
+  std::vector<int64_t> starts{0};
+  for (const Product& p : products)
+    starts.push_back(starts.back() + rounded(p.n, 2 * kTile) / kTile);
+  const int64_t total = starts.back();
+  const int64_t parts = threads == 1 ? 1 : std::min(total / 2, 4 * threads);
+  const int64_t each = rounded((total + parts - 1) / parts, 2);
+  parallel(pool, threads, (total + each - 1) / each, [=, &isa](int64_t part) {
+    const int64_t begin = part * each, end = std::min(total, begin + each);
+    for (size_t i = 0; i < products.size(); ++i) {
+      const int64_t blocks = rounded(products[i].n, kTile) / kTile;
+      const int64_t first = std::max<int64_t>(begin - starts[i], 0);
+      const int64_t last = std::min(end - starts[i], blocks);
+      if (first < last) isa.multiply(activations, products[i], first, last);
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// x [m, d] float32, codes [v, d] int8, scales [v] float32 -> [m, v] float32. The
+// activations are rounded to 16 bits a row; all else is exact until the last product.
+ffi::Error rows_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
+                       ffi::Buffer<ffi::S8> codes, ffi::Buffer<ffi::F32> scales,
+                       ffi::ResultBuffer<ffi::F32> out) {
+  const Isa& isa = *chosen.load(std::memory_order_relaxed);
+  if (x.dimensions().size() != 2 || codes.dimensions().size() != 2 ||
+      x.dimensions()[1] != codes.dimensions()[1] ||
+      scales.element_count() != static_cast<size_t>(codes.dimensions()[0]) ||
+      out->element_count() !=
+          static_cast<size_t>(x.dimensions()[0] * codes.dimensions()[0]))
+    return ffi::Error::InvalidArgument("rows do not fit the input and the output");
+  const int64_t m = x.dimensions()[0], d = x.dimensions()[1];
+  const int64_t v = codes.dimensions()[0], stride = rounded(d, kRowAlign);
+  if (m == 0) return ffi::Error::Success();
+  thread_local std::vector<uint8_t> high_buffer, low_buffer;
+  thread_local std::vector<float> scale_buffer;
+  uint8_t* high = aligned(high_buffer, m * stride);
+  uint8_t* low = aligned(low_buffer, m * stride);
+  if (static_cast<int64_t>(scale_buffer.size()) < m) scale_buffer.resize(m);
+  for (int64_t row = 0; row < m; ++row) {
+    const float* from = x.typed_data() + row * d;
+    float bound = kEpsilon;
+    bool finite = true;
+    for (int64_t i = 0; i < d; ++i) {
+      finite &= std::isfinite(from[i]);
+      bound = std::max(bound, std::fabs(from[i]));
+    }
+    const float factor = 32767.0f / bound;
+    for (int64_t i = 0; i < d; ++i) {
+      const float value =
+          finite ? std::min(std::max(from[i] * factor, -32767.0f), 32767.0f) : 0.0f;
+      const int32_t code = static_cast<int32_t>(std::nearbyint(value)) + 32768;
+      high[row * stride + i] = static_cast<uint8_t>(code >> 8);
+      low[row * stride + i] = static_cast<uint8_t>(code & 255);
+    }
+    scale_buffer[row] = finite ? bound * (1.0f / 32767.0f)
+                               : std::numeric_limits<float>::quiet_NaN();
+  }
+  const Wide activations{high, low, scale_buffer.data(), m, stride};
+  const Rows rows{codes.typed_data(), scales.typed_data(), v, d, out->typed_data()};
+  const int64_t threads = useful_threads(pool, v * d * m);
+  const int64_t parts = threads == 1 ? 1 : std::min(v, 4 * threads);
+  const int64_t each = (v + parts - 1) / parts;
+  parallel(pool, threads, parts, [=, &isa](int64_t part) {
+    const int64_t begin = part * each, end = std::min(v, begin + each);
+    if (begin < end) isa.rows(activations, rows, begin, end);
+  });
+  return ffi::Error::Success();
+}
+
+// Attention of one query per row, q [b, n, h] float32, to the slots from starts [b] up
+// to `slot` [] of a cache [b, s, k, h] of float32, bfloat16, or int8 with scales
+// [b, s, k] for keys and for values. Reads only the slots that count. -> [b, n, h].
+ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q,
+                     ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                     ffi::Buffer<ffi::S32> slot, ffi::Buffer<ffi::S32> starts,
+                     ffi::RemainingArgs scales, ffi::ResultBuffer<ffi::F32> out) {
+  const Isa& isa = *chosen.load(std::memory_order_relaxed);
+  const auto from = q.dimensions(), cache = keys.dimensions();
+  int kind = -1;
+  if (keys.element_type() == ffi::F32) kind = 0;
+  if (keys.element_type() == ffi::BF16) kind = 1;
+  if (keys.element_type() == ffi::S8) kind = 2;
+  if (kind < 0 || from.size() != 3 || cache.size() != 4 || from[0] != cache[0] ||
+      from[2] != cache[3] || cache[2] == 0 || from[1] % cache[2] ||
+      values.element_type() != keys.element_type() ||
+      values.element_count() != keys.element_count() ||
+      starts.element_count() != static_cast<size_t>(from[0]) ||
+      out->element_count() != q.element_count() ||
+      scales.size() != (kind == 2 ? 2u : 0u))
+    return ffi::Error::InvalidArgument("queries, cache and output do not fit");
+  Attention a{};
+  a.q = q.typed_data();
+  a.keys = keys.untyped_data();
+  a.values = values.untyped_data();
+  if (kind == 2) {
+    auto first = scales.get<ffi::Buffer<ffi::F32>>(0);
+    auto second = scales.get<ffi::Buffer<ffi::F32>>(1);
+    const size_t count = keys.element_count() / cache[3];
+    if (!first || !second || first->element_count() != count ||
+        second->element_count() != count)
+      return ffi::Error::InvalidArgument("scales must be [b, s, k] float32");
+    a.key_scales = first->typed_data();
+    a.value_scales = second->typed_data();
+  }
+  a.starts = starts.typed_data();
+  a.n = from[1];
+  a.s = cache[1];
+  a.k = cache[2];
+  a.h = cache[3];
+  // Beyond the capacity the model answers NaN; nothing may be read there.
+  a.length = std::clamp<int64_t>(*slot.typed_data() + int64_t{1}, 1, a.s);
+  a.out = out->typed_data();
+  const int64_t units = from[0] * a.k;
+  const int64_t threads = useful_threads(pool, 2 * units * a.length * a.h);
+  parallel(pool, threads, units, [=, &isa](int64_t unit) {
+    thread_local std::vector<float> scratch;
+    if (static_cast<int64_t>(scratch.size()) < a.s) scratch.resize(a.s);
+    isa.attend[kind](a, unit / a.k, unit % a.k, scratch.data());
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(vaani_ternary_matmul, ternary_matmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<bool>("tracked")
+                                  .Attr<bool>("normed")
+                                  .Attr<float>("epsilon"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(vaani_attention, attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(vaani_rows_matmul, rows_matmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+// The name of instruction set `index` in order of preference, null beyond the last.
+extern "C" const char* vaani_isa_name(int index) {
+  const int count = sizeof(kIsas) / sizeof(kIsas[0]);
+  return index < count ? kIsas[index].name : nullptr;
+}
+
+// The one in use.
+extern "C" const char* vaani_isa() { return chosen.load()->name; }
+
+// Takes another; 0 where it is unknown or the processor lacks it.
+extern "C" int vaani_choose_isa(const char* name) {
+  for (const Isa& isa : kIsas)
+    if (std::string(name) == isa.name && isa.available()) {
+      chosen.store(&isa);
+      return 1;
+    }
+  return 0;
+}
