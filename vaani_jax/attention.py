@@ -5,6 +5,10 @@ its products than in them: `causal_attention` there keeps heads in front, so tha
 product is a plain batch of matrices, and writes the backward pass out, which saves the
 probabilities once. Both compute ``softmax(q k^T / sqrt(H)) v`` with the softmax in
 float32; results differ by the order of float sums.
+
+A cache may hold 8-bit codes, ``k = c a`` with one scale ``a`` per token and head. As
+``q . k = a (q . c)`` and ``sum_s p_s v_s = sum_s (p_s b_s) d_s``, the scales multiply
+scores and probabilities, which are H times fewer than the numbers of the cache.
 """
 
 from typing import Any, Literal
@@ -83,17 +87,70 @@ def _explicit_bwd(residuals: Any, g: Array) -> tuple[Array, Array, Array]:
 _explicit.defvjp(_explicit_fwd, _explicit_bwd)
 
 
-def cached_attention(
-    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, positions: Array
-) -> Array:
-    """Attention of positions [T] to the cached positions up to themselves.
+def quantize_heads(x_BTKH: Array) -> tuple[Array, Array]:
+    """8-bit codes of keys or values, one scale per token and head.
 
-    Returns [B, T, N, H], in the dtype of the queries.
+    Symmetric: the largest magnitude of a head vector maps to 127; round half to even.
+
+    Args:
+      x_BTKH: any float dtype.
+
+    Returns:
+      Codes [B, T, K, H] int8 and scales [B, T, K] float32; ``codes * scale`` is off by
+      half a scale at most. A vector of zeros has the scale 0.
     """
-    mask_TS = jnp.arange(k_BSKH.shape[1])[None, :] <= positions[:, None]
-    return jax.nn.dot_product_attention(
-        q_BTNH,
-        k_BSKH.astype(q_BTNH.dtype),
-        v_BSKH.astype(q_BTNH.dtype),
-        mask=mask_TS[None, None],
+    x = x_BTKH.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=-1)
+    inverse = 127.0 / jnp.maximum(largest, 1e-30)
+    codes = jnp.clip(jnp.round(x * inverse[..., None]), -127, 127)
+    return codes.astype(jnp.int8), largest * (1.0 / 127.0)
+
+
+def cached_attention(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    positions: Array,
+    start: Array | None = None,
+    scales: tuple[Array, Array] | None = None,
+) -> Array:
+    """Attention of slots [T] of a cache to the slots up to themselves.
+
+    Args:
+      q_BTNH: queries; N is a multiple of K.
+      k_BSKH, v_BSKH: the cache, of any float dtype, or 8-bit codes.
+      positions: slots of the queries, [T] integers.
+      start: first slot that counts in each row, [B] integers; 0 where None. A query
+        before it, which is padding, sees itself alone: nothing of use, but finite.
+      scales: of codes of keys and of values, two arrays [B, S, K] float32. They don't
+        depend on H: those of keys multiply scores, those of values probabilities.
+
+    Returns:
+      [B, T, N, H], in the dtype of the queries; softmax in float32.
+    """
+    batch, length, heads, size = q_BTNH.shape
+    slots, kv_heads = k_BSKH.shape[1:3]
+    dtype = q_BTNH.dtype
+    last_BT = positions[None, :].astype(jnp.int32)
+    first_BT = jnp.zeros_like(last_BT)
+    if start is not None:
+        first_BT = jnp.minimum(start[:, None], last_BT)
+    slot = jnp.arange(slots, dtype=jnp.int32)[None, None, :]
+    mask_BTS = (slot >= first_BT[:, :, None]) & (slot <= last_BT[:, :, None])
+    # Queries of one group share keys: G of them for each of K heads.
+    q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, size)
+    scores = jnp.einsum(
+        "BTKGH,BSKH->BKGTS",
+        q_BTKGH,
+        k_BSKH.astype(dtype),
+        preferred_element_type=jnp.float32,
     )
+    scores = scores * size**-0.5
+    if scales is not None:
+        scores = scores * scales[0].transpose(0, 2, 1)[:, :, None, None, :]
+    scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if scales is not None:
+        weights = weights * scales[1].transpose(0, 2, 1)[:, :, None, None, :]
+    y = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(dtype), v_BSKH.astype(dtype))
+    return y.reshape(batch, length, heads, size)

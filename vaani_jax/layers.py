@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vaani_jax.attention import cached_attention, causal_attention
+from vaani_jax.attention import cached_attention, causal_attention, quantize_heads
 from vaani_jax.errors import VaaniError
 from vaani_jax.quant import (
     ActivationQuantizer,
@@ -293,12 +293,15 @@ def rotary_embedding(x: Array, cos: Any, sin: Any) -> Array:
 
     Args:
       x: queries or keys [B, T, heads, H], H even.
-      cos, sin: rows of `rotary_angles` for the positions of ``x``, [T, H / 2].
+      cos, sin: rows of `rotary_angles` for the positions of ``x``, [T, H / 2], or
+        [B, T, H / 2] where rows differ.
 
     Returns:
       Same shape and dtype as ``x``; computed in float32.
     """
-    cos, sin = cos[None, :, None, :], sin[None, :, None, :]
+    if cos.ndim == 2:
+        cos, sin = cos[None], sin[None]
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
     return rotated.astype(x.dtype)
@@ -333,20 +336,23 @@ class MultiHeadAttention(nn.Module):
         x: Array,
         positions: Array,
         rotary: tuple[Any, Any],
-        cache: tuple[Array, Array] | None = None,
+        cache: tuple[Array, ...] | None = None,
         *,
         train: bool = False,
         mix: Array | None = None,
-    ) -> tuple[Array, tuple[Array, Array] | None]:
+        start: Array | None = None,
+    ) -> tuple[Array, tuple[Array, ...] | None]:
         """Attends from ``x`` [B, T, D] to itself, or to a cache that it joins.
 
         Args:
           x: normalised residual stream [B, T, D].
-          positions: [T], consecutive.
-          rotary: cosines and sines of these positions, [T, H / 2].
-          cache: keys and values [B, S, K, H], filled below ``positions[0]``.
+          positions: [T], consecutive; with a cache, the slots to fill.
+          rotary: cosines and sines of these positions, [T, H / 2] or [B, T, H / 2].
+          cache: keys and values [B, S, K, H], filled below ``positions[0]``; in int8,
+            they are codes, and their scales [B, S, K] follow.
           train: whether tracked ranges are updated.
           mix: see `ternary_dot`.
+          start: first slot of the cache that counts in each row, [B]; 0 where None.
 
         Returns:
           [B, T, D], and the cache with the new keys and values written in.
@@ -363,16 +369,19 @@ class MultiHeadAttention(nn.Module):
         if cache is None:
             y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, c.attention)
         else:
-            start = (0, positions[0], 0, 0)
-            k_BSKH, v_BSKH = cache = (
-                jax.lax.dynamic_update_slice(
-                    cache[0], k_BTKH.astype(cache[0].dtype), start
-                ),
-                jax.lax.dynamic_update_slice(
-                    cache[1], v_BTKH.astype(cache[1].dtype), start
-                ),
+            new: tuple[Array, ...] = (k_BTKH, v_BTKH)
+            if cache[0].dtype == jnp.int8:
+                codes, scales = zip(*map(quantize_heads, new), strict=True)
+                new = (*codes, *scales)
+            cache = tuple(
+                jax.lax.dynamic_update_slice_in_dim(
+                    old, x.astype(old.dtype), positions[0], axis=1
+                )
+                for old, x in zip(cache, new, strict=True)
             )
-            y_BTNH = cached_attention(q_BTNH, k_BSKH, v_BSKH, positions)
+            y_BTNH = cached_attention(
+                q_BTNH, cache[0], cache[1], positions, start, cache[2:] or None
+            )
         y = y_BTNH.reshape(*x.shape[:-1], c.n_heads * c.head_dim)
         return self.o_proj(self.sub_norm(y), train=train, mix=mix), cache
 
@@ -441,20 +450,27 @@ class TransformerBlock(nn.Module):
     def __call__(
         self,
         x: Array,
-        cache: tuple[Array, Array] | None,
+        cache: tuple[Array, ...] | None,
         dropout_key: Array | None,
         positions: Array,
         rotary: tuple[Any, Any],
         mix: Array | None,
         train: bool,
-    ) -> tuple[Array, tuple[Array, Array] | None]:
+        start: Array | None = None,
+    ) -> tuple[Array, tuple[Array, ...] | None]:
         """Maps [B, T, D] to [B, T, D]; arguments as in `MultiHeadAttention`."""
         rate = self.config.dropout
         keys: Any = (
             (None, None) if dropout_key is None else jax.random.split(dropout_key)
         )
         y, cache = self.attn(
-            self.attn_norm(x), positions, rotary, cache, train=train, mix=mix
+            self.attn_norm(x),
+            positions,
+            rotary,
+            cache,
+            train=train,
+            mix=mix,
+            start=start,
         )
         x = x + dropout(y, rate, keys[0])
         y = self.ffn(self.ffn_norm(x), train=train, mix=mix)

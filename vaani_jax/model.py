@@ -15,6 +15,7 @@ what the quantisers keep: thresholds, and activation ranges where they are track
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -44,19 +45,47 @@ __all__ = ["KVCache", "ModelConfig", "Vaani", "init_variables"]
 class KVCache:
     """Keys and values of the tokens seen so far, in arrays of fixed size.
 
+    A slot is a place along S. All rows fill the same slots; a row that is shorter than
+    others begins later, and what lies in the slots before its start is padding, which
+    nothing sees. Positions, for the rotary embedding, count from the start of a row.
+
     Attributes:
-      keys, values: one [B, S, K, H] per layer; positions from ``length`` on are unset.
-      length: tokens seen, int32 scalar. Beyond the capacity S, logits are NaN: a
+      keys, values: one [B, S, K, H] per layer, float32, bfloat16, or int8 codes; slots
+        from ``length`` on are unset.
+      length: slots filled, int32 scalar. Beyond the capacity S, logits are NaN: a
         traced length can't raise, and must not pass for an answer.
+      start: first slot of each row, [B] int32.
+      key_scales, value_scales: where keys and values are codes, one [B, S, K] float32
+        per layer: ``codes * scale``, a scale for each token and head; else empty.
     """
 
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
     length: Array
+    start: Array
+    key_scales: tuple[Array, ...] = ()
+    value_scales: tuple[Array, ...] = ()
 
     @property
     def capacity(self) -> int:
         return self.keys[0].shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays; almost all of them keys and values."""
+        return sum(x.nbytes for x in jax.tree.leaves(self))
+
+    @property
+    def layers(self) -> list[tuple[Array, ...]]:
+        """What each layer reads: keys and values, then their scales if any."""
+        parts = (self.keys, self.values, self.key_scales, self.value_scales)
+        return list(zip(*filter(None, parts), strict=True))
+
+    def filled(self, layers: Sequence[tuple[Array, ...]], length: Array) -> "KVCache":
+        """This cache with other contents, given as `layers` has them."""
+        names = ("keys", "values", "key_scales", "value_scales")
+        parts = dict(zip(names, zip(*layers, strict=True), strict=False))
+        return dataclasses.replace(self, length=length, **parts)
 
     @classmethod
     def create(
@@ -65,15 +94,40 @@ class KVCache:
         batch: int,
         capacity: int | None = None,
         dtype: Any = None,
+        start: Array | None = None,
     ) -> "KVCache":
-        """An empty cache for ``batch`` sequences of up to ``capacity`` tokens."""
-        capacity = capacity or config.max_seq_len
-        shape = (batch, capacity, config.kv_heads, config.head_dim)
+        """An empty cache for ``batch`` sequences.
+
+        Args:
+          config: the model.
+          batch: B.
+          capacity: S; ``max_seq_len`` where None.
+          dtype: float32, bfloat16 or int8; the compute dtype where None.
+          start: see the class; zeros where None.
+
+        Raises:
+          VaaniError: the dtype is another one.
+        """
         dtype = jnp.dtype(dtype or config.dtype)
-        zeros = tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers))
-        # Distinct buffers, so that a donated cache is never donated twice.
-        more = tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers))
-        return cls(zeros, more, jnp.zeros((), jnp.int32))
+        if dtype.name not in ("float32", "bfloat16", "int8"):
+            raise VaaniError(
+                f"a KV cache holds float32, bfloat16 or int8, not {dtype.name}"
+            )
+        shape = (batch, capacity or config.max_seq_len, config.kv_heads)
+
+        def zeros(shape: tuple[int, ...], dtype: Any) -> tuple[Array, ...]:
+            # Distinct buffers, so that a donated cache is never donated twice.
+            return tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers))
+
+        coded = dtype == jnp.int8
+        return cls(
+            keys=zeros((*shape, config.head_dim), dtype),
+            values=zeros((*shape, config.head_dim), dtype),
+            length=jnp.zeros((), jnp.int32),
+            start=jnp.zeros(batch, jnp.int32) if start is None else start,
+            key_scales=zeros(shape, jnp.float32) if coded else (),
+            value_scales=zeros(shape, jnp.float32) if coded else (),
+        )
 
 
 class Vaani(nn.Module):
@@ -99,7 +153,7 @@ class Vaani(nn.Module):
                 block,
                 variable_axes={"params": 0, "quant": 0},
                 split_rngs={"params": True},
-                in_axes=(0, 0, *[nn.broadcast] * 4),
+                in_axes=(0, 0, *[nn.broadcast] * 5),
                 length=c.n_layers,
             )(c)
         else:
@@ -118,6 +172,7 @@ class Vaani(nn.Module):
         *,
         train: bool = False,
         mix: Array | None = None,
+        last: Array | None = None,
     ) -> Any:
         """Next-token logits.
 
@@ -127,9 +182,13 @@ class Vaani(nn.Module):
           train: applies dropout (needs the random stream "dropout" if the rate is
             above 0) and updates tracked activation ranges.
           mix: lambda of gradual quantisation, a scalar; see `ternary_dot`.
+          last: index along T of the only logits wanted, an int32 scalar: the product
+            with the head is done for it alone.
 
         Returns:
-          Logits [B, T, V] in float32; with a cache, the pair (logits, new cache).
+          Logits [B, T, V] in float32, [B, 1, V] with ``last``; with a cache, the pair
+          (logits, new cache). Where the cache's rows start later than these tokens,
+          logits are finite and mean nothing.
 
         Raises:
           VaaniError: more tokens than the model or the cache can hold, as far as
@@ -145,44 +204,48 @@ class Vaani(nn.Module):
             raise VaaniError(
                 f"{seen + length} tokens do not fit the context of {capacity}"
             )
-        start = cache.length if cache is not None else jnp.zeros((), jnp.int32)
-        positions = start + jnp.arange(length, dtype=jnp.int32)
+        start = None
+        positions = jnp.arange(length, dtype=jnp.int32)
         table = rotary_angles(max(capacity, c.max_seq_len), c.head_dim, c.rope_theta)
         if cache is None:
             rotary = tuple(jnp.asarray(t[:length]) for t in table)
         else:
-            rotary = tuple(jnp.take(t, positions, axis=0, mode="clip") for t in table)
+            start, positions = cache.start, cache.length + positions
+            since = jnp.maximum(positions[None, :] - start[:, None], 0)
+            rotary = tuple(jnp.take(t, since, axis=0, mode="clip") for t in table)
 
         keys = None
         if train and c.dropout > 0:
             keys = jax.random.split(self.make_rng("dropout"), c.n_layers + 1)
         x = jnp.take(self.embedding, tokens, axis=0).astype(c.dtype)
         x = dropout(x, c.dropout, None if keys is None else keys[-1])
-        pairs: list[Any] = []
+        filled: list[Any] = []
         if c.scan_layers:
             layer_caches = None
             if cache is not None:
-                layer_caches = (jnp.stack(cache.keys), jnp.stack(cache.values))
+                layer_caches = tuple(map(jnp.stack, zip(*cache.layers, strict=True)))
             layer_keys = None if keys is None else keys[:-1]
             x, stacked = self.layers(
-                x, layer_caches, layer_keys, positions, rotary, mix, train
+                x, layer_caches, layer_keys, positions, rotary, mix, train, start
             )
             if cache is not None:
-                pairs = list(zip(*map(tuple, stacked), strict=True))
+                filled = list(zip(*map(tuple, stacked), strict=True))
         else:
             for i, layer in enumerate(self.layers):
-                pair = None if cache is None else (cache.keys[i], cache.values[i])
+                layer_cache = None if cache is None else cache.layers[i]
                 key = None if keys is None else keys[i]
-                x, pair = layer(x, pair, key, positions, rotary, mix, train)
-                pairs.append(pair)
+                x, layer_cache = layer(
+                    x, layer_cache, key, positions, rotary, mix, train, start
+                )
+                filled.append(layer_cache)
+        if last is not None:
+            x = jax.lax.dynamic_slice_in_dim(x, last, 1, axis=1)
         logits = self.head(self.final_norm(x), train=train, mix=mix)
         if cache is None:
             return logits
         end = cache.length + length
         logits = jnp.where(end <= capacity, logits, jnp.nan)
-        return logits, KVCache(
-            tuple(k for k, _ in pairs), tuple(v for _, v in pairs), end
-        )
+        return logits, cache.filled(filled, end)
 
     def head(self, x: Array, *, train: bool, mix: Array | None) -> Array:
         """Logits [B, T, V] in float32 of normalised states [B, T, D]."""
