@@ -41,6 +41,36 @@ def _notify(message: str) -> None:
     print(message, file=sys.stderr)
 
 
+def _read_prompts(options: argparse.Namespace) -> list[str]:
+    """What to continue: the prompts given, the lines of a file, or a line break."""
+    if not options.prompts_file:
+        return options.prompt or ["\n"]
+    path = pathlib.Path(options.prompts_file)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise VaaniError(f"{path} is no UTF-8 text: {error.reason}") from error
+    return text.removesuffix("\n").split("\n")
+
+
+def _encode_prompts(tokenizer: Any, prompts: list[str], context: int) -> list[Any]:
+    """Ids of each prompt, with a notice for those that the context can't hold."""
+    encoded = []
+    for i, prompt in enumerate(prompts):
+        number = f"prompt {i + 1}" if len(prompts) > 1 else ""
+        try:
+            ids = tokenizer.encode(prompt)
+        except VaaniError as error:
+            raise VaaniError(f"{number}: {error}" if number else str(error)) from error
+        if len(ids) > context:
+            _notify(
+                f"{number or 'the prompt'} has {len(ids)} tokens, the context"
+                f" {context}: its end is used"
+            )
+        encoded.append(ids)
+    return encoded
+
+
 def _generate(options: argparse.Namespace) -> int:
     from vaani_jax import generate
     from vaani_jax.load import load_model
@@ -51,28 +81,28 @@ def _generate(options: argparse.Namespace) -> int:
         options.top_p,
         options.min_p,
     )
+    prompts = _read_prompts(options)
+    # A file holds several prompts, however many lines it has today.
+    several = len(prompts) > 1 or bool(options.prompts_file)
     model = load_model(options.workdir, checkpoint=options.checkpoint, notify=_notify)
-    prompt = model.tokenizer.encode(options.prompt)
-    if len(prompt) > model.config.max_seq_len:
-        _notify(
-            f"the prompt has {len(prompt)} tokens, the context"
-            f" {model.config.max_seq_len}: its end is used"
-        )
     segments = generate.stream(
         model.config,
         model.params,
         model.quant,
-        prompt,
+        _encode_prompts(model.tokenizer, prompts, model.config.max_seq_len),
         max_new_tokens=options.max_new_tokens,
         sampler=sampler,
         seed=options.seed,
         num_samples=options.num_samples,
+        kv_dtype=None if options.kv_dtype == "auto" else options.kv_dtype,
+        segment=options.segment,
     )
-    alone = options.num_samples == 1 and not options.json
-    ids: list[list[int]] = [[] for _ in range(options.num_samples)]
+    count = options.num_samples
+    alone = count == 1 and not several and not options.json
+    ids: list[list[int]] = [[] for _ in range(len(prompts) * count)]
     shown = ""
     if alone:
-        print(options.prompt, end="", flush=True)
+        print(prompts[0], end="", flush=True)
     for segment in segments:
         for row, new in zip(ids, segment.tolist(), strict=True):
             row.extend(new)
@@ -83,19 +113,21 @@ def _generate(options: argparse.Namespace) -> int:
             print(ready[len(shown) :], end="", flush=True)
             shown = ready
     texts = [model.tokenizer.decode(row) for row in ids]
+    results = [
+        {"prompt": prompt, "samples": texts[i * count : (i + 1) * count]}
+        for i, prompt in enumerate(prompts)
+    ]
     if alone:
         print(texts[0][len(shown) :])
     elif options.json:
-        result = {
-            "prompt": options.prompt,
-            "samples": texts,
-            "checkpoint": model.step,
-            "seed": options.seed,
-        }
-        print(json.dumps(result))
+        result = {"results": results} if several else results[0]
+        print(json.dumps({**result, "checkpoint": model.step, "seed": options.seed}))
     else:
         for i, text in enumerate(texts):
-            print(f"--- sample {i + 1}\n{options.prompt}{text}")
+            titles = [f"prompt {i // count + 1}"] if several else []
+            if count > 1:
+                titles.append(f"sample {i % count + 1}")
+            print(f"--- {', '.join(titles)}\n{prompts[i // count]}{text}")
     return 0
 
 
@@ -233,7 +265,14 @@ def make_parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("generate", _generate, "Continue a prompt.")
-    sub.add_argument("--prompt", default="\n", help="text to continue")
+    given = sub.add_mutually_exclusive_group()
+    given.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        help="text to continue, a line break if not given; repeat it for a batch",
+    )
+    given.add_argument("--prompts-file", default="", help="one prompt a line")
     sub.add_argument("--max-new-tokens", type=int, default=200, help="tokens to draw")
     sub.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
     sub.add_argument("--greedy", action="store_true", help="same as --temperature 0")
@@ -241,7 +280,18 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--top-p", type=float, default=1.0, help="nucleus; 1 keeps all")
     sub.add_argument("--min-p", type=float, default=0.0, help="relative floor; 0 none")
     sub.add_argument("--seed", type=int, default=0, help="equal seeds, equal text")
-    sub.add_argument("--num-samples", type=int, default=1, help="continuations")
+    sub.add_argument(
+        "--num-samples", type=int, default=1, help="continuations of each prompt"
+    )
+    sub.add_argument(
+        "--kv-dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "int8"],
+        help="of cached keys and values; auto is the compute dtype",
+    )
+    sub.add_argument(
+        "--segment", type=int, default=16, help="tokens decoded, and shown, at a time"
+    )
     sub.add_argument("--checkpoint", default="best", help="best, last or a step")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 

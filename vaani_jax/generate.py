@@ -1,14 +1,19 @@
 """Text from a model: prefill, one jitted decode loop, samplers.
 
-A prompt is padded to a bucket and run once (prefill); then a jitted loop decodes a
+Prompts are padded to a bucket and run once (prefill); then a jitted loop decodes a
 segment of tokens with the KV cache, and hands it over as a whole, which is what
-streaming shows. Neither recompiles for another prompt length within a bucket. Where the
-context is full, the newest half of it becomes the prompt of the next segment.
+streaming shows. Neither recompiles for other prompt lengths within a bucket. The cache
+has room for what is asked, not for the whole context, in buckets too.
+
+Prompts of one batch end together: shorter ones are padded on the left, and the cache
+knows where each row starts. So the padding to the bucket, on the right, is overwritten
+by what is drawn. Where a row fills the context, its newest half becomes its prompt, as
+it would alone, and the batch is read again.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -73,8 +78,15 @@ class SampleConfig:
         _ = self.sampler
 
 
-def sample_token(logits: Array, key: Array, sampler: SamplerConfig) -> Array:
-    """Draws ids [B], int32, from logits [B, V] (float32)."""
+def sample_token(
+    logits: Array, key: Array, sampler: SamplerConfig, num_samples: int | None = None
+) -> Array:
+    """Draws ids [B], int32, from logits [B, V] (float32).
+
+    Rows are independent; with ``num_samples``, a divisor of B, those of each run of
+    this many rows are, and all runs share their random numbers: a row draws the same
+    whatever other runs there are.
+    """
     if sampler.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampler.temperature
@@ -92,34 +104,53 @@ def sample_token(logits: Array, key: Array, sampler: SamplerConfig) -> Array:
     if sampler.min_p > 0:
         floor = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(sampler.min_p)
         logits = jnp.where(logits >= floor, logits, -jnp.inf)
-    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+    # Adding Gumbel noise and taking the largest draws from the softmax.
+    noise = jax.random.gumbel(key, (num_samples or len(logits), logits.shape[-1]))
+    noise = jnp.tile(noise, (len(logits) // len(noise), 1))
+    return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnames=("config", "capacity", "kv_dtype"))
 def prefill(
-    config: ModelConfig, params: Any, quant: Any, tokens: Array, length: Array
+    config: ModelConfig,
+    params: Any,
+    quant: Any,
+    tokens: Array,
+    length: Array,
+    start: Array | None = None,
+    *,
+    capacity: int | None = None,
+    kv_dtype: str | None = None,
 ) -> tuple[Array, KVCache]:
-    """Reads a prompt.
+    """Reads prompts.
 
     Args:
       config: the model.
       params, quant: its variables.
-      tokens: [B, T], padded at the end.
-      length: real tokens in each row, int32 scalar.
+      tokens: [B, T]; row b has its tokens at ``start[b]`` to ``length - 1``, and
+        padding, any ids, around them.
+      length: where all prompts end, int32 scalar.
+      start: where each begins, [B] int32; 0 where None.
+      capacity: of the cache, T at least; ``max_seq_len`` where None.
+      kv_dtype: of the cache, see `KVCache.create`.
 
     Returns:
-      Logits [B, V] after the last real token, and the cache.
+      Logits [B, V] after the last token, and the cache.
     """
-    cache = KVCache.create(config, tokens.shape[0])
+    cache = KVCache.create(config, tokens.shape[0], capacity, kv_dtype, start)
     variables = {"params": params, "quant": quant}
-    output: Any = Vaani(config).apply(variables, tokens, cache)
+    output: Any = Vaani(config).apply(variables, tokens, cache, last=length - 1)
     logits, filled = output
     # What was written beyond the real length is masked until it is overwritten.
-    last = jax.lax.dynamic_index_in_dim(logits, length - 1, axis=1, keepdims=False)
-    return last, dataclasses.replace(filled, length=length)
+    return logits[:, 0], dataclasses.replace(filled, length=length)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(6,))
+@functools.partial(
+    jax.jit,
+    static_argnums=(0, 1, 2),
+    static_argnames=("num_samples",),
+    donate_argnums=(6,),
+)
 def decode(
     config: ModelConfig,
     sampler: SamplerConfig,
@@ -130,6 +161,7 @@ def decode(
     cache: KVCache,
     key: Array,
     start: Array,
+    num_samples: int | None = None,
 ) -> tuple[Array, Array, KVCache]:
     """Draws ``steps`` tokens in one loop.
 
@@ -142,6 +174,7 @@ def decode(
       key: of the whole generation.
       start: index of the first token drawn, int32 scalar; token i uses
         ``fold_in(key, i)``, so segments don't change what is drawn.
+      num_samples: static; see `sample_token`.
 
     Returns:
       Ids [B, steps] int32, the logits after them, and the cache.
@@ -150,7 +183,8 @@ def decode(
 
     def body(carry: Any, index: Array) -> tuple[Any, Array]:
         logits, cache = carry
-        token = sample_token(logits, jax.random.fold_in(key, index), sampler)
+        token_key = jax.random.fold_in(key, index)
+        token = sample_token(logits, token_key, sampler, num_samples)
         logits, cache = model.apply(
             {"params": params, "quant": quant}, token[:, None], cache
         )
@@ -167,61 +201,108 @@ def _bucket(length: int, limit: int) -> int:
     return min(limit, max(16, 1 << (length - 1).bit_length()))
 
 
+def _split(prompt: Any) -> list[np.ndarray]:
+    """One prompt or several as a list of int32 vectors."""
+    several = len(prompt) > 0 and np.ndim(prompt[0]) == 1
+    prompts = [np.asarray(p, np.int32) for p in (prompt if several else [prompt])]
+    for i, one in enumerate(prompts):
+        if len(one) < 1:
+            which = f"prompt {i + 1}" if len(prompts) > 1 else "the prompt"
+            raise VaaniError(f"{which} is empty: give at least one character")
+    return prompts
+
+
+def _align(rows: list[np.ndarray], limit: int) -> tuple[np.ndarray, int, np.ndarray]:
+    """Rows that end together, padded to a bucket: as `prefill` takes them.
+
+    Returns:
+      Tokens [B, T], where the rows end, and where each starts [B]; all int32.
+    """
+    length = max(map(len, rows))
+    tokens = np.zeros((len(rows), _bucket(length, limit)), np.int32)
+    start = np.asarray([length - len(row) for row in rows], np.int32)
+    for padded, row, first in zip(tokens, rows, start, strict=True):
+        padded[first:length] = row
+    return tokens, length, start
+
+
 def stream(
     config: ModelConfig,
     params: Any,
     quant: Any,
-    prompt: np.ndarray,
+    prompt: np.ndarray | Sequence[np.ndarray],
     *,
     max_new_tokens: int,
     sampler: SamplerConfig = SamplerConfig(),
     seed: int = 0,
     num_samples: int = 1,
+    kv_dtype: str | None = None,
+    segment: int = SEGMENT,
 ) -> Iterator[np.ndarray]:
-    """Continues a prompt, a segment at a time.
+    """Continues prompts, a segment at a time.
+
+    Each prompt continues as it does alone, up to the order of float sums.
 
     Args:
       config: the model; scanned layers are unrolled by the caller, see `unrolled`.
       params, quant: its variables.
-      prompt: ids [length], at least one; of a prompt longer than the context, the
-        end counts.
+      prompt: ids [length], at least one; or a list of P such prompts, of any lengths.
+        Of a prompt longer than the context, the end counts.
       max_new_tokens: how many to draw.
       sampler: how.
-      seed: equal seeds draw equal tokens.
-      num_samples: independent continuations.
+      seed: equal seeds draw equal tokens. Token i of sample s depends on the seed, i
+        and s, not on which prompt it continues: equal prompts continue equally.
+      num_samples: independent continuations of each prompt.
+      kv_dtype: of the cache: "float32", "bfloat16" or "int8"; the compute dtype where
+        None.
+      segment: tokens at a time.
 
     Yields:
-      Ids [num_samples, n], int32, n <= `SEGMENT`.
+      Ids [P * num_samples, n], int32, n <= ``segment``: the samples of the first
+      prompt, then those of the second.
+
+    Raises:
+      VaaniError: an empty prompt, nothing asked for, or a dtype that caches don't have.
     """
-    if len(prompt) < 1:
-        raise VaaniError("the prompt is empty: give at least one character")
+    prompts = _split(prompt)
     if max_new_tokens < 1 or num_samples < 1:
         raise VaaniError("ask for at least one token and one sample")
+    if segment < 1:
+        raise VaaniError("a segment has at least one token")
     context = config.max_seq_len
     if context < 2:
         raise VaaniError("a model with a context of one token can't continue a prompt")
     key = jax.random.key(seed)
-    history = np.tile(np.asarray(prompt, np.int32), (num_samples, 1))
+    windows = [ids for ids in prompts for _ in range(num_samples)]
+    # A full segment is decoded even if less is asked for. Starting from the bucket,
+    # not from the prompt, other lengths in it lead to the same capacity.
+    ahead = -(-max_new_tokens // segment) * segment
+    longest = min(context, max(map(len, prompts)))
+    capacity = _bucket(_bucket(longest, context) + ahead, context)
     drawn = 0
     room = 0
     logits = cache = None
     while drawn < max_new_tokens:
         if room == 0:
-            keep = min(history.shape[1], context - 1)
-            if history.shape[1] >= context:
-                keep = max(1, context // 2)
-            history = history[:, -keep:]
-            padded = np.zeros((num_samples, _bucket(keep, context)), np.int32)
-            padded[:, :keep] = history
+            half = max(1, context // 2)
+            windows = [w if len(w) < context else w[-half:] for w in windows]
+            tokens, length, start = _align(windows, context)
             logits, cache = prefill(
-                config, params, quant, jnp.asarray(padded), jnp.asarray(keep, jnp.int32)
+                config,
+                params,
+                quant,
+                jnp.asarray(tokens),
+                jnp.asarray(length, jnp.int32),
+                jnp.asarray(start),
+                capacity=capacity,
+                kv_dtype=kv_dtype,
             )
-            room = context - keep
+            room = capacity - length
         # Two compiled lengths serve everything: a full segment, whose surplus is cut,
         # and single tokens up to the end of the context.
-        wanted = min(SEGMENT, max_new_tokens - drawn)
-        steps = SEGMENT if room >= SEGMENT else 1
-        tokens, logits, cache = decode(
+        wanted = min(segment, max_new_tokens - drawn)
+        steps = segment if room >= segment else 1
+        ids, logits, cache = decode(
             config,
             sampler,
             steps,
@@ -231,18 +312,27 @@ def stream(
             cache,
             key,
             jnp.asarray(drawn, jnp.int32),
+            num_samples=num_samples,
         )
-        segment = np.asarray(jax.device_get(tokens))[:, :wanted]
-        history = np.concatenate([history, segment], axis=1)
-        drawn += segment.shape[1]
+        new = np.asarray(jax.device_get(ids))[:, :wanted]
+        windows = [np.concatenate(pair) for pair in zip(windows, new, strict=True)]
+        drawn += new.shape[1]
         room -= steps
-        yield segment
+        yield new
 
 
 def generate(
-    config: ModelConfig, params: Any, quant: Any, prompt: np.ndarray, **options: Any
+    config: ModelConfig,
+    params: Any,
+    quant: Any,
+    prompt: np.ndarray | Sequence[np.ndarray],
+    **options: Any,
 ) -> np.ndarray:
-    """All that `stream` yields at once: ids [num_samples, max_new_tokens], int32."""
+    """All that `stream` yields at once.
+
+    Returns:
+      Ids [P * num_samples, max_new_tokens], int32; P = 1 for a single prompt.
+    """
     return np.concatenate(
         list(stream(config, params, quant, prompt, **options)), axis=1
     )

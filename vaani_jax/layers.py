@@ -351,7 +351,8 @@ class MultiHeadAttention(nn.Module):
             y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, c.attention)
         else:
             new: tuple[Array, ...] = (k_BTKH, v_BTKH)
-            if cache[0].dtype == jnp.int8:
+            coded = cache[0].dtype == jnp.int8
+            if coded:
                 codes, scales = zip(*map(quantize_heads, new), strict=True)
                 new = (*codes, *scales)
             cache = tuple(
@@ -361,7 +362,12 @@ class MultiHeadAttention(nn.Module):
                 for old, x in zip(cache, new, strict=True)
             )
             y_BTNH = cached_attention(
-                q_BTNH, cache[0], cache[1], positions, start, cache[2:] or None
+                q_BTNH,
+                cache[0],
+                cache[1],
+                positions,
+                start,
+                (cache[2], cache[3]) if coded else None,
             )
         y = y_BTNH.reshape(*x.shape[:-1], c.n_heads * c.head_dim)
         (y,) = project(y, (self.o_proj,), norm=self.sub_norm, train=train, mix=mix)

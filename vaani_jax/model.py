@@ -86,7 +86,9 @@ class KVCache:
     def filled(self, layers: Sequence[tuple[Array, ...]], length: Array) -> "KVCache":
         """This cache with other contents, given as `layers` has them."""
         names = ("keys", "values", "key_scales", "value_scales")
-        parts = dict(zip(names, zip(*layers, strict=True), strict=False))
+        parts: dict[str, Any] = dict(
+            zip(names, zip(*layers, strict=True), strict=False)
+        )
         return dataclasses.replace(self, length=length, **parts)
 
     @classmethod
