@@ -11,9 +11,9 @@ the other:
   ``4 (n % 16) + k % 4`` of block ``(n // 16, k // 16)`` holds the weights
   ``k % 16 = k % 4 + 4 i`` in bits ``2 i`` and ``2 i + 1``: a block read in one piece is
   four times sixteen outputs of four inputs, which is what vector units multiply.
-* "planes", of accelerators: ``codes [ceil(K / 16) * 4, N']``, N' a multiple of 16. With
-  ``Q = ceil(K / 16) * 4``, byte ``(r, n)`` holds the weights ``k = r + Q i``: a shift
-  and a mask give a whole matrix.
+* "planes", of accelerators: ``codes [Q, N']`` with ``Q = 64 ceil(K / 256)`` and N' the
+  next multiple of 128. Byte ``(r, n)`` holds the weights ``k = r + Q i``: a shift and a
+  mask give a matrix in the shape that matrix units take.
 """
 
 from typing import Any, Literal
@@ -32,6 +32,7 @@ Layout = Literal["tiles", "planes"]
 Embedding = Literal["float32", "int8"]
 
 TILE = 16  # inputs, and outputs, of a block
+PADDING: dict[Layout, tuple[int, int]] = {"tiles": (TILE, TILE), "planes": (256, 128)}
 
 
 @flax.struct.dataclass
@@ -95,7 +96,8 @@ def pack(weights: Array, scale: Array, layout: Layout = "tiles") -> PackedTernar
             raise VaaniError("weights to pack must be -1, 0 or 1")
     k, n = weights.shape
     codes = (jnp.asarray(weights) + 1).astype(jnp.uint8)
-    codes = jnp.pad(codes, ((0, -k % TILE), (0, -n % TILE)), constant_values=1)
+    rows, columns = PADDING[layout]
+    codes = jnp.pad(codes, ((0, -k % rows), (0, -n % columns)), constant_values=1)
     if layout == "planes":
         planes = codes.reshape(4, -1, codes.shape[1])
     else:
