@@ -71,9 +71,23 @@ def _encode_prompts(tokenizer: Any, prompts: list[str], context: int) -> list[An
     return encoded
 
 
+def _keep_compiled() -> None:
+    """Keeps compiled code from one command to the next, so that text comes sooner."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:  # the user's choice comes first
+        root = os.environ.get("XDG_CACHE_HOME", "") or "~/.cache"
+        folder = pathlib.Path(root).expanduser() / "vaani" / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 def _generate(options: argparse.Namespace) -> int:
     from vaani_jax import generate
     from vaani_jax.load import load_model
+
+    _keep_compiled()
 
     sampler = generate.SamplerConfig(
         0.0 if options.greedy else options.temperature,

@@ -15,6 +15,7 @@ environment forces one, and it is an error if that one is missing.
 
 import functools
 import logging
+import math
 import os
 from collections.abc import Sequence
 from typing import Any, Literal, overload
@@ -32,6 +33,8 @@ Array = jax.Array
 Norm = tuple[Array, float]
 Backend = Literal["reference", "cpu", "gpu", "tpu"]
 BACKENDS: tuple[Backend, ...] = ("reference", "cpu", "gpu", "tpu")
+
+FEW_ROWS = 4
 
 log = logging.getLogger("vaani_jax")
 
@@ -119,8 +122,7 @@ def ternary_matmul(
       x: activations [..., K], float32 or bfloat16.
       packed: a kernel [K, N], or several that share the input.
       activation_range: see `quantize_activations`.
-      norm: scale [K] and epsilon of an RMSNorm that x passes first. Sums of floats
-        have another order in native code, so here backends agree to rounding only.
+      norm: scale [K] and epsilon of an RMSNorm that x passes first.
       using: the backend; None takes `backend()`.
 
     Returns:
@@ -138,19 +140,22 @@ def ternary_matmul(
                 f" {kernel.shape[0]} inputs"
             )
     name = using or backend()
-    if norm is not None and name != "cpu":
-        x = rms_norm(x, *norm)
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    # In native code for a few rows, as when decoding: there the calls around a product
+    # cost more than the product.
+    rows = math.prod(x.shape[:-1])
+    if norm is not None and (name != "cpu" or rows > FEW_ROWS):
+        x, norm = rms_norm(x, *norm), None
+    flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     kernels = tuple(packed)
     outputs: Sequence[Array]
     if name == "cpu":
-        outputs = cpu.ternary_matmul(rows, kernels, activation_range, norm)
+        outputs = cpu.ternary_matmul(flat, kernels, activation_range, norm)
     elif name == "reference":
-        outputs = reference(rows, kernels, activation_range)
+        outputs = reference(flat, kernels, activation_range)
     else:
         from vaani_jax.kernels import pallas
 
-        outputs = pallas.ternary_matmul(rows, kernels, activation_range, platform=name)
+        outputs = pallas.ternary_matmul(flat, kernels, activation_range, platform=name)
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]).astype(x.dtype) for y in outputs)
 
 

@@ -137,16 +137,43 @@ VAANI_INLINE float lanes_total(const float* lanes) {
   return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
 }
 
+// Sums and roots as XLA computes them for one row, so that decoding with and without
+// packed weights sees the same numbers: windows of 32 in a tree, padded on both sides,
+// and the processor's estimate of the root with two Newton steps.
+VAANI_INLINE float tree_total(float* values, int64_t count) {
+  while (count > 32) {
+    const int64_t windows = (count + 31) / 32, low = (windows * 32 - count) / 2;
+    for (int64_t w = 0; w < windows; ++w) {
+      const int64_t begin = std::max<int64_t>(32 * w - low, 0);
+      const int64_t end = std::min(32 * (w + 1) - low, count);
+      float sum = 0.0f;
+      for (int64_t i = begin; i < end; ++i) sum += values[i];
+      values[w] = sum;  // behind what is still to be read
+    }
+    count = windows;
+  }
+  float total = 0.0f;
+  for (int64_t i = 0; i < count; ++i) total += values[i];
+  return total;
+}
+
+VAANI_INLINE float inverse_root(float x) {
+#if VAANI_X86
+  float y = _mm_cvtss_f32(_mm_rsqrt_ss(_mm_set_ss(x)));
+  for (int step = 0; step < 2; ++step)
+    y = std::fma(std::fma(-(x * y), y, 1.0f), y * 0.5f, y);
+  return y;
+#else
+  return 1.0f / std::sqrt(x);
+#endif
+}
+
 VAANI_INLINE void norm_row(const float* x, const float* scale, int64_t k,
                            float epsilon, float* out) {
-  float lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= k; i += kLanes)
-    for (int l = 0; l < kLanes; ++l) lanes[l] += x[i + l] * x[i + l];
-  float total = lanes_total(lanes);
-  for (; i < k; ++i) total += x[i] * x[i];
-  const float inverse = 1.0f / std::sqrt(total / static_cast<float>(k) + epsilon);
-  for (i = 0; i < k; ++i) out[i] = x[i] * inverse * scale[i];
+  for (int64_t i = 0; i < k; ++i) out[i] = x[i] * x[i];
+  const float part = 1.0f / static_cast<float>(k);
+  const float inverse = inverse_root(std::fma(tree_total(out, k), part, epsilon));
+  for (int64_t i = 0; i < k; ++i) out[i] = x[i] * inverse * scale[i];
 }
 
 // exp of x <= 0, to about an ulp: 2^n e^r, r in +-ln 2 / 2, by a polynomial.
