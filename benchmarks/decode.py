@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import pathlib
-import resource
 import statistics
 import subprocess
 import sys
@@ -152,8 +151,10 @@ def write_gguf(shape: str, kind: str, path: pathlib.Path) -> None:
 
 
 def peak() -> float:
-    """Largest resident memory so far, MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Largest resident memory so far, MB (that of getrusage outlives an exec)."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    line = next(x for x in status.splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 def measure_vaani(path: pathlib.Path) -> dict[str, Any]:

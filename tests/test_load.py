@@ -1,4 +1,4 @@
-"""A packed folder is the model: written whole, mapped back, equal to the trained one."""
+"""A packed folder is the model: written whole, mapped back, equal in what it says."""
 
 import json
 import os

@@ -18,12 +18,13 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <memory>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -886,24 +887,11 @@ std::atomic<const Isa*> chosen{best()};
 
 // -- Threads ----------------------------------------------------------------------
 
-// Work in numbered parts that threads take one by one. The caller takes part, so that
-// a busy pool delays nothing; a helper that comes late finds no part and leaves.
-template <typename F>
-struct Shared {
-  Shared(F work, int64_t parts) : work(std::move(work)), parts(parts) {}
-  F work;
-  const int64_t parts;
-  std::atomic<int64_t> next{0}, done{0};
-
-  void run() {
-    for (;;) {
-      const int64_t part = next.fetch_add(1, std::memory_order_relaxed);
-      if (part >= parts) return;
-      work(part);
-      done.fetch_add(1, std::memory_order_release);
-    }
-  }
-};
+// Work comes in numbered parts that threads take one by one, the caller among them.
+// Decoding makes hundreds of calls a token, each of some microseconds, which is less
+// than it takes to wake a thread of the pool. So a helper, once it runs, stays and looks
+// for the next call's work until none has come for `kLinger`; then the pool has its
+// thread back. A helper that doesn't come in time delays nothing: it finds no parts.
 
 inline void pause() {
 #if VAANI_X86
@@ -911,21 +899,92 @@ inline void pause() {
 #endif
 }
 
-template <typename F>
-void parallel(ffi::ThreadPool& pool, int64_t threads, int64_t parts, F work) {
-  threads = std::min(threads, parts);
-  if (threads <= 1) {
-    for (int64_t part = 0; part < parts; ++part) work(part);
-    return;
+struct Work {
+  void (*run)(const void* function, int64_t part);
+  const void* function;
+  int64_t parts;
+  std::atomic<int64_t> next{0}, done{0};
+
+  void take() {
+    for (;;) {
+      const int64_t part = next.fetch_add(1, std::memory_order_relaxed);
+      if (part >= parts) return;
+      run(function, part);
+      done.fetch_add(1, std::memory_order_release);
+    }
   }
-  auto shared = std::make_shared<Shared<F>>(std::move(work), parts);
-  for (int64_t i = 1; i < threads; ++i) pool.Schedule([shared] { shared->run(); });
-  shared->run();
-  while (shared->done.load(std::memory_order_acquire) < parts) pause();
+};
+
+class Crew {
+ public:
+  // Runs all parts; false, with nothing done, where another call has the crew.
+  bool run(ffi::ThreadPool& pool, int64_t threads, Work& work) {
+    if (busy_.exchange(true)) return false;
+    for (int64_t i = helpers_.load() + 1; i < threads; ++i) {
+      helpers_.fetch_add(1);
+      pool.Schedule([this] { help(); });
+    }
+    work_.store(&work);
+    work.take();
+    for (int spins = 0; work.done.load(std::memory_order_acquire) < work.parts; ++spins)
+      wait(spins);
+    // No helper may hold the work when it goes out of scope: those that saw it are
+    // counted, and those that come now see nothing.
+    work_.store(nullptr);
+    for (int spins = 0; inside_.load() > 0; ++spins) wait(spins);
+    busy_.store(false);
+    return true;
+  }
+
+ private:
+  static constexpr std::chrono::microseconds kLinger{200};
+
+  static void wait(int spins) {
+    if (spins < 10'000)
+      pause();
+    else
+      std::this_thread::yield();
+  }
+
+  void help() {
+    auto since = std::chrono::steady_clock::now();
+    for (int idle = 0;;) {
+      if (work_.load(std::memory_order_relaxed)) {
+        inside_.fetch_add(1);
+        if (Work* work = work_.load()) work->take();
+        inside_.fetch_sub(1);
+        idle = 0;
+        // The caller may still run its last part: its work stands until that is done.
+        while (work_.load(std::memory_order_relaxed) && ++idle < 1000) pause();
+        idle = 0;
+        since = std::chrono::steady_clock::now();
+      }
+      pause();
+      if (++idle % 64 == 0 && std::chrono::steady_clock::now() - since > kLinger) break;
+    }
+    helpers_.fetch_sub(1);
+  }
+
+  std::atomic<bool> busy_{false};
+  std::atomic<Work*> work_{nullptr};
+  std::atomic<int64_t> helpers_{0}, inside_{0};
+};
+
+Crew& crew() {
+  static Crew* crew = new Crew;  // never destroyed: helpers may outlive main
+  return *crew;
+}
+
+template <typename F>
+void parallel(ffi::ThreadPool& pool, int64_t threads, int64_t parts, const F& function) {
+  threads = std::min(threads, parts);
+  Work work{[](const void* f, int64_t part) { (*static_cast<const F*>(f))(part); },
+            &function, parts};
+  if (threads <= 1 || !crew().run(pool, threads, work)) work.take();
 }
 
 // Fewer byte-rows than this a thread cost more to hand over than to do.
-constexpr int64_t kWorth = 1 << 16;
+constexpr int64_t kWorth = 1 << 15;
 
 int64_t useful_threads(ffi::ThreadPool& pool, int64_t work) {
   const int64_t available = std::max<int64_t>(1, pool.num_threads());
