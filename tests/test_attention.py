@@ -37,7 +37,10 @@ def test_each_row_sees_the_slots_from_its_start_to_the_query(heads, coded):
     q = gaussian(B, 4, heads, H, seed=0)
     # Heads and tokens of different sizes: a scale in the wrong place would show.
     size = jnp.exp(gaussian(B, S, K, 1, seed=1))
-    k, v = size * gaussian(B, S, K, H, seed=2), size[::-1] * gaussian(B, S, K, H, seed=3)
+    k, v = (
+        size * gaussian(B, S, K, H, seed=2),
+        size[::-1] * gaussian(B, S, K, H, seed=3),
+    )
     arguments, scales = (k, v), None
     if coded:
         (ck, sk), (cv, sv) = quantize_heads(k), quantize_heads(v)
