@@ -294,8 +294,11 @@ def test_an_int8_cache_takes_a_quarter():
     # And 4 bytes of scale for 64 codes.
     assert quarter.nbytes == pytest.approx(full.nbytes / 4 * (1 + 4 / 64), rel=0.001)
     assert KVCache.create(change(dtype="bfloat16"), 1).keys[0].dtype == jnp.bfloat16
-    with pytest.raises(VaaniError, match="float32, bfloat16 or int8, not float16"):
-        KVCache.create(config, 1, dtype="float16")
+    assert KVCache.create(config, 1, dtype=jnp.int8).keys[0].dtype == jnp.int8
+    assert KVCache.create(config, 1, dtype=np.dtype("int8")).key_scales
+    for name in ("float16", "fp8"):
+        with pytest.raises(VaaniError, match=f"float32, bfloat16 or int8, not {name}"):
+            KVCache.create(config, 1, dtype=name)
 
 
 def test_past_its_end_a_cache_raises_or_answers_nan():

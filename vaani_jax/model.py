@@ -110,11 +110,10 @@ class KVCache:
         Raises:
           VaaniError: the dtype is another one.
         """
-        dtype = jnp.dtype(dtype or config.dtype)
-        if dtype.name not in ("float32", "bfloat16", "int8"):
-            raise VaaniError(
-                f"a KV cache holds float32, bfloat16 or int8, not {dtype.name}"
-            )
+        name = getattr(dtype, "name", None) or str(dtype or config.dtype)
+        if name not in ("float32", "bfloat16", "int8"):
+            raise VaaniError(f"a KV cache holds float32, bfloat16 or int8, not {name}")
+        dtype = jnp.dtype(name)
         shape = (batch, capacity or config.max_seq_len, config.kv_heads)
 
         def zeros(shape: tuple[int, ...], dtype: Any) -> tuple[Array, ...]:
