@@ -110,7 +110,10 @@ class KVCache:
         Raises:
           VaaniError: the dtype is another one.
         """
-        name = getattr(dtype, "name", None) or str(dtype or config.dtype)
+        try:
+            name = jnp.dtype(dtype or config.dtype).name
+        except TypeError:
+            name = str(dtype)
         if name not in ("float32", "bfloat16", "int8"):
             raise VaaniError(f"a KV cache holds float32, bfloat16 or int8, not {name}")
         dtype = jnp.dtype(name)
