@@ -72,6 +72,69 @@ def test_generate_json_with_several_samples(workdir, capsys):
     assert len(set(result["samples"])) > 1
 
 
+def test_generate_continues_several_prompts(workdir, tmp_path, capsys):
+    """As each alone: from flags or from a file, as text or as JSON."""
+    command = ["generate", "--workdir", str(workdir), "--max-new-tokens", "25"]
+    prompts, texts = ["abcd", "h", "efgh abcd efgh"], []
+    for prompt in prompts:
+        assert cli.main([*command, "--prompt", prompt]) == 0
+        texts.append(capsys.readouterr().out.removesuffix("\n"))
+    several = [word for prompt in prompts for word in ("--prompt", prompt)]
+    assert cli.main([*command, *several]) == 0
+    out = capsys.readouterr().out
+    assert out == "".join(f"--- prompt {i + 1}\n{t}\n" for i, t in enumerate(texts))
+
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    several = ["--prompts-file", str(file), "--num-samples", "2"]
+    assert cli.main([*command, *several, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result) == {"results", "checkpoint", "seed"}
+    assert [r["prompt"] for r in result["results"]] == prompts
+    samples = [r["samples"] for r in result["results"]]
+    assert [[len(s) for s in pair] for pair in samples] == [[25, 25]] * 3
+    assert [p + pair[0] for p, pair in zip(prompts, samples, strict=True)] == texts
+    assert cli.main([*command, *several]) == 0
+    assert "\n--- prompt 2, sample 1\nh" in capsys.readouterr().out
+
+    file.write_text("abcd", encoding="utf-8")  # one line is a list of one
+    assert cli.main([*command, "--prompts-file", str(file), "--json"]) == 0
+    (only,) = json.loads(capsys.readouterr().out)["results"]
+    assert only == {"prompt": "abcd", "samples": [samples[0][0]]}
+
+
+def test_generate_with_another_cache_and_other_segments(workdir, capsys):
+    command = ["generate", "--workdir", str(workdir), "--prompt", "abcd", "--greedy"]
+    assert cli.main([*command, "--max-new-tokens", "30"]) == 0
+    expected = capsys.readouterr().out
+    for more in (["--kv-dtype", "float32"], ["--segment", "7"]):
+        assert cli.main([*command, "--max-new-tokens", "30", *more]) == 0
+        assert capsys.readouterr().out == expected
+    for dtype in ("bfloat16", "int8"):
+        more = ["--kv-dtype", dtype]
+        assert cli.main([*command, "--max-new-tokens", "30", *more]) == 0
+        assert len(capsys.readouterr().out) == len(expected)
+
+
+def test_prompt_files_that_cannot_be_read(workdir, tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    for content, message in (
+        (b"abc\n\nab\n", "prompt 2 is empty"),
+        (b"", "the prompt is empty"),
+        (b"abc\nxyz\n", "prompt 2: character 'x'"),
+        (b"abc\n\xff\n", "is no UTF-8 text"),
+        (None, "prompts.txt"),
+    ):
+        file.unlink(missing_ok=True)
+        if content is not None:
+            file.write_bytes(content)
+        command = ["generate", "--workdir", str(workdir), "--prompts-file", str(file)]
+        assert cli.main(command) == 1
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert message in captured.err.splitlines()[-1]
+
+
 def test_plot(workdir, tmp_path, capsys):
     output = tmp_path / "curves.png"
     cli.main(["plot", "--workdir", str(workdir), "--output", str(output)])
@@ -84,6 +147,7 @@ def test_plot(workdir, tmp_path, capsys):
     [
         (["generate", "--prompt", "aé"], "character 'é' (U+00E9, at position 1)"),
         (["generate", "--prompt", ""], "the prompt is empty"),
+        (["generate", "--prompt", "a", "--prompt", "?"], "prompt 2: character '?'"),
         (["generate", "--top-p", "0"], "top-p must be in (0, 1]"),
         (["generate", "--checkpoint", "7"], "no checkpoint of step 7; it has"),
         (["generate", "--checkpoint", "x"], "choose best, last or a step number"),

@@ -91,8 +91,85 @@ def test_greedy_text_equals_a_loop_without_a_cache(config):
         np.testing.assert_array_equal(found, [expected, expected])
 
 
-def test_equal_seeds_draw_equal_tokens_wherever_segments_end(monkeypatch):
-    def draw(max_new_tokens, seed=3):
+RAGGED = (5, 1, 17, 23, 24, 60)  # of all buckets; full contexts slide at once
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"quantize": False}, {"n_kv_heads": 1, "attention": "library"}],
+    ids=["bit", "fp", "gqa"],
+)
+def test_prompts_of_a_batch_continue_as_each_alone(changes):
+    """Past the end of the context too, which each row reaches at its own time."""
+    config = dataclasses.replace(CONFIG, **changes)
+    prompts = [prompt_of(length) for length in RAGGED]
+    found = generate(
+        config, *variables_of(config), prompts, max_new_tokens=45, sampler=GREEDY
+    )
+    assert found.shape == (len(RAGGED), 45)
+    for row, prompt in zip(found, prompts, strict=True):
+        np.testing.assert_array_equal(row, generate_by_hand(config, prompt, 45))
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "bfloat16", "int8"])
+def test_samples_of_a_prompt_are_the_same_in_any_batch(kv_dtype):
+    def draw(prompt):
+        return generate(
+            TWIN,
+            *variables_of(TWIN),
+            prompt,
+            max_new_tokens=30,
+            sampler=WARM,
+            num_samples=2,
+            seed=5,
+            kv_dtype=kv_dtype,
+        )
+
+    prompts = [prompt_of(4), prompt_of(9), prompt_of(4)]
+    found = draw(prompts)
+    assert found.shape == (6, 30)
+    for i, prompt in enumerate(prompts):
+        np.testing.assert_array_equal(found[2 * i : 2 * i + 2], draw(prompt))
+    assert np.mean(found[0] != found[1]) > 0.3
+    assert np.mean(found[0] != found[2]) > 0.3
+    same = np.stack([prompt_of(9), prompt_of(9)])  # rows of a matrix are prompts
+    np.testing.assert_array_equal(draw(same)[:2], found[2:4])
+
+
+def test_the_cache_has_room_for_what_is_asked(monkeypatch):
+    config = dataclasses.replace(TWIN, max_seq_len=300)
+    capacities, bytes_of = [], []
+
+    def spy(*args, **options):
+        logits, cache = prefill(*args, **options)
+        capacities.append(cache.capacity)
+        bytes_of.append(cache.nbytes)
+        return logits, cache
+
+    monkeypatch.setattr(vaani_jax.generate, "prefill", spy)
+
+    def run(lengths, new, **options):
+        prompts = [prompt_of(length) for length in lengths]
+        found = generate(
+            config, *variables_of(config), prompts, max_new_tokens=new, **options
+        )
+        assert found.shape == (len(lengths), new)
+
+    run([3], 1)
+    run([16], 16)
+    run([17], 16)
+    run([3, 16], 17)
+    run([290], 3)
+    assert capacities == [32, 32, 64, 64, 300]
+    capacities.clear()
+    run([3], 1, segment=64)  # the surplus of a segment has room too
+    assert capacities == [128]
+    run([3], 1, kv_dtype="int8")
+    assert bytes_of[-1] < 0.4 * bytes_of[0]  # H = 8
+
+
+def test_equal_seeds_draw_equal_tokens_wherever_segments_end():
+    def draw(max_new_tokens, seed=3, segment=SEGMENT):
         return generate(
             TWIN,
             *variables_of(TWIN),
@@ -101,13 +178,14 @@ def test_equal_seeds_draw_equal_tokens_wherever_segments_end(monkeypatch):
             sampler=WARM,
             seed=seed,
             num_samples=2,
+            segment=segment,
         )
 
     longest = draw(50)
     for length in (1, SEGMENT - 1, SEGMENT, SEGMENT + 1, 19, 20, 33):
         np.testing.assert_array_equal(draw(length), longest[:, :length])
-    monkeypatch.setattr(vaani_jax.generate, "SEGMENT", 5)
-    np.testing.assert_array_equal(draw(50), longest)
+    for segment in (1, 5, 30):  # 30 is more than the context holds
+        np.testing.assert_array_equal(draw(50, segment=segment), longest)
     assert np.mean(draw(50, seed=4) != longest) > 0.3
 
 
@@ -154,6 +232,45 @@ def test_a_new_prompt_length_in_a_bucket_does_not_recompile():
     assert compiled(1, 7, 15, 16) == (0, 0)
     assert compiled(17) == (1, 0)  # the next bucket; decoding stays as it is
     assert compiled(18, 23, 24) == (0, 0)
+
+
+def test_new_lengths_in_a_batch_do_not_recompile():
+    config = dataclasses.replace(TWIN, max_seq_len=65)  # compiled by no other test
+
+    def compiled(*lengths, seed=0):
+        before = prefill._cache_size(), decode._cache_size()
+        generate(
+            config,
+            *variables_of(config),
+            [prompt_of(length) for length in lengths],
+            max_new_tokens=20,
+            sampler=WARM,
+            seed=seed,
+        )
+        return prefill._cache_size() - before[0], decode._cache_size() - before[1]
+
+    assert compiled(5, 9, 1) == (1, 1)
+    assert compiled(16, 2, 3) == (0, 0)
+    assert compiled(7, 7, 7, seed=1) == (0, 0)
+    assert compiled(5, 9) == (1, 1)  # another batch
+
+
+def test_a_prompt_alone_is_padded_on_the_right_only(monkeypatch):
+    seen = []
+
+    def spy(*args, **options):
+        seen.append([np.asarray(x) for x in args[3:6]])
+        return prefill(*args, **options)
+
+    monkeypatch.setattr(vaani_jax.generate, "prefill", spy)
+    prompts = [prompt_of(5), prompt_of(5)[::-1]]
+    generate(TWIN, *variables_of(TWIN), prompts, max_new_tokens=1)
+    (tokens, length, start), *rest = seen
+    assert not rest
+    assert length == 5
+    np.testing.assert_array_equal(start, [0, 0])
+    np.testing.assert_array_equal(tokens[:, :5], prompts)
+    assert tokens.shape == (2, 16)
 
 
 def test_scanned_layers_unroll_to_the_same_model():
@@ -215,6 +332,10 @@ def test_samplers_draw_from_the_reference_distribution(sampler):
     ids = sample_token(tiled, jax.random.key(0), sampler)
     assert ids.shape == (rows * draws,)
     assert ids.dtype == jnp.int32
+    # In groups, each row draws as the group does alone.
+    group = sample_token(tiled[: 2 * draws], jax.random.key(0), sampler, draws)
+    alone = sample_token(tiled[draws : 2 * draws], jax.random.key(0), sampler)
+    np.testing.assert_array_equal(group[draws:], alone)
     for row, drawn in zip(logits, np.asarray(ids).reshape(rows, draws), strict=True):
         found = np.bincount(drawn, minlength=vocab) / draws
         expected = reference_probabilities(row, sampler)
@@ -239,6 +360,10 @@ def test_temperature_zero_takes_the_likeliest_whatever_the_filters():
     ("changes", "words"),
     [
         ({"prompt": np.zeros(0, np.int32)}, "prompt is empty"),
+        ({"prompt": []}, "prompt is empty"),
+        ({"prompt": [prompt_of(3), prompt_of(0)]}, "prompt 2 is empty"),
+        ({"segment": 0}, "segment has at least one token"),
+        ({"kv_dtype": "int4"}, "float32, bfloat16 or int8, not int4"),
         ({"max_new_tokens": 0}, "at least one token"),
         ({"num_samples": 0}, "one sample"),
         ({"config": dataclasses.replace(TWIN, max_seq_len=1)}, "context of one token"),

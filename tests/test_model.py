@@ -158,6 +158,149 @@ def test_a_bfloat16_model_computes_what_a_float32_one_does():
     assert found.dtype == jnp.float32
 
 
+LENGTHS = (2, 5, 4)  # of the prompts of a batch, each followed by two tokens more
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "changes"),
+    [
+        (1e-5, {"quantize": False}),
+        (1e-5, {"attention": "library", "n_kv_heads": 1}),
+        (1e-5, {"attention": "explicit", "n_kv_heads": 0}),
+        (1e-5, {"scan_layers": True, "activation": "relu2"}),
+        (0.05, {"dtype": "bfloat16", "n_layers": 1, "quantize": False}),
+    ],
+    ids=["fp", "library-mqa", "explicit-mha", "scan", "bfloat16-fp"],
+)
+def test_rows_of_a_ragged_batch_answer_as_each_alone(tolerance, changes):
+    """Alone is the full forward, without padding and without a cache."""
+    config = change(**changes)
+    variables, step = variables_of(config), forward(config)
+    rows = [TOKENS[i % 2, : n + 2] for i, n in enumerate(LENGTHS)]
+    end = max(LENGTHS)
+    start = np.asarray([end - n for n in LENGTHS], np.int32)
+    for pad in (0, 9):  # the padding is of no account, left or right
+        tokens = np.full((3, end + 2), pad, np.int32)
+        for b, first in enumerate(start):
+            tokens[b, first:end] = rows[b][: LENGTHS[b]]
+        cache = KVCache.create(config, 3, capacity=T + 1, start=jnp.asarray(start))
+        logits, cache = step(variables, jnp.asarray(tokens), cache)
+        assert jnp.isfinite(logits).all()
+        found = [np.asarray(logits)[:, :end]]
+        cache = dataclasses.replace(cache, length=jnp.asarray(end, jnp.int32))
+        for i in range(2):
+            new = jnp.stack([row[n + i] for row, n in zip(rows, LENGTHS, strict=True)])
+            logits, cache = step(variables, new[:, None], cache)
+            found.append(np.asarray(logits))
+        found = np.concatenate(found, axis=1)
+        np.testing.assert_array_equal(cache.start, start)
+        assert int(cache.length) == end + 2
+        for b, (row, first) in enumerate(zip(rows, start, strict=True)):
+            alone = np.asarray(step(variables, row[None]))[0]
+            error = np.abs(found[b, first:] - alone).max()
+            assert error < tolerance * 10 * alone.std(), b
+
+
+def test_starts_are_data():
+    variables, traces = variables_of(TWIN), []
+
+    @jax.jit
+    def run(start):
+        traces.append(1)
+        cache = KVCache.create(TWIN, 2, start=start)
+        return Vaani(TWIN).apply(variables, TOKENS, cache)[0]
+
+    for start in ([0, 0], [1, 3], [6, 0]):
+        assert jnp.isfinite(run(jnp.asarray(start, jnp.int32))).all()
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tie_embeddings": False, "ternary_head": True}, {"quantize": False}],
+    ids=["tied", "ternary", "fp"],
+)
+def test_logits_of_one_position_are_those_of_all(changes):
+    config = change(vocab_size=61, n_layers=1, **changes)
+    variables = variables_of(config)
+
+    @jax.jit
+    def run(last):
+        cache = KVCache.create(config, 2)
+        return Vaani(config).apply(variables, TOKENS, cache, last=last)
+
+    full, filled = forward(config)(variables, TOKENS, KVCache.create(config, 2))
+    for t in range(T):
+        found, cache = run(jnp.int32(t))
+        assert found.shape == (2, 1, 61)
+        np.testing.assert_allclose(found[:, 0], full[:, t], rtol=1e-5, atol=1e-5)
+        assert_trees_close(cache, filled)
+    text = jax.jit(run).lower(jnp.int32(0)).as_text()
+    assert "2x1x61x" in text
+    assert f"2x{T}x61x" not in text  # the head's product is done for one
+
+
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["loop", "scan"])
+def test_a_cache_of_fewer_bits_answers_nearly_as_one_of_float32(scan_layers):
+    """Of the full-precision twin: no rounding elsewhere blurs the figures."""
+    config = change(TWIN, dim=64, n_heads=4, n_kv_heads=2, scan_layers=scan_layers)
+    variables = variables_of(config)
+    # Scores of a few units, not of dozens: attention then looks at several tokens.
+    variables = jax.tree.map(
+        lambda x: x * (0.4 if x.ndim > 1 + scan_layers else 1.0), variables
+    )
+
+    def answers(dtype, damage=lambda cache: cache):
+        cache, logits = KVCache.create(config, 2, capacity=T, dtype=dtype), []
+        for start, end in ((0, 4), (4, 5), (5, 6), (6, 7)):
+            out, cache = forward(config)(variables, TOKENS[:, start:end], cache)
+            cache = damage(cache)
+            logits.append(out)
+        assert {x.dtype for x in cache.keys + cache.values} == {jnp.dtype(dtype)}
+        assert len(cache.key_scales) == (2 if dtype == "int8" else 0)
+        return np.concatenate(logits, axis=1)
+
+    def error(found):
+        return np.sqrt(np.mean((found - exact) ** 2)) / exact.std()
+
+    exact = answers("float32")
+    full = forward(config)(variables, TOKENS)
+    np.testing.assert_allclose(exact, full, rtol=1e-4, atol=1e-4)
+    assert 1e-5 < error(answers("bfloat16")) < 0.01
+    assert 1e-5 < error(answers("int8")) < 0.01
+
+    def of_a_neighbour(axis, name):
+        """Scales of the token or head beside: a slip of an index."""
+
+        def damage(cache):
+            rolled = tuple(jnp.roll(x, 1, axis) for x in getattr(cache, name))
+            return dataclasses.replace(cache, **{name: rolled})
+
+        return damage
+
+    for name in ("key_scales", "value_scales"):
+        for axis in (1, 2):
+            assert error(answers("int8", of_a_neighbour(axis, name))) > 0.05
+
+
+def test_an_int8_cache_takes_a_quarter():
+    config = change(dim=256, n_heads=4, n_kv_heads=2)  # H = 64
+    full, half, quarter = (
+        KVCache.create(config, 3, 32, dtype)
+        for dtype in ("float32", "bfloat16", "int8")
+    )
+    assert full.nbytes == 2 * 2 * (3 * 32 * 2 * 64) * 4 + 4 + 3 * 4
+    assert half.nbytes == pytest.approx(full.nbytes / 2, rel=0.001)
+    # And 4 bytes of scale for 64 codes.
+    assert quarter.nbytes == pytest.approx(full.nbytes / 4 * (1 + 4 / 64), rel=0.001)
+    assert KVCache.create(change(dtype="bfloat16"), 1).keys[0].dtype == jnp.bfloat16
+    assert KVCache.create(config, 1, dtype=jnp.int8).keys[0].dtype == jnp.int8
+    assert KVCache.create(config, 1, dtype=np.dtype("int8")).key_scales
+    for name in ("float16", "fp8"):
+        with pytest.raises(VaaniError, match=f"float32, bfloat16 or int8, not {name}"):
+            KVCache.create(config, 1, dtype=name)
+
+
 def test_past_its_end_a_cache_raises_or_answers_nan():
     config = change(TWIN, max_seq_len=20)
     variables, step = variables_of(config), forward(config)

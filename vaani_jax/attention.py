@@ -148,20 +148,29 @@ def cached_attention(
         first_BT = jnp.minimum(start[:, None], last_BT)
     slot = jnp.arange(slots, dtype=jnp.int32)[None, None, :]
     mask_BTS = (slot >= first_BT[:, :, None]) & (slot <= last_BT[:, :, None])
-    # Queries of one group share keys: G of them for each of K heads.
-    q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, size)
+    # As in `causal_attention`, queries of one group are further rows of one product;
+    # the sums of weights divide the few results, not the many weights.
+    groups = heads // kv_heads
+    rows = (batch, kv_heads, groups * length)
+    split = (batch, kv_heads, groups, length)
+    q = (q_BTNH * size**-0.5).transpose(0, 2, 1, 3).reshape(*rows, size)
     scores = jnp.einsum(
-        "BTKGH,BSKH->BKGTS",
-        q_BTKGH,
-        k_BSKH.astype(dtype),
+        "BKRH,BSKH->BKRS", q, k_BSKH.astype(dtype), preferred_element_type=jnp.float32
+    )
+    if scales is not None:
+        scores = scores * scales[0].transpose(0, 2, 1)[:, :, None, :]
+    scores = scores.reshape(*split, slots)
+    lowest = jnp.finfo(jnp.float32).min
+    scores = jnp.where(mask_BTS[:, None, None], scores, lowest).reshape(*rows, slots)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    if scales is not None:
+        weights = weights * scales[1].transpose(0, 2, 1)[:, :, None, :]
+    y = jnp.einsum(
+        "BKRS,BSKH->BKRH",
+        weights.astype(dtype),
+        v_BSKH.astype(dtype),
         preferred_element_type=jnp.float32,
     )
-    scores = scores * size**-0.5
-    if scales is not None:
-        scores = scores * scales[0].transpose(0, 2, 1)[:, :, None, None, :]
-    scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1)
-    if scales is not None:
-        weights = weights * scales[1].transpose(0, 2, 1)[:, :, None, None, :]
-    y = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(dtype), v_BSKH.astype(dtype))
-    return y.reshape(batch, length, heads, size)
+    y = (y * (1.0 / total)).astype(dtype).reshape(batch, heads, length, size)
+    return y.transpose(0, 2, 1, 3)

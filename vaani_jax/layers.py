@@ -278,9 +278,8 @@ def rotary_embedding(x: Array, cos: Any, sin: Any) -> Array:
     Returns:
       Same shape and dtype as ``x``; computed in float32.
     """
-    if cos.ndim == 2:
-        cos, sin = cos[None], sin[None]
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    where = (None, slice(None)) if cos.ndim == 2 else (slice(None), slice(None))
+    cos, sin = cos[*where, None, :], sin[*where, None, :]
     low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
     return rotated.astype(x.dtype)

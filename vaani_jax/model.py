@@ -112,11 +112,13 @@ class KVCache:
         Raises:
           VaaniError: the dtype is another one.
         """
-        dtype = jnp.dtype(dtype or config.dtype)
-        if dtype.name not in ("float32", "bfloat16", "int8"):
-            raise VaaniError(
-                f"a KV cache holds float32, bfloat16 or int8, not {dtype.name}"
-            )
+        try:
+            name = jnp.dtype(dtype or config.dtype).name
+        except TypeError:
+            name = str(dtype)
+        if name not in ("float32", "bfloat16", "int8"):
+            raise VaaniError(f"a KV cache holds float32, bfloat16 or int8, not {name}")
+        dtype = jnp.dtype(name)
         shape = (batch, capacity or config.max_seq_len, config.kv_heads)
 
         def zeros(shape: tuple[int, ...], dtype: Any) -> tuple[Array, ...]:
