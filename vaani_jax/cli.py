@@ -75,7 +75,7 @@ def _keep_compiled() -> None:
     """Keeps compiled code from one command to the next, so that text comes sooner."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:  # the user's choice comes first
+    if not jax.config.values["jax_compilation_cache_dir"]:  # the user chooses first
         root = os.environ.get("XDG_CACHE_HOME", "") or "~/.cache"
         folder = pathlib.Path(root).expanduser() / "vaani" / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(folder))

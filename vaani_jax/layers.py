@@ -293,6 +293,19 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 
+def _written(cache: Array, new: Array, slot: Array) -> Array:
+    """``cache`` [B, S, ...] with ``new`` [B, T, ...] from ``slot`` on."""
+    new = new.astype(cache.dtype)
+    if cache.dtype == jnp.bfloat16:
+        # As integers: XLA on a CPU would convert all of the cache to float32 and back.
+        bits = jnp.uint16
+        cache = jax.lax.bitcast_convert_type(cache, bits)
+        new = jax.lax.bitcast_convert_type(new, bits)
+        cache = jax.lax.dynamic_update_slice_in_dim(cache, new, slot, axis=1)
+        return jax.lax.bitcast_convert_type(cache, jnp.bfloat16)
+    return jax.lax.dynamic_update_slice_in_dim(cache, new, slot, axis=1)
+
+
 class MultiHeadAttention(nn.Module):
     """Causal self-attention with grouped key-value heads and rotary positions.
 
@@ -355,9 +368,7 @@ class MultiHeadAttention(nn.Module):
                 codes, scales = zip(*map(quantize_heads, new), strict=True)
                 new = (*codes, *scales)
             cache = tuple(
-                jax.lax.dynamic_update_slice_in_dim(
-                    old, x.astype(old.dtype), positions[0], axis=1
-                )
+                _written(old, x, positions[0])
                 for old, x in zip(cache, new, strict=True)
             )
             y_BTNH = cached_attention(

@@ -190,27 +190,34 @@ VAANI_INLINE float exp_of(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, 4);
-  return p * power;
+  return p * __builtin_bit_cast(float, (static_cast<int32_t>(n) + 127) << 23);
 }
 
 VAANI_INLINE float widened(float x) { return x; }
 VAANI_INLINE float widened(int8_t x) { return static_cast<float>(x); }
 VAANI_INLINE float widened(uint16_t x) {  // bfloat16
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
+  return __builtin_bit_cast(float, static_cast<uint32_t>(x) << 16);
 }
 
-// Queries of a group share keys. `scratch` holds a score per slot.
+// W numbers of the output, which stay in registers over all slots.
+template <int W, typename T>
+VAANI_INLINE void weighted_sum(const T* values, int64_t step, const float* weights,
+                               int64_t first, int64_t last, float* out) {
+  float sums[W] = {};
+  for (int64_t s = first; s < last; ++s) {
+    const T* value = values + s * step;
+    const float weight = weights[s];
+    for (int i = 0; i < W; ++i) sums[i] += weight * widened(value[i]);
+  }
+  for (int i = 0; i < W; ++i) out[i] = sums[i];
+}
+
+// Queries of a group share keys. `scratch` holds a number per slot.
 template <typename T>
 VAANI_INLINE void attend_row(const Attention& a, int64_t b, int64_t head,
                              float* scratch) {
-  const int64_t group = a.n / a.k, step = a.k * a.h, h = a.h;
-  const int64_t first = std::min<int64_t>(a.starts[b], a.length - 1);
+  const int64_t group = a.n / a.k, step = a.k * a.h, h = a.h, last = a.length;
+  const int64_t first = std::min<int64_t>(a.starts[b], last - 1);
   const int64_t origin = b * a.s * step + head * h;
   const T* keys = static_cast<const T*>(a.keys) + origin;
   const T* values = static_cast<const T*>(a.values) + origin;
@@ -218,8 +225,7 @@ VAANI_INLINE void attend_row(const Attention& a, int64_t b, int64_t head,
   for (int64_t g = 0; g < group; ++g) {
     const int64_t query = b * a.n + head * group + g;
     const float* q = a.q + query * h;
-    float largest = -std::numeric_limits<float>::infinity();
-    for (int64_t s = first; s < a.length; ++s) {
+    for (int64_t s = first; s < last; ++s) {
       const T* key = keys + s * step;
       float lanes[kLanes] = {};
       int64_t i = 0;
@@ -227,23 +233,32 @@ VAANI_INLINE void attend_row(const Attention& a, int64_t b, int64_t head,
         for (int l = 0; l < kLanes; ++l) lanes[l] += q[i + l] * widened(key[i + l]);
       float score = lanes_total(lanes);
       for (; i < h; ++i) score += q[i] * widened(key[i]);
-      score *= root;
-      if (a.key_scales) score *= a.key_scales[(b * a.s + s) * a.k + head];
-      scratch[s] = score;
-      largest = std::max(largest, score);
+      scratch[s] = score * root;
     }
-    for (int64_t s = first; s < a.length; ++s) scratch[s] = exp_of(scratch[s] - largest);
-    float total = 0.0f;
-    for (int64_t s = first; s < a.length; ++s) total += scratch[s];
+    if (a.key_scales)
+      for (int64_t s = first; s < last; ++s)
+        scratch[s] *= a.key_scales[(b * a.s + s) * a.k + head];
+    float largest = -std::numeric_limits<float>::infinity();
+    for (int64_t s = first; s < last; ++s) largest = std::max(largest, scratch[s]);
+    for (int64_t s = first; s < last; ++s) scratch[s] = exp_of(scratch[s] - largest);
+    float lanes[kLanes] = {};
+    int64_t s = first;
+    for (; s + kLanes <= last; s += kLanes)
+      for (int l = 0; l < kLanes; ++l) lanes[l] += scratch[s + l];
+    float total = lanes_total(lanes);
+    for (; s < last; ++s) total += scratch[s];
     const float inverse = 1.0f / total;
+    for (s = first; s < last; ++s) scratch[s] *= inverse;
+    if (a.value_scales)
+      for (s = first; s < last; ++s)
+        scratch[s] *= a.value_scales[(b * a.s + s) * a.k + head];
     float* out = a.out + query * h;
-    for (int64_t i = 0; i < h; ++i) out[i] = 0.0f;
-    for (int64_t s = first; s < a.length; ++s) {
-      float weight = scratch[s] * inverse;
-      if (a.value_scales) weight *= a.value_scales[(b * a.s + s) * a.k + head];
-      const T* value = values + s * step;
-      for (int64_t i = 0; i < h; ++i) out[i] += weight * widened(value[i]);
-    }
+    int64_t i = 0;
+    for (; i + 64 <= h; i += 64)
+      weighted_sum<64>(values + i, step, scratch, first, last, out + i);
+    for (; i + 16 <= h; i += 16)
+      weighted_sum<16>(values + i, step, scratch, first, last, out + i);
+    for (; i < h; ++i) weighted_sum<1>(values + i, step, scratch, first, last, out + i);
   }
 }
 
