@@ -37,9 +37,12 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
-#elif defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
+#elif defined(__aarch64__) && defined(__GNUC__)
 #define VAANI_NEON 1
 #include <arm_neon.h>
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
 #endif
 
 namespace ffi = xla::ffi;
@@ -829,8 +832,14 @@ bool has_amx() {
 
 // -- NEON with dot products -------------------------------------------------------
 
+#if defined(__clang__)
+#define VAANI_DOT __attribute__((target("dotprod")))
+#else
+#define VAANI_DOT __attribute__((target("+dotprod")))
+#endif
+
 template <int M>
-void neon_block(const Activations& a, const Product& p, int64_t b, int64_t row) {
+VAANI_DOT void neon_block(const Activations& a, const Product& p, int64_t b, int64_t row) {
   const uint8_t* tiles = p.tiles + b * p.depth * kBlock;
   const int8_t* q = a.codes + row * a.stride;
   const uint8x16_t three = vdupq_n_u8(3);
@@ -861,13 +870,21 @@ void neon_block(const Activations& a, const Product& p, int64_t b, int64_t row) 
   }
 }
 
-void neon_multiply(const Activations& a, const Product& p, int64_t begin,
-                   int64_t end) {
+VAANI_DOT void neon_multiply(const Activations& a, const Product& p, int64_t begin,
+                             int64_t end) {
   int64_t row = 0;
   for (; row + 4 <= a.m; row += 4)
     for (int64_t b = begin; b < end; ++b) neon_block<4>(a, p, b, row);
   for (int64_t b = begin; b < end; ++b)
     for (int64_t rest = row; rest < a.m; ++rest) neon_block<1>(a, p, b, rest);
+}
+
+bool has_dot() {
+#if defined(__linux__)
+  return (getauxval(AT_HWCAP) >> 20) & 1;  // HWCAP_ASIMDDP
+#else
+  return true;  // every processor of Apple's that runs macOS
+#endif
 }
 #endif  // NEON
 
@@ -885,7 +902,7 @@ const Isa kIsas[] = {
      VAANI_FLOAT_TABLE(avx2)},
 #endif
 #if VAANI_NEON
-    {"neon", always, portable_quantize, neon_multiply, portable_rows,
+    {"neon", has_dot, portable_quantize, neon_multiply, portable_rows,
      VAANI_FLOAT_TABLE(portable)},
 #endif
     {"portable", always, portable_quantize, portable_multiply, portable_rows,
