@@ -1,4 +1,5 @@
-"""The command line: ``python -m vaani_jax generate | evaluate | plot``.
+"""The command line: ``python -m vaani_jax generate | evaluate | plot | export |
+import``.
 
 Results go to standard output, everything else to standard error.
 """
@@ -52,7 +53,7 @@ def _generate(options: argparse.Namespace) -> int:
         options.min_p,
     )
     model = load_model(options.workdir, checkpoint=options.checkpoint, notify=_notify)
-    prompt = model.tokenizer.encode(options.prompt)
+    prompt = model.tokenizer.encode_prompt(options.prompt)
     if len(prompt) > model.config.max_seq_len:
         _notify(
             f"the prompt has {len(prompt)} tokens, the context"
@@ -102,19 +103,32 @@ def _generate(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     import jax
 
-    from vaani_jax.data import load_corpus, split_tokens
+    from vaani_jax.data import DataConfig, Split, load_corpus, split_tokens
     from vaani_jax.step import make_eval_step
     from vaani_jax.trainer import load_model, validation_set
 
     model = load_model(options.workdir, checkpoint=options.checkpoint, notify=_notify)
-    corpus = load_corpus(model.run.data, _notify)
-    if corpus.sha256 != model.meta["corpus"]["sha256"]:
-        raise VaaniError(
-            f"the run was trained on {model.meta['corpus']['source']}, which is not"
-            f" {corpus.source} as it is now: bring the text back"
-        )
     seq_len = model.config.max_seq_len
-    split = split_tokens(model.run.data, corpus, model.tokenizer, seq_len)
+    if options.data:
+        ids = model.tokenizer.encode(load_corpus(DataConfig(path=options.data)).text)
+        if len(ids) < seq_len + 1:
+            raise VaaniError(
+                f"{options.data} has {len(ids):,} tokens, fewer than one window of"
+                f" max_seq_len + 1 = {seq_len + 1}: take a longer text"
+            )
+        split = Split(ids[:0], ids)
+    elif model.meta["corpus"] is None:
+        raise VaaniError(
+            "an imported model has no text of its own: name one with --data FILE"
+        )
+    else:
+        corpus = load_corpus(model.run.data, _notify)
+        if corpus.sha256 != model.meta["corpus"]["sha256"]:
+            raise VaaniError(
+                f"the run was trained on {model.meta['corpus']['source']}, which is not"
+                f" {corpus.source} as it is now: bring the text back"
+            )
+        split = split_tokens(model.run.data, corpus, model.tokenizer, seq_len)
     result = validation_set(model.run, split, model.tokenizer).evaluate(
         jax.jit(make_eval_step(model.config)), model.params, model.quant
     )
@@ -127,6 +141,43 @@ def _evaluate(options: argparse.Namespace) -> int:
         print(f"perplexity     {result.perplexity:.3f}")
         print(f"bits per byte  {result.bits_per_byte:.4f}")
         print(f"tokens         {result.tokens:,}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from vaani_jax.interop.convert import export_model
+
+    result = export_model(
+        options.workdir,
+        options.output,
+        target=options.format,
+        gguf_type=options.type,
+        checkpoint=options.checkpoint,
+        notify=_notify,
+    )
+    _notify(
+        f"read back and compared over {result.tokens} tokens: logits differ by"
+        f" {result.largest:.3g} at most, {result.median:.3g} in the median; their"
+        f" standard deviation is {result.spread:.3g}"
+    )
+    print(options.output)
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    from vaani_jax.interop.convert import as_flags, import_model
+
+    config = import_model(
+        options.source,
+        options.workdir,
+        max_seq_len=options.max_seq_len,
+        notify=_notify,
+    )
+    _notify(
+        "to train from it: python train.py --config=configs/base.py --workdir=NEW"
+        f" --config.init_from={options.workdir} {as_flags(config)}"
+    )
+    print(options.workdir)
     return 0
 
 
@@ -196,6 +247,27 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command("evaluate", _evaluate, "Measure a model on its held-out text.")
     sub.add_argument("--checkpoint", default="best", help="best, last or a step")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+    sub.add_argument(
+        "--data", default="", help="another text (file, folder, glob): all of it"
+    )
+
+    sub = command("export", _export, "Write a model for other tools, and check it.")
+    sub.add_argument("--format", required=True, choices=["hf", "hf-packed", "gguf"])
+    sub.add_argument("--output", required=True, help="folder, or GGUF file")
+    sub.add_argument(
+        "--type",
+        default="tq2_0",
+        choices=["tq2_0", "tq1_0", "f16", "q8_0"],
+        help="of the kernels in GGUF",
+    )
+    sub.add_argument("--checkpoint", default="best", help="best, last or a step")
+
+    sub = command("import", _import, "Make a run of a Hugging Face folder.")
+    sub.add_argument("--from", required=True, dest="source", help="the folder")
+    sub.add_argument(
+        "--max-seq-len", type=int, default=0, help="context; 0: the model's, up to 4096"
+    )
 
     sub = command("plot", _plot, "Draw the training curves of a run.")
     sub.add_argument("--output", default="", help="PNG; in the workdir if not given")
