@@ -121,6 +121,7 @@ def get_config() -> ConfigDict:
     data.download_timeout = 10.0  # seconds
     data.download_attempts = 3
     data.tokenizer = "char"  # or "byte"
+    data.tokenizer_file = ""  # a tokenizer.json of Hugging Face instead
     data.validation_fraction = 0.1  # the end of the text
 
     config.sample = sample = ConfigDict()

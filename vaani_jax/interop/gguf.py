@@ -3,7 +3,7 @@
 Kernels are written as codes: blocks of +-1 and 0 whose own scale is 1, which each of
 the four types holds exactly, and a float32 ``.scale`` tensor [1] beside each, by which
 llama.cpp multiplies the product (`src/models/bitnet.cpp`). Norms are float32, the
-embedding float16 (Q8_0 under ``q8_0``). Kernels of a full-precision model are written
+embedding, which is the head too, float16. Kernels of a full-precision model are written
 as they are, in float16 or Q8_0.
 """
 
@@ -145,7 +145,7 @@ def write(
         if tensor.kind == "linear":
             array = np.ascontiguousarray(array.T)
         if scale is None:
-            kept = chosen if kind == "q8_0" else types.F16
+            kept = chosen if kind == "q8_0" and tensor.kind == "linear" else types.F16
             writer.add_tensor(label, gguf.quants.quantize(array, kept), raw_dtype=kept)
             continue
         if kind == "q8_0":
