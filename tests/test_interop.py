@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from vaani_jax.checkpoint import Checkpoints
 from vaani_jax.config import Config
@@ -32,9 +34,6 @@ from vaani_jax.model import (
 from vaani_jax.step import make_eval_step
 from vaani_jax.tokenizer import CharTokenizer
 from vaani_jax.trainer import load_model
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
 TEXT = (
     "First Citizen:\nBefore we proceed any further, hear me speak.\n\n"

@@ -166,6 +166,25 @@ def _ggml_key(key: str) -> str:
     )
 
 
+def rounded(tensor: Tensor, array: np.ndarray, kind: str, ternary: bool) -> np.ndarray:
+    """A tensor as it comes out of a file, for those that are not held exactly.
+
+    Raises VaaniError for values that float16 can't hold.
+    """
+    if tensor.kind == "norm" or (tensor.kind == "linear" and ternary):
+        return array
+    gguf = _gguf()
+    if np.abs(array).max() > np.finfo(np.float16).max:
+        raise VaaniError(
+            f"{'/'.join(tensor.path)} holds values that float16 can't: use --format hf"
+        )
+    if kind != "q8_0" or tensor.kind != "linear":
+        return np.asarray(array).astype(np.float16).astype(np.float32)
+    type_ = gguf.GGMLQuantizationType.Q8_0
+    blocks = gguf.quants.quantize(np.ascontiguousarray(array.T), type_)
+    return np.ascontiguousarray(gguf.quants.dequantize(blocks, type_).T)
+
+
 def read(path: pathlib.Path, like: ModelConfig) -> tuple[ModelConfig, Tree, Tree]:
     """Reads a file back, as llama.cpp would, for the comparison after an export.
 
