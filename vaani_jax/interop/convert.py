@@ -6,6 +6,7 @@ as they went in, and the logits of a probe are compared with those of the model.
 
 import dataclasses
 import functools
+import gc
 import hashlib
 import pathlib
 from collections.abc import Callable
@@ -190,6 +191,7 @@ def export_model(
     left = _flat(params)
     kernels = {e.name: (e.threshold, e.scale) for e in ternary_kernels(params, quant)}
     del params
+    gc.collect()  # reading the checkpoint left cycles that hold the arrays
 
     def take(tensor: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
         array = left.pop(tensor.path)
@@ -203,7 +205,6 @@ def export_model(
         if target == "gguf":
             gguf.write(temporary, config, gguf_type, tokenizer, take, name=name)
             found, params, quant = gguf.read(temporary, config)
-            _to_device(params)
             gguf.check_vocabulary(temporary, tokenizer)
         else:
             storage: Storage = "masters" if target == "hf" else "multiply"
@@ -215,7 +216,6 @@ def export_model(
             folder = hf.Folder(temporary)
             _check_tokenizer(folder.tokenizer, tokenizer)
             found, (params, quant) = folder.config, folder.variables()
-            _to_device(params)
         found = dataclasses.replace(found, operands=config.operands)
         after = np.asarray(_logits(found, params, quant, probe))
         result = _compare(before, after)
@@ -239,15 +239,6 @@ def export_model(
             " the training text"
         )
     return result
-
-
-def _to_device(tree: Tree) -> None:
-    """Turns numpy's arrays into jax's, one by one: a call would copy them all."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            _to_device(value)
-        else:
-            tree[key] = jnp.asarray(value)
 
 
 def _rounded(config: ModelConfig, params: Tree, gguf_type: str) -> Tree:
@@ -354,7 +345,6 @@ def import_model(
             "window": [],
         }
         params, quant = folder.variables()
-        _to_device(params)
         checkpoints = Checkpoints(temporary / "checkpoints")
         try:
             checkpoints.save(0, {"model": {"params": params, "quant": quant}}, meta)

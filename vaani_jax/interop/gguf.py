@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from vaani_jax.errors import VaaniError
@@ -233,7 +234,7 @@ def read(path: pathlib.Path, like: ModelConfig) -> tuple[ModelConfig, Tree, Tree
             array = masters_of(codes, scale)
             kept = {"threshold": np.asarray(0.5, np.float32), "scale": scale}
             put(quant, (*tensor.module, "weight_quantizer"), kept)
-        put(params, tensor.path, array)
+        put(params, tensor.path, jnp.asarray(array))
     return config, params, quant
 
 

@@ -15,6 +15,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  gives numpy the name bfloat16
 import numpy as np
 
@@ -313,7 +314,7 @@ class Folder:
     def variables(self) -> tuple[Tree, Tree]:
         """Parameters and quantiser variables, as `init_variables` shapes them.
 
-        Arrays are numpy's, float32. Streams: one tensor at a time is in memory twice.
+        Streams: one tensor at a time is in memory twice.
         """
         params: Tree = {}
         quant: Tree = {}
@@ -329,7 +330,7 @@ class Folder:
                 )
                 if flip:
                     array = np.ascontiguousarray(array.T)
-            put(params, tensor.path, array)
+            put(params, tensor.path, jnp.asarray(array))
             if tensor.kind == "linear" and self.storage != "full":
                 kept = {"threshold": np.asarray(0.5, np.float32)}
                 if packed:
