@@ -249,7 +249,7 @@ def _rounded(config: ModelConfig, params: Tree, gguf_type: str) -> Tree:
         array = gguf.rounded(
             tensor, left[tensor.path], gguf_type, ternary=config.quantize
         )
-        hf.put(result, tensor.path, array)
+        hf.put(result, tensor.path, jnp.asarray(array))
     return result
 
 
