@@ -41,6 +41,7 @@ def get_config() -> ConfigDict:
     model.rope_theta = 500_000.0  # base of the rotary embedding
     model.norm_eps = 1e-5
     model.init_std = 0.02
+    model.sub_norms = True  # norms before o_proj and down_proj; False: a Llama block
     model.tie_embeddings = True  # the head reuses the embedding
     model.ternary_head = False  # b1.58 keeps the head in full precision
     model.quantize = True  # False: the full-precision twin
@@ -120,6 +121,7 @@ def get_config() -> ConfigDict:
     data.download_timeout = 10.0  # seconds
     data.download_attempts = 3
     data.tokenizer = "char"  # or "byte"
+    data.tokenizer_file = ""  # a tokenizer.json of Hugging Face instead
     data.validation_fraction = 0.1  # the end of the text
 
     config.sample = sample = ConfigDict()

@@ -29,28 +29,30 @@ FORMAT = "vaani-checkpoint-1"
 
 
 @jax.jit
-def _fingerprints(tree: Tree) -> Tree:
-    """A uint32 per leaf that any changed, lost or swapped element changes."""
-
-    def one(leaf: jax.Array) -> jax.Array:
-        if leaf.dtype == jnp.bool_:
-            leaf = leaf.astype(jnp.uint8)
-        width = jnp.dtype(leaf.dtype).itemsize
-        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[width]
-        bits = jax.lax.bitcast_convert_type(leaf, unsigned).reshape(-1)
-        index = jax.lax.iota(jnp.uint32, bits.size)
-        # Odd weights, so that no single change cancels; sums wrap modulo 2^32.
-        weight = index * jnp.uint32(2654435761) | jnp.uint32(1)
-        return jnp.sum(bits.astype(jnp.uint32) * weight, dtype=jnp.uint32)
-
-    return jax.tree.map(one, tree)
+def _fingerprint(leaf: jax.Array) -> jax.Array:
+    """A uint32 that any changed, lost or swapped element changes."""
+    if leaf.dtype == jnp.bool_:
+        leaf = leaf.astype(jnp.uint8)
+    width = jnp.dtype(leaf.dtype).itemsize
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[width]
+    bits = jax.lax.bitcast_convert_type(leaf, unsigned).reshape(-1)
+    index = jax.lax.iota(jnp.uint32, bits.size)
+    # Odd weights, so that no single change cancels; sums wrap modulo 2^32.
+    weight = index * jnp.uint32(2654435761) | jnp.uint32(1)
+    return jnp.sum(bits.astype(jnp.uint32) * weight, dtype=jnp.uint32)
 
 
 def fingerprints(tree: Tree) -> dict[str, int]:
-    """Checksums of a pytree's arrays, by key path."""
-    values = jax.device_get(_fingerprints(tree))
-    leaves = jax.tree_util.tree_flatten_with_path(values)[0]
-    return {jax.tree_util.keystr(path): int(value) for path, value in leaves}
+    """Checksums of a pytree's arrays, by key path.
+
+    One array at a time: all at once, their temporaries would take as much memory as
+    the tree.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        jax.tree_util.keystr(path): int(jax.device_get(_fingerprint(leaf)))
+        for path, leaf in leaves
+    }
 
 
 @contextmanager

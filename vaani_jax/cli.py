@@ -1,4 +1,4 @@
-"""The command line: ``python -m vaani_jax generate | evaluate | pack | plot``.
+"""The command line: ``python -m vaani_jax generate | evaluate | pack | ...``.
 
 Results go to standard output, everything else to standard error.
 """
@@ -59,7 +59,7 @@ def _encode_prompts(tokenizer: Any, prompts: list[str], context: int) -> list[An
     for i, prompt in enumerate(prompts):
         number = f"prompt {i + 1}" if len(prompts) > 1 else ""
         try:
-            ids = tokenizer.encode(prompt)
+            ids = tokenizer.encode_prompt(prompt)
         except VaaniError as error:
             raise VaaniError(f"{number}: {error}" if number else str(error)) from error
         if len(ids) > context:
@@ -145,17 +145,29 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _held_out(model: Any) -> Any:
-    """The validation part of the text that a model was trained on."""
-    from vaani_jax.data import load_corpus, split_tokens
+def _held_out(model: Any, data: str = "") -> Any:
+    """The validation part of the text of a model's training, or all of another."""
+    from vaani_jax.data import DataConfig, Split, load_corpus, split_tokens
 
+    seq_len = model.config.max_seq_len
+    if data:
+        ids = model.tokenizer.encode(load_corpus(DataConfig(path=data)).text)
+        if len(ids) < seq_len + 1:
+            raise VaaniError(
+                f"{data} has {len(ids):,} tokens, fewer than one window of"
+                f" max_seq_len + 1 = {seq_len + 1}: take a longer text"
+            )
+        return Split(ids[:0], ids)
+    if model.meta["corpus"] is None:
+        raise VaaniError(
+            "an imported model has no text of its own: name one with --data FILE"
+        )
     corpus = load_corpus(model.run.data, _notify)
     if corpus.sha256 != model.meta["corpus"]["sha256"]:
         raise VaaniError(
             f"the run was trained on {model.meta['corpus']['source']}, which is not"
             f" {corpus.source} as it is now: bring the text back"
         )
-    seq_len = model.config.max_seq_len
     return split_tokens(model.run.data, corpus, model.tokenizer, seq_len)
 
 
@@ -174,7 +186,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from vaani_jax.load import load_model
 
     model = load_model(options.workdir, checkpoint=options.checkpoint, notify=_notify)
-    result = _measured(model, _held_out(model))
+    result = _measured(model, _held_out(model, options.data))
     if options.json:
         print(json.dumps(result.as_dict()))
     else:
@@ -225,6 +237,43 @@ def _pack(options: argparse.Namespace) -> int:
                 f" {before.loss:.4f} with a float32 embedding"
             )
     print(f"next: python -m vaani_jax generate --workdir={options.output}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from vaani_jax.interop.convert import export_model
+
+    result = export_model(
+        options.workdir,
+        options.output,
+        target=options.format,
+        gguf_type=options.type,
+        checkpoint=options.checkpoint,
+        notify=_notify,
+    )
+    _notify(
+        f"read back and compared over {result.tokens} tokens: logits differ by"
+        f" {result.largest:.3g} at most, {result.median:.3g} in the median; their"
+        f" standard deviation is {result.spread:.3g}"
+    )
+    print(options.output)
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    from vaani_jax.interop.convert import as_flags, import_model
+
+    config = import_model(
+        options.source,
+        options.workdir,
+        max_seq_len=options.max_seq_len,
+        notify=_notify,
+    )
+    _notify(
+        "to train from it: python train.py --config=configs/base.py --workdir=NEW"
+        f" --config.init_from={options.workdir} {as_flags(config)}"
+    )
+    print(options.workdir)
     return 0
 
 
@@ -312,6 +361,9 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command("evaluate", _evaluate, "Measure a model on its held-out text.")
     sub.add_argument("--checkpoint", default="best", help="best, last or a step")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub.add_argument(
+        "--data", default="", help="another text (file, folder, glob): all of it"
+    )
 
     sub = command("pack", _pack, "Write a model in 2 bits a weight.")
     sub.add_argument("--output", required=True, help="folder to write")
@@ -322,6 +374,23 @@ def make_parser() -> argparse.ArgumentParser:
         help="int8: 8 bits with a scale per row, for the embedding and its head",
     )
     sub.add_argument("--checkpoint", default="best", help="best, last or a step")
+
+    sub = command("export", _export, "Write a model for other tools, and check it.")
+    sub.add_argument("--format", required=True, choices=["hf", "hf-packed", "gguf"])
+    sub.add_argument("--output", required=True, help="folder, or GGUF file")
+    sub.add_argument(
+        "--type",
+        default="tq2_0",
+        choices=["tq2_0", "tq1_0", "f16", "q8_0"],
+        help="of the kernels in GGUF",
+    )
+    sub.add_argument("--checkpoint", default="best", help="best, last or a step")
+
+    sub = command("import", _import, "Make a run of a Hugging Face folder.")
+    sub.add_argument("--from", required=True, dest="source", help="the folder")
+    sub.add_argument(
+        "--max-seq-len", type=int, default=0, help="context; 0: the model's, up to 4096"
+    )
 
     sub = command("plot", _plot, "Draw the training curves of a run.")
     sub.add_argument("--output", default="", help="PNG; in the workdir if not given")

@@ -24,7 +24,12 @@ import numpy as np
 
 from vaani_jax.errors import VaaniError
 from vaani_jax.files import write_atomically
-from vaani_jax.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
+from vaani_jax.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    HFTokenizer,
+    Tokenizer,
+)
 
 TINY_SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
@@ -54,6 +59,7 @@ class DataConfig:
       download_timeout: seconds to wait for the network, each time.
       download_attempts: how often to try.
       tokenizer: "char" or "byte".
+      tokenizer_file: a ``tokenizer.json`` of Hugging Face to use in its place.
       validation_fraction: share of the corpus, at its end, that is held out.
     """
 
@@ -63,6 +69,7 @@ class DataConfig:
     download_timeout: float = 10.0
     download_attempts: int = 3
     tokenizer: Literal["char", "byte"] = "char"
+    tokenizer_file: str = ""
     validation_fraction: float = 0.1
 
     def __post_init__(self) -> None:
@@ -268,6 +275,12 @@ def _standard_library() -> Corpus:
 
 def make_tokenizer(config: DataConfig, corpus: Corpus) -> Tokenizer:
     """The tokenizer that a config names, made for a corpus."""
+    if config.tokenizer_file:
+        path = pathlib.Path(config.tokenizer_file).expanduser()
+        try:
+            return HFTokenizer(_read_bytes(path).decode("utf-8"))
+        except UnicodeDecodeError:
+            raise VaaniError(f"{path} is not UTF-8 text") from None
     if config.tokenizer == "byte":
         return ByteTokenizer()
     return CharTokenizer.from_text(corpus.text)

@@ -48,11 +48,14 @@ class ModelConfig:
       norm_eps: added to the mean square in RMSNorm.
       init_std: standard deviation of initial weights; ``o_proj`` and ``down_proj``
         start with ``init_std / sqrt(2 n_layers)``.
+      sub_norms: whether o_proj and down_proj have a norm of their own before them, as
+        BitNet 2B4T has; False is the plain Llama block.
       tie_embeddings: whether the head reuses the embedding.
       ternary_head: whether the head is ternary too (b1.58 keeps it in full precision).
       quantize: False gives the full-precision twin: same parameters, plain products.
       threshold: tau of every BitLinear at the start, in units of mean|W|.
-      weight_scale: "absmean" (b1.58) or "least_squares".
+      weight_scale: "absmean" (b1.58) or "least_squares"; "stored" for models that were
+        imported as codes and scales, which are not trained as they are.
       weight_granularity: one scale per "tensor" or per output "channel".
       activation_tracking: "token" (b1.58), or "ema" for a tracked range.
       activation_momentum: momentum of the tracked range.
@@ -76,11 +79,12 @@ class ModelConfig:
     rope_theta: float = 500_000.0
     norm_eps: float = 1e-5
     init_std: float = 0.02
+    sub_norms: bool = True
     tie_embeddings: bool = True
     ternary_head: bool = False
     quantize: bool = True
     threshold: float = 0.5
-    weight_scale: Literal["absmean", "least_squares"] = "absmean"
+    weight_scale: Literal["absmean", "least_squares", "stored"] = "absmean"
     weight_granularity: Literal["tensor", "channel"] = "tensor"
     activation_tracking: Literal["token", "ema"] = "token"
     activation_momentum: float = 0.99
@@ -121,6 +125,8 @@ class ModelConfig:
             )
         if self.threshold < 0:
             raise VaaniError(f"model.threshold is {self.threshold}: it can't be < 0")
+        if self.weight_scale == "stored" and self.weight_granularity != "tensor":
+            raise VaaniError("model.weight_scale = stored has one scale per tensor")
 
     @property
     def kv_heads(self) -> int:
@@ -228,6 +234,7 @@ def project(
         kernels,
         [layer.weight_quantizer.tau() for layer in layers],
         spec=first.config.spec,
+        scales=[layer.weight_quantizer.stored() for layer in layers],
         activation_range=first.activation_quantizer.observe(x, train=train),
         mix=mix,
     )
@@ -319,7 +326,7 @@ class MultiHeadAttention(nn.Module):
         self.q_proj = BitLinear(c.n_heads * c.head_dim, c, c.init_std)
         self.k_proj = BitLinear(c.kv_heads * c.head_dim, c, c.init_std)
         self.v_proj = BitLinear(c.kv_heads * c.head_dim, c, c.init_std)
-        self.sub_norm = RMSNorm(c.norm_eps)
+        self.sub_norm = RMSNorm(c.norm_eps) if c.sub_norms else None
         self.o_proj = BitLinear(c.dim, c, c.init_std / (2 * c.n_layers) ** 0.5)
 
     def __call__(
@@ -422,7 +429,7 @@ class FeedForward(nn.Module):
         c = self.config
         self.gate_proj = BitLinear(c.hidden_dim, c, c.init_std)
         self.up_proj = BitLinear(c.hidden_dim, c, c.init_std)
-        self.sub_norm = RMSNorm(c.norm_eps)
+        self.sub_norm = RMSNorm(c.norm_eps) if c.sub_norms else None
         self.down_proj = BitLinear(c.dim, c, c.init_std / (2 * c.n_layers) ** 0.5)
 
     def __call__(

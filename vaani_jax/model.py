@@ -271,8 +271,14 @@ class Vaani(nn.Module):
         if isinstance(self.embedding, PackedRows):
             return rows_matmul(x, self.embedding)
         if c.ternary_head and c.quantize:
-            taus = (self.head_quantizer.tau(),)
-            (logits,) = ternary_dot(x, (self.embedding.T,), taus, spec=c.spec, mix=mix)
+            (logits,) = ternary_dot(
+                x,
+                (self.embedding.T,),
+                (self.head_quantizer.tau(),),
+                spec=c.spec,
+                scales=(self.head_quantizer.stored(),),
+                mix=mix,
+            )
             return logits.astype(jnp.float32)
         return jnp.einsum(
             "BTD,VD->BTV",
@@ -304,11 +310,15 @@ def init_variables(config: ModelConfig, key: Array) -> tuple[Tree, Tree]:
 
 @dataclasses.dataclass(frozen=True)
 class TernaryKernel:
-    """A ternary kernel of a model: [in, out], or [layers, in, out] when stacked."""
+    """A ternary kernel of a model: [in, out], or [layers, in, out] when stacked.
+
+    Its scale is None where it is computed, not stored.
+    """
 
     name: str
     kernel: Array
     threshold: Array
+    scale: Array | None = None
 
 
 def ternary_kernels(params: Tree, quant: Tree) -> list[TernaryKernel]:
@@ -321,13 +331,24 @@ def ternary_kernels(params: Tree, quant: Tree) -> list[TernaryKernel]:
 
     def visit(path: tuple[str, ...], node: Tree, masters: Tree) -> None:
         if "weight_quantizer" in node:
-            threshold = node["weight_quantizer"]["threshold"]
-            found.append(TernaryKernel("/".join(path), masters["kernel"], threshold))
+            kept = node["weight_quantizer"]
+            found.append(
+                TernaryKernel(
+                    "/".join(path),
+                    masters["kernel"],
+                    kept["threshold"],
+                    kept.get("scale"),
+                )
+            )
             return
         for key, child in node.items():
             if key == "head_quantizer":
-                embedding = masters["embedding"]
-                found.append(TernaryKernel("head", embedding.T, child["threshold"]))
+                kernel = masters["embedding"].T
+                found.append(
+                    TernaryKernel(
+                        "head", kernel, child["threshold"], child.get("scale")
+                    )
+                )
             elif key in masters:
                 visit((*path, key), child, masters[key])
 
@@ -340,9 +361,9 @@ def with_settings(quant: Tree, thresholds: dict[str, Array], momentum: Array) ->
 
     def visit(path: Any, leaf: Array) -> Array:
         *names, owner, key = (entry.key for entry in path)
-        if owner == "weight_quantizer":
+        if owner == "weight_quantizer" and key == "threshold":
             return thresholds["/".join(names)]
-        if owner == "head_quantizer":
+        if owner == "head_quantizer" and key == "threshold":
             return thresholds["head"]
         return (
             momentum.astype(leaf.dtype) * jnp.ones_like(leaf)
@@ -362,10 +383,12 @@ def ternary_codes(
     """
     codes = {}
     for entry in ternary_kernels(params, quant):
-        function = lambda w, tau: ternarize(w, tau, config.spec)  # noqa: E731
+        function = lambda w, tau, kept: ternarize(  # noqa: E731
+            w, tau, config.spec, kept
+        )
         if entry.kernel.ndim == 3:
             function = jax.vmap(function)
-        t, scale = function(entry.kernel, entry.threshold)
+        t, scale = function(entry.kernel, entry.threshold, entry.scale)
         codes[entry.name] = (t.astype(jnp.int8), scale)
     return codes
 

@@ -163,14 +163,15 @@ def pack_params(
       becomes ``head``, beside the embedding.
     """
 
-    def ternary(kernel: Array, threshold: Array) -> PackedTernary:
-        return pack(*ternarize(kernel, threshold, spec))
+    def ternary(kernel: Array, quantizer: Tree) -> PackedTernary:
+        tau, stored = quantizer["threshold"], quantizer.get("scale")
+        return pack(*ternarize(kernel, tau, spec, stored))
 
     def visit(masters: Tree, settings: Tree) -> tuple[Tree, Tree]:
         settings = dict(settings)
         quantizer = settings.pop("weight_quantizer", None)
         if quantizer is not None:
-            packed = {"kernel": ternary(masters["kernel"], quantizer["threshold"])}
+            packed = {"kernel": ternary(masters["kernel"], quantizer)}
             return packed, settings
         head = settings.pop("head_quantizer", None)
         kept, left = {}, {}
@@ -182,7 +183,7 @@ def pack_params(
             else:
                 kept[key] = node
         if head is not None:
-            kept["head"] = ternary(masters["embedding"].T, head["threshold"])
+            kept["head"] = ternary(masters["embedding"].T, head)
         return kept, left
 
     if "layers" in params:

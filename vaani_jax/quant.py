@@ -40,7 +40,7 @@ EPSILON = 1e-5  # lower bound of every scale, as in the reference implementation
 ACTIVATION_MAX = 127.0
 ACTIVATION_MIN = -128.0
 
-WeightScale = Literal["absmean", "least_squares"]
+WeightScale = Literal["absmean", "least_squares", "stored"]
 Granularity = Literal["tensor", "channel"]
 OperandDtype = Literal["auto", "bfloat16", "float32"]
 
@@ -50,7 +50,8 @@ class TernarySpec:
     """How a product quantises; static, hashable.
 
     Attributes:
-      scale: "absmean" (b1.58) or "least_squares" (arXiv:1605.04711).
+      scale: "absmean" (b1.58), "least_squares" (arXiv:1605.04711), or "stored": a
+        number kept beside the kernel, for weights that came as codes and a scale.
       granularity: one scale per "tensor" or per output "channel".
       operands: dtype in which the integers of the forward product ride. The result
         is the same to the bit; "auto" takes the faster one (see `operand_dtype`).
@@ -87,7 +88,10 @@ def operand_dtype(choice: OperandDtype) -> Any:
 
 
 def ternarize(
-    w: Array, threshold: Array | float, spec: TernarySpec = TernarySpec()
+    w: Array,
+    threshold: Array | float,
+    spec: TernarySpec = TernarySpec(),
+    stored: Array | None = None,
 ) -> tuple[Array, Array]:
     """Ternary codes and scale of a kernel.
 
@@ -95,6 +99,7 @@ def ternarize(
       w: kernel [K, N], any float dtype.
       threshold: tau, in units of mean|W|; a scalar, may be traced.
       spec: kind and granularity of the scale.
+      stored: the scale, where its kind is "stored".
 
     Returns:
       codes [K, N] float32 in {-1, 0, 1}, and the scale in float32: [] per tensor,
@@ -108,6 +113,9 @@ def ternarize(
     codes = jnp.where(w > bound, 1.0, jnp.where(w < -bound, -1.0, 0.0))
     if spec.scale == "absmean":
         return codes, gamma.reshape(shape)
+    if spec.scale == "stored":
+        assert stored is not None
+        return codes, stored
     total = jnp.sum(codes * w, axis=axis)
     count = jnp.sum(jnp.abs(codes), axis=axis)
     return codes, jnp.maximum(total / jnp.maximum(count, 1.0), EPSILON)
@@ -178,6 +186,7 @@ def ternary_dot(
     thresholds: Sequence[Array],
     *,
     spec: TernarySpec = TernarySpec(),
+    scales: Sequence[Array | None] | None = None,
     activation_range: Array | None = None,
     mix: Array | None = None,
 ) -> tuple[Array, ...]:
@@ -191,6 +200,7 @@ def ternary_dot(
       kernels: master kernels [K, N_i].
       thresholds: tau of each kernel, scalars.
       spec: how to quantise.
+      scales: of each kernel, where they are "stored".
       activation_range: see `quantize_activations`.
       mix: lambda in [0, 1], a scalar, may be traced: 0 multiplies the full-precision
         operands, 1 the quantised ones. None stands for 1 and is faster. At 1 both
@@ -200,9 +210,9 @@ def ternary_dot(
       One [..., N_i] in ``x.dtype`` per kernel. Gradients are straight-through:
       thresholds, range and mix receive zeros.
     """
-    return _ternary_dot(
-        spec, x, tuple(kernels), tuple(thresholds), activation_range, mix
-    )
+    stored = (None,) * len(kernels) if scales is None else tuple(scales)
+    taus = tuple(thresholds)
+    return _ternary_dot(spec, x, tuple(kernels), taus, stored, activation_range, mix)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -211,10 +221,13 @@ def _ternary_dot(
     x: Array,
     kernels: tuple[Array, ...],
     thresholds: tuple[Array, ...],
+    stored: tuple[Array | None, ...],
     activation_range: Array | None,
     mix: Array | None,
 ) -> tuple[Array, ...]:
-    return _ternary_dot_fwd(spec, x, kernels, thresholds, activation_range, mix)[0]
+    return _ternary_dot_fwd(
+        spec, x, kernels, thresholds, stored, activation_range, mix
+    )[0]
 
 
 def _ternary_dot_fwd(
@@ -222,6 +235,7 @@ def _ternary_dot_fwd(
     x: Array,
     kernels: tuple[Array, ...],
     thresholds: tuple[Array, ...],
+    stored: tuple[Array | None, ...],
     activation_range: Array | None,
     mix: Array | None,
 ) -> tuple[tuple[Array, ...], Any]:
@@ -233,8 +247,8 @@ def _ternary_dot_fwd(
         q = q + rest * (x.astype(jnp.float32) / s - q)
     q = _as_rows(q.astype(dtype))
     outputs, quantised = [], []
-    for w, threshold in zip(kernels, thresholds, strict=True):
-        t, scale = ternarize(w, threshold, spec)
+    for w, threshold, kept in zip(kernels, thresholds, stored, strict=True):
+        t, scale = ternarize(w, threshold, spec, kept)
         if rest is not None:
             t = t + rest * (w.astype(jnp.float32) / _along_last(scale, 2) - t)
         t = t.astype(dtype)
@@ -243,13 +257,14 @@ def _ternary_dot_fwd(
         ).reshape(*x.shape[:-1], t.shape[-1])
         outputs.append((sums * (s * _along_last(scale, x.ndim))).astype(x.dtype))
         quantised.append((t, scale))
-    residuals = (x, q, s, quantised, kernels, thresholds, activation_range, mix)
+    rest_of_arguments = (thresholds, stored, activation_range, mix)
+    residuals = (x, q, s, quantised, kernels, rest_of_arguments)
     return tuple(outputs), residuals
 
 
 def _ternary_dot_bwd(spec: TernarySpec, residuals: Any, gs: tuple[Array, ...]) -> Any:
     del spec
-    x, q, s, quantised, kernels, thresholds, activation_range, mix = residuals
+    x, q, s, quantised, kernels, rest_of_arguments = residuals
     dtype = gs[0].dtype
     s = s if s.ndim == 0 else _as_rows(s)
     x_quantised = (q.astype(jnp.float32) * s).astype(dtype)
@@ -264,9 +279,7 @@ def _ternary_dot_bwd(spec: TernarySpec, residuals: Any, gs: tuple[Array, ...]) -
     return (
         dx.astype(x.dtype).reshape(x.shape),
         tuple(dws),
-        jax.tree.map(jnp.zeros_like, thresholds),
-        jax.tree.map(jnp.zeros_like, activation_range),
-        jax.tree.map(jnp.zeros_like, mix),
+        *jax.tree.map(jnp.zeros_like, rest_of_arguments),
     )
 
 
@@ -276,7 +289,8 @@ _ternary_dot.defvjp(_ternary_dot_fwd, _ternary_dot_bwd)
 class TernaryQuantizer(nn.Module):
     """Ternary weights with a threshold that is data, not a constant.
 
-    Variables: ``quant/threshold``, a float32 scalar: changing it never recompiles.
+    Variables: ``quant/threshold``, a float32 scalar: changing it never recompiles;
+    ``quant/scale`` besides, where the scale is "stored".
     """
 
     threshold: float = 0.5
@@ -292,9 +306,16 @@ class TernaryQuantizer(nn.Module):
         )
         return variable.value
 
+    @nn.compact
+    def stored(self) -> Array | None:
+        """The stored scale, a float32 scalar; None where it is computed."""
+        if self.spec.scale != "stored":
+            return None
+        return self.variable("quant", "scale", jnp.ones, (), jnp.float32).value
+
     def __call__(self, w: Array) -> Array:
         """The quantised kernel ``gamma * T`` [K, N], gradients straight through."""
-        codes, scale = ternarize(w, self.tau(), self.spec)
+        codes, scale = ternarize(w, self.tau(), self.spec, self.stored())
         return straight_through(codes * scale, w)
 
 

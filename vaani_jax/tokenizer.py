@@ -1,5 +1,6 @@
 """Text to token ids and back. A tokenizer is saved beside the weights, as JSON."""
 
+import json
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -20,6 +21,9 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Any) -> str:
         """The text of ids, a sequence of integers."""
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """Ids of a text that begins a sequence, with the tokens that open one."""
 
     def to_json(self) -> dict[str, Any]:
         """A description from which `from_json` rebuilds the tokenizer."""
@@ -68,6 +72,9 @@ class CharTokenizer:
         ids = _checked(ids, self.vocab_size)
         return self._points[ids].astype("<u4").tobytes().decode("utf-32-le")
 
+    def encode_prompt(self, text: str) -> np.ndarray:
+        return self.encode(text)
+
     def to_json(self) -> dict[str, Any]:
         return {"type": "char", "characters": self.characters}
 
@@ -85,8 +92,96 @@ class ByteTokenizer:
         ids = _checked(ids, 256)
         return ids.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
+    def encode_prompt(self, text: str) -> np.ndarray:
+        return self.encode(text)
+
     def to_json(self) -> dict[str, Any]:
         return {"type": "byte"}
+
+
+class HFTokenizer:
+    """A tokenizer of Hugging Face's `tokenizers` library, kept as its own JSON.
+
+    Attributes:
+      serialized: the content of its ``tokenizer.json``.
+      vocab_size: as many ids as the model has; those without a token, which pad the
+        vocabulary of some models, decode to nothing.
+      special: names of its special tokens ("bos_token", "eos_token", ...).
+    """
+
+    def __init__(
+        self,
+        serialized: str,
+        vocab_size: int = 0,
+        special: dict[str, str] | None = None,
+    ) -> None:
+        self.serialized = serialized
+        self.special = dict(special or {})
+        self._tokenizer = self._guard(lambda: _tokenizers().from_str(serialized))
+        if not isinstance(json.loads(serialized), dict):
+            raise VaaniError("tokenizer.json must hold an object")
+        # Both would change what a text is.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        if not ids:
+            raise VaaniError("tokenizer.json holds no tokens")
+        self.vocab_size = vocab_size or max(ids) + 1
+        if max(ids) >= self.vocab_size:
+            raise VaaniError(
+                f"tokenizer.json has {max(ids) + 1} ids, more than the"
+                f" {self.vocab_size} of the model"
+            )
+
+    @staticmethod
+    def _guard(function: Any) -> Any:
+        """Runs a call into the library, whose failures have any type."""
+        try:
+            return function()
+        except (VaaniError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # its panics are no Exceptions
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise VaaniError(f"the tokenizer fails: {lines[0][:200]}") from None
+
+    def _ids(self, text: str, special: bool) -> np.ndarray:
+        encoding = self._guard(
+            lambda: self._tokenizer.encode(text, add_special_tokens=special)
+        )
+        ids = np.asarray(encoding.ids, np.int64)
+        return _checked(ids, self.vocab_size).astype(np.int32)
+
+    def encode(self, text: str) -> np.ndarray:
+        return self._ids(text, special=False)
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        return self._ids(text, special=True)
+
+    def decode(self, ids: Any) -> str:
+        """The text, special tokens included."""
+        ids = _checked(ids, self.vocab_size).tolist()
+        return self._guard(
+            lambda: self._tokenizer.decode(ids, skip_special_tokens=False)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "type": "huggingface",
+            "tokenizer": self.serialized,
+            "vocab_size": self.vocab_size,
+            "special": self.special,
+        }
+
+
+def _tokenizers() -> Any:
+    try:
+        from tokenizers import Tokenizer as Library
+    except ImportError:
+        raise VaaniError(
+            "this tokenizer needs a package that is not installed: python -m pip"
+            " install -r requirements-interop.txt"
+        ) from None
+    return Library
 
 
 def from_json(description: Any) -> Tokenizer:
@@ -96,6 +191,12 @@ def from_json(description: Any) -> Tokenizer:
         return CharTokenizer(description["characters"])
     if kind == "byte":
         return ByteTokenizer()
+    if kind == "huggingface" and isinstance(description.get("tokenizer"), str):
+        return HFTokenizer(
+            description["tokenizer"],
+            description.get("vocab_size", 0),
+            description.get("special"),
+        )
     raise VaaniError(f"unknown tokenizer description (type {kind!r})")
 
 

@@ -197,6 +197,11 @@ class Trainer:
     # -- Setting up ---------------------------------------------------------------
 
     def _prepare(self, config: Config, corpus: Corpus) -> None:
+        if config.model.weight_scale == "stored":
+            raise VaaniError(
+                "model.weight_scale = stored is for imported models only: train with"
+                " absmean"
+            )
         found = self._newest_meta()
         source = None
         if found is not None:
@@ -301,10 +306,17 @@ class Trainer:
         return None
 
     def _check_fit(self, meta: Meta, corpus: Corpus) -> None:
+        if meta["corpus"] is None:
+            raise VaaniError(
+                f"{self.workdir} holds an imported model: train from it with"
+                f" --config.init_from={self.workdir} and another --workdir"
+            )
         changed = {
             key: values
             for key, values in differences(
-                meta["config"], self.config.to_dict()
+                # Through Config, so that keys younger than the run have a value.
+                run_config(meta).to_dict(),
+                self.config.to_dict(),
             ).items()
             if not key.startswith(FREE_KEYS)
         }
@@ -338,6 +350,7 @@ class Trainer:
             )
         ours, theirs = self.config.model, source.run.model
         shaping = "vocab_size dim n_layers n_heads kv_heads hidden_dim tie_embeddings"
+        shaping += " activation"
         changed = [
             f"model.{key} is {getattr(theirs, key)!r} there,"
             f" {getattr(ours, key)!r} here"
@@ -350,6 +363,15 @@ class Trainer:
                 + "; ".join(changed)
             )
         params = source.params
+        if ours.sub_norms != theirs.sub_norms:
+            if theirs.sub_norms:
+                raise VaaniError(
+                    f"the weights in {self.config.init_from} have sub-norms: set"
+                    " --config.model.sub_norms=True"
+                )
+            first = generate.unrolled(ours, state.params, state.quant)[1]
+            params = _with_missing(params, jax.tree.map(jnp.copy, first))
+            self.say("sub-norms are added, as ones")
         if self.config.model.scan_layers:
             params = stack_layers(params, self.config.model.n_layers)
         state = dataclasses.replace(state, params=params)
@@ -874,6 +896,16 @@ def _items(state: TrainState) -> dict[str, Any]:
     return {
         "model": {"params": state.params, "quant": state.quant},
         "training": training,
+    }
+
+
+def _with_missing(tree: Any, defaults: Any) -> Any:
+    """``tree``, with the branches that it lacks from ``defaults``."""
+    if not isinstance(defaults, dict):
+        return tree
+    return {
+        key: _with_missing(tree[key], default) if key in tree else default
+        for key, default in defaults.items()
     }
 
 

@@ -1,0 +1,362 @@
+"""Exporting a run, and importing a model as one.
+
+An export is read back before it takes its name: codes and scales must have come out
+as they went in, and the logits of a probe are compared with those of the model.
+"""
+
+import dataclasses
+import functools
+import gc
+import hashlib
+import pathlib
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vaani_jax import __version__
+from vaani_jax.checkpoint import Checkpoints
+from vaani_jax.config import Config
+from vaani_jax.errors import VaaniError
+from vaani_jax.interop import gguf, hf
+from vaani_jax.interop.files import appearing
+from vaani_jax.interop.names import Storage, Tensor, architecture_of, tensors
+from vaani_jax.load import load_model
+from vaani_jax.memory import return_freed_memory
+from vaani_jax.model import ModelConfig, Vaani, ternary_kernels
+from vaani_jax.quant import ternarize
+from vaani_jax.tokenizer import CharTokenizer
+
+Notify = Callable[[str], None]
+Tree = Any
+Format = Literal["hf", "hf-packed", "gguf"]
+
+PROBE_TOKENS = 64
+CONTEXT = 4096  # the longest that an import takes over unless told to
+# Largest median of |logit difference|, in units of the logits' standard deviation,
+# from a model whose embedding is rounded as the format rounds it: the arithmetic is the
+# same, but for sums that compiled code may take in another order.
+BOUND = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Logits of a model and of its export, over a probe.
+
+    Attributes:
+      largest, median: of |difference|.
+      spread: standard deviation of the model's logits.
+      tokens: length of the probe.
+    """
+
+    largest: float
+    median: float
+    spread: float
+    tokens: int
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config: ModelConfig, params: Tree, quant: Tree, tokens: Any) -> Any:
+    return Vaani(config).apply({"params": params, "quant": quant}, tokens)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _ternarize(w: Any, threshold: Any, spec: Any, stored: Any) -> Any:
+    codes, scale = ternarize(w, threshold, spec, stored)
+    return codes.astype(jnp.int8), scale
+
+
+def _codes(
+    config: ModelConfig, params: Tree, quant: Tree
+) -> dict[str, tuple[str, float]]:
+    """Digest of the codes, and scale, of every ternary kernel."""
+    found = {}
+    for entry in ternary_kernels(params, quant):
+        codes, scale = _ternarize(
+            entry.kernel, entry.threshold, config.spec, entry.scale
+        )
+        digest = hashlib.sha256(np.asarray(codes).data).hexdigest()
+        found[entry.name] = (digest, float(scale))
+    return found
+
+
+def _check_holdable(
+    config: ModelConfig, quant: Tree, target: Format, gguf_type: str
+) -> None:
+    """Raises VaaniError, with what works instead, for what a format can't hold."""
+    if config.ternary_head and config.quantize:
+        raise VaaniError(
+            "this model's head is ternary, which no other tool can read: train with"
+            " model.ternary_head=False to export"
+        )
+    if config.quantize and config.weight_granularity != "tensor":
+        raise VaaniError(
+            "this model has a scale per channel, which no other tool can read: train"
+            " with model.weight_granularity=tensor to export"
+        )
+    if config.quantize and config.activation_tracking != "token":
+        raise VaaniError(
+            "this model quantises activations with a tracked range, and other tools per"
+            " token: train with model.activation_tracking=token to export"
+        )
+    if target == "gguf":
+        gguf.check(config, gguf_type)
+    if target == "hf-packed":
+        if not config.quantize:
+            raise VaaniError("this model is in full precision: use --format hf")
+        narrow = {t.shape[1] for t in tensors(config) if t.kind == "linear"}
+        odd = [n for n in sorted(narrow) if n % 4]
+        if odd:
+            raise VaaniError(
+                f"packed weights need outputs in multiples of 4, and this model has"
+                f" {odd[0]}: use --format hf"
+            )
+    if target == "hf" and config.quantize:
+        if config.weight_scale != "absmean":
+            raise VaaniError(
+                f"readers of masters take mean|W| for the scale, and this model has"
+                f" weight_scale = {config.weight_scale}: use --format hf-packed"
+            )
+        for entry in ternary_kernels(quant_names(quant), quant):
+            if float(entry.threshold) != 0.5:
+                raise VaaniError(
+                    "readers of masters quantise with the threshold 0.5, and"
+                    f" {entry.name} has {float(entry.threshold):.4g}: use --format"
+                    " hf-packed"
+                )
+
+
+def quant_names(quant: Tree) -> Tree:
+    """Stand-ins for the parameters, where only thresholds are asked for."""
+    if "weight_quantizer" in quant:
+        return {"kernel": None}
+    return {k: quant_names(v) for k, v in quant.items() if isinstance(v, dict)}
+
+
+def export_model(
+    workdir: str | pathlib.Path,
+    output: str | pathlib.Path,
+    *,
+    target: Format,
+    gguf_type: str = "tq2_0",
+    checkpoint: str = "best",
+    shard_bytes: int = hf.SHARD_BYTES,
+    notify: Notify = print,
+) -> Comparison:
+    """Writes the model of a run in a format of other tools, and checks what it wrote.
+
+    Args:
+      workdir: of the run.
+      output: a folder for "hf" and "hf-packed", a file for "gguf"; appears whole or
+        not at all.
+      target: the format.
+      gguf_type: of the kernels in GGUF, a key of `gguf.BLOCKS`.
+      checkpoint: see `load_model`.
+      shard_bytes: largest file of a folder.
+      notify: receives a line for what a person should know.
+
+    Returns:
+      How the logits of the export compare.
+
+    Raises:
+      VaaniError: no model there, one that the format can't hold, a target that is
+        taken, or an export that does not come back as it was.
+    """
+    return_freed_memory()
+    output = pathlib.Path(output)
+    model = load_model(workdir, checkpoint=checkpoint, notify=notify)
+    tokenizer, name = model.tokenizer, pathlib.Path(workdir).resolve().name
+    config = dataclasses.replace(
+        model.config, dtype="float32", dropout=0.0, remat=False
+    )
+    params, quant = model.params, model.quant
+    del model
+    _check_holdable(config, quant, target, gguf_type)
+    probe = np.random.Generator(np.random.Philox(0)).integers(
+        min(config.vocab_size, tokenizer.vocab_size),
+        size=(1, min(PROBE_TOKENS, config.max_seq_len)),
+        dtype=np.int32,
+    )
+    # Copies: a view would keep what the call holds.
+    before = np.array(_logits(config, params, quant, probe))
+    expected = before
+    if target == "gguf":
+        expected = np.asarray(
+            _logits(config, _rounded(config, params, gguf_type), quant, probe)
+        )
+    codes = _codes(config, params, quant)
+    # Arrays leave here one by one, so that no second copy of the model builds up.
+    left = _flat(params)
+    kernels = {e.name: (e.threshold, e.scale) for e in ternary_kernels(params, quant)}
+    del params
+    gc.collect()  # reading the checkpoint left cycles that hold the arrays
+
+    def take(tensor: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+        array = left.pop(tensor.path)
+        if tensor.kind != "linear" or not config.quantize or target == "hf":
+            return np.asarray(array), None
+        threshold, stored = kernels["/".join(tensor.module)]
+        t, scale = _ternarize(array, threshold, config.spec, stored)
+        return np.asarray(t), np.asarray(scale)
+
+    with appearing(output, folder=target != "gguf") as temporary:
+        if target == "gguf":
+            gguf.write(temporary, config, gguf_type, tokenizer, take, name=name)
+            found, params, quant = gguf.read(temporary, config)
+            gguf.check_vocabulary(temporary, tokenizer)
+        else:
+            storage: Storage = "masters" if target == "hf" else "multiply"
+            if not config.quantize:
+                storage = "full"
+            hf.write_folder(
+                temporary, config, storage, tokenizer, take, shard_bytes=shard_bytes
+            )
+            folder = hf.Folder(temporary)
+            _check_tokenizer(folder.tokenizer, tokenizer)
+            found, (params, quant) = folder.config, folder.variables()
+        found = dataclasses.replace(found, operands=config.operands)
+        after = np.asarray(_logits(found, params, quant, probe))
+        result = _compare(before, after)
+        if config.quantize:
+            _check_codes(codes, _codes(found, params, quant))
+        off = _compare(expected, after)
+        if not off.median <= BOUND * off.spread:
+            raise VaaniError(
+                f"the export does not come back as it was: half of its logits are off"
+                f" by {off.median:.3g} or more, beside a standard deviation of"
+                f" {off.spread:.3g}; nothing was kept. This is a defect: please report"
+                " it"
+            )
+    ascii_only = not isinstance(tokenizer, CharTokenizer) or (
+        tokenizer.characters.isascii()
+    )
+    if target == "gguf" and not ascii_only:
+        notify(
+            "note: llama.cpp does not return from characters outside the vocabulary"
+            " that begin with the same byte as one inside: keep to the characters of"
+            " the training text"
+        )
+    return result
+
+
+def _rounded(config: ModelConfig, params: Tree, gguf_type: str) -> Tree:
+    """The parameters as GGUF rounds them; those it keeps are not copied."""
+    result: Tree = {}
+    left = _flat(params)
+    for tensor in tensors(config):
+        array = gguf.rounded(
+            tensor, left[tensor.path], gguf_type, ternary=config.quantize
+        )
+        hf.put(result, tensor.path, jnp.asarray(array))
+    return result
+
+
+def _flat(params: Tree) -> dict[tuple[str, ...], Any]:
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    return {tuple(entry.key for entry in path): leaf for path, leaf in leaves}
+
+
+def _compare(before: np.ndarray, after: np.ndarray) -> Comparison:
+    difference = np.abs(after - before)
+    return Comparison(
+        float(difference.max()),
+        float(np.median(difference)),
+        float(before.std()),
+        before.shape[1],
+    )
+
+
+def _check_codes(before: dict[str, Any], after: dict[str, Any]) -> None:
+    wrong = [k for k in before if before[k][0] != after.get(k, ("", 0.0))[0]]
+    if wrong or before.keys() != after.keys():
+        raise VaaniError(
+            f"the export does not come back as it was: other codes in {wrong[:1]};"
+            " nothing was kept. This is a defect: please report it"
+        )
+    off = [k for k in before if before[k][1] != after[k][1]]
+    if off:
+        raise VaaniError(
+            f"the export does not come back as it was: {off[0]} has the scale"
+            f" {after[off[0]][1]!r}, not {before[off[0]][1]!r}; nothing was kept. This"
+            " is a defect: please report it"
+        )
+
+
+def _check_tokenizer(found: Any, expected: Any) -> None:
+    ids = np.arange(expected.vocab_size)
+    same = found.decode(ids) == expected.decode(ids)
+    if not same or found.to_json() != expected.to_json():
+        raise VaaniError("the tokenizer does not come back as it was")
+
+
+def import_model(
+    source: str | pathlib.Path,
+    workdir: str | pathlib.Path,
+    *,
+    max_seq_len: int = 0,
+    notify: Notify = print,
+) -> ModelConfig:
+    """Makes a run out of a model in a Hugging Face folder.
+
+    Args:
+      source: the folder.
+      workdir: receives the run, whole or not at all; must not be there yet.
+      max_seq_len: context of the imported model; 0 takes the folder's, up to
+        `CONTEXT`.
+      notify: receives lines for people.
+
+    Returns:
+      The config of the model.
+
+    Raises:
+      VaaniError: anything wrong with the folder, or a workdir that is taken.
+    """
+    return_freed_memory()
+    source, workdir = pathlib.Path(source), pathlib.Path(workdir)
+    with appearing(workdir, folder=True) as temporary:
+        folder = hf.Folder(source)
+        config = folder.config
+        limit = max_seq_len or min(config.max_seq_len, CONTEXT)
+        if limit > config.max_seq_len:
+            raise VaaniError(
+                f"the model was trained on {config.max_seq_len} positions, fewer than"
+                f" {limit}"
+            )
+        if limit < config.max_seq_len and not max_seq_len:
+            notify(
+                f"context: {limit} of the {config.max_seq_len} positions it can take"
+                " (--max-seq-len N changes that; its cache grows with it)"
+            )
+        config = dataclasses.replace(config, max_seq_len=limit)
+        meta: dict[str, Any] = {
+            "version": __version__,
+            "config": Config(model=config).to_dict(),
+            "tokenizer": folder.tokenizer.to_json(),
+            "corpus": None,
+            "imported": {
+                "from": source.resolve().name,
+                "model_type": architecture_of(config).model_type,
+                "storage": folder.storage,
+            },
+            "elapsed_seconds": 0.0,
+            "best": None,
+            "window": [],
+        }
+        params, quant = folder.variables()
+        checkpoints = Checkpoints(temporary / "checkpoints")
+        try:
+            checkpoints.save(0, {"model": {"params": params, "quant": quant}}, meta)
+            del params
+            checkpoints.wait()
+        finally:
+            checkpoints.close()
+    return config
+
+
+def as_flags(config: ModelConfig) -> str:
+    """What to tell train.py so that ``--config.init_from`` fits a model."""
+    keys = "dim n_layers n_heads n_kv_heads ffn_dim max_seq_len activation rope_theta"
+    keys += " norm_eps tie_embeddings"
+    return " ".join(f"--config.model.{k}={getattr(config, k)}" for k in keys.split())

@@ -1,0 +1,332 @@
+"""What tensors and settings are called elsewhere: one table for both directions.
+
+A new architecture is a row of `ARCHITECTURES`; where its settings have names of their
+own, so are they in `SETTINGS`. Sources: `modeling_bitnet.py` and `modeling_llama.py` of
+transformers 5, `src/models/bitnet.cpp` of llama.cpp.
+
+Kernels are [in, out] here and [out, in] there.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+from vaani_jax.errors import VaaniError
+from vaani_jax.layers import ModelConfig
+
+Kind = Literal["embedding", "norm", "linear", "head"]
+# How the kernels of a folder are stored: masters that the reader quantises; codes whose
+# product is multiplied, or divided, by the scale beside them; or plain weights.
+Storage = Literal["masters", "multiply", "divide", "full"]
+
+LARGEST = 2**31 - 1  # of any integer setting: what int32 indices can count
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A parameter: its path here, its names there (less ``.weight``), its axes."""
+
+    path: str
+    hf: str
+    gguf: str
+    kind: Kind
+    axes: str
+
+
+OUTSIDE = (
+    Row("embedding", "model.embed_tokens", "token_embd", "embedding", "VD"),
+    Row("final_norm/scale", "model.norm", "output_norm", "norm", "D"),
+    Row("lm_head/kernel", "lm_head", "output", "head", "DV"),
+)
+BLOCK = (
+    Row("attn_norm/scale", "input_layernorm", "attn_norm", "norm", "D"),
+    Row("attn/q_proj/kernel", "self_attn.q_proj", "attn_q", "linear", "DD"),
+    Row("attn/k_proj/kernel", "self_attn.k_proj", "attn_k", "linear", "DK"),
+    Row("attn/v_proj/kernel", "self_attn.v_proj", "attn_v", "linear", "DK"),
+    Row("attn/sub_norm/scale", "self_attn.attn_sub_norm", "attn_sub_norm", "norm", "D"),
+    Row("attn/o_proj/kernel", "self_attn.o_proj", "attn_output", "linear", "DD"),
+    Row("ffn_norm/scale", "post_attention_layernorm", "ffn_norm", "norm", "D"),
+    Row("ffn/gate_proj/kernel", "mlp.gate_proj", "ffn_gate", "linear", "DF"),
+    Row("ffn/up_proj/kernel", "mlp.up_proj", "ffn_up", "linear", "DF"),
+    Row("ffn/sub_norm/scale", "mlp.ffn_sub_norm", "ffn_sub_norm", "norm", "F"),
+    Row("ffn/down_proj/kernel", "mlp.down_proj", "ffn_down", "linear", "FD"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A parameter of one model.
+
+    Attributes:
+      path: keys into the parameters.
+      hf, gguf: its names, less ``.weight``.
+      kind: "linear" are the ternary kernels.
+      shape: as it is here.
+    """
+
+    path: tuple[str, ...]
+    hf: str
+    gguf: str
+    kind: Kind
+    shape: tuple[int, ...]
+
+    @property
+    def module(self) -> tuple[str, ...]:
+        """Keys of the module that owns it."""
+        return self.path[:-1]
+
+
+def tensors(config: ModelConfig) -> list[Tensor]:
+    """Every parameter of a model with unrolled layers, in a fixed order."""
+    sizes = {
+        "V": config.vocab_size,
+        "D": config.dim,
+        "K": config.kv_heads * config.head_dim,
+        "F": config.hidden_dim,
+    }
+
+    def named(row: Row, here: str, hf: str, gguf: str) -> Tensor:
+        return Tensor(
+            tuple((here + row.path).split("/")),
+            hf + row.hf,
+            gguf + row.gguf,
+            row.kind,
+            tuple(sizes[axis] for axis in row.axes),
+        )
+
+    found = [
+        named(row, "", "", "")
+        for row in OUTSIDE
+        if row.kind != "head" or not config.tie_embeddings
+    ]
+    for i in range(config.n_layers):
+        found += [
+            named(row, f"layers_{i}/", f"model.layers.{i}.", f"blk.{i}.")
+            for row in BLOCK
+            if config.sub_norms or "sub_norm" not in row.path
+        ]
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """A model class of transformers that holds one of ours.
+
+    Attributes:
+      model_type, hf_class: its names.
+      sub_norms: whether its blocks have them.
+      defaults: of settings that its config files may leave out.
+    """
+
+    model_type: str
+    hf_class: str
+    sub_norms: bool
+    defaults: dict[str, Any]
+
+
+ARCHITECTURES = (
+    Architecture(
+        "bitnet",
+        "BitNetForCausalLM",
+        True,
+        {"rope_theta": 500_000.0, "rms_norm_eps": 1e-5, "hidden_act": "relu2"},
+    ),
+    Architecture(
+        "llama",
+        "LlamaForCausalLM",
+        False,
+        {"rope_theta": 10_000.0, "rms_norm_eps": 1e-6, "hidden_act": "silu"},
+    ),
+)
+
+# Ours, that of config.json, and the method of gguf's writer with the key it writes.
+SETTINGS = (
+    ("vocab_size", "vocab_size", "vocab_size"),
+    ("dim", "hidden_size", "embedding_length"),
+    ("n_layers", "num_hidden_layers", "block_count"),
+    ("n_heads", "num_attention_heads", "attention.head_count"),
+    ("n_kv_heads", "num_key_value_heads", "attention.head_count_kv"),
+    ("ffn_dim", "intermediate_size", "feed_forward_length"),
+    ("max_seq_len", "max_position_embeddings", "context_length"),
+    ("norm_eps", "rms_norm_eps", "attention.layer_norm_rms_epsilon"),
+    ("rope_theta", "rope_theta", "rope.freq_base"),
+)
+ACTIVATIONS = {"swiglu": "silu", "relu2": "relu2"}
+
+
+def settings(config: ModelConfig) -> dict[str, int | float]:
+    """The values of `SETTINGS`, with what 0 stands for filled in."""
+    values = {ours: getattr(config, ours) for ours, _, _ in SETTINGS}
+    return {**values, "n_kv_heads": config.kv_heads, "ffn_dim": config.hidden_dim}
+
+
+def architecture_of(config: ModelConfig) -> Architecture:
+    """The row that holds a model of ours."""
+    return next(a for a in ARCHITECTURES if a.sub_norms == config.sub_norms)
+
+
+def hf_config(config: ModelConfig, storage: Storage) -> dict[str, Any]:
+    """The content of ``config.json``, as transformers 4 and 5 read it."""
+    row = architecture_of(config)
+    ours = settings(config)
+    content: dict[str, Any] = {
+        "architectures": [row.hf_class],
+        "model_type": row.model_type,
+        **{theirs: ours[name] for name, theirs, _ in SETTINGS},
+        "hidden_act": ACTIVATIONS[config.activation],
+        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
+        "head_dim": config.head_dim,
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "dtype": "float32",
+        "torch_dtype": "float32",
+    }
+    if storage != "full":
+        content["quantization_config"] = {
+            "quant_method": "bitnet",
+            "linear_class": "bitlinear" if storage == "divide" else "autobitlinear",
+            "quantization_mode": "online" if storage == "masters" else "offline",
+            "modules_to_not_convert": ["lm_head"],
+        }
+    return content
+
+
+def config_from_hf(content: dict[str, Any]) -> tuple[ModelConfig, Storage]:
+    """The model that a ``config.json`` describes, and how its kernels are stored.
+
+    Raises VaaniError, naming the key, for what this project's model can't express.
+    """
+    rows = {row.model_type: row for row in ARCHITECTURES}
+    model_type = content.get("model_type")
+    if not isinstance(model_type, str) or model_type not in rows:
+        raise VaaniError(
+            f"config.json has model_type {_brief(model_type)}: {' and '.join(rows)} can"
+            " be imported"
+        )
+    row = rows[model_type]
+    values: dict[str, Any] = {}
+    rope = _rope(content, row)
+    for ours, theirs, _ in SETTINGS:
+        value = content.get(theirs, row.defaults.get(theirs))
+        if ours == "rope_theta":
+            values[ours] = rope
+        elif ours == "norm_eps":
+            values[ours] = _number(theirs, value, 0.0, 1.0)
+        elif ours == "n_kv_heads" and value is None:
+            values[ours] = 0
+        else:
+            values[ours] = _integer(theirs, value)
+    dim, heads = values["dim"], values["n_heads"]
+    width = content.get("head_dim")
+    if width is not None and (
+        isinstance(width, bool) or not isinstance(width, int) or width * heads != dim
+    ):
+        raise VaaniError(
+            f"config.json has head_dim {_brief(width)}: it must be hidden_size /"
+            " num_attention_heads"
+        )
+    for key in ("attention_bias", "mlp_bias"):
+        if content.get(key):
+            raise VaaniError(f"config.json has {key}: there are no biases here")
+    named = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
+    act = content.get("hidden_act", row.defaults["hidden_act"])
+    if not isinstance(act, str) or act not in named:
+        raise VaaniError(
+            f"config.json has hidden_act {_brief(act)}: it must be silu or relu2"
+        )
+    tied = content.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise VaaniError("config.json: tie_word_embeddings must be true or false")
+    storage = _storage(content)
+    std = content.get("initializer_range", 0.02)
+    config = ModelConfig(
+        **values,
+        activation=named[act],  # type: ignore[arg-type]
+        sub_norms=row.sub_norms,
+        tie_embeddings=tied,
+        init_std=_number("initializer_range", std, 0.0, 10.0),
+        quantize=storage != "full",
+        weight_scale="stored" if storage in ("multiply", "divide") else "absmean",
+    )
+    return config, storage
+
+
+def _rope(content: dict[str, Any], row: Architecture) -> float:
+    """The base of the rotary embedding; transformers 5 and 4 keep it differently."""
+    found = content.get("rope_theta")
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = content.get(key)
+        if rope is None:
+            continue
+        if not isinstance(rope, dict):
+            raise VaaniError(f"config.json: {key} must hold keys")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise VaaniError(
+                f"config.json has rotary scaling of type {_brief(kind)}: only the plain"
+                " rotary embedding can be imported"
+            )
+        found = rope.get("rope_theta", found)
+        share = rope.get("partial_rotary_factor", 1.0)
+        if share != 1.0:
+            raise VaaniError("config.json rotates a part of each head only")
+    if found is None:
+        found = row.defaults["rope_theta"]
+    return _number("rope_theta", found, 1.0, 1e12)
+
+
+def _storage(content: dict[str, Any]) -> Storage:
+    quantisation = content.get("quantization_config")
+    if quantisation is None:
+        return "full"
+    if not isinstance(quantisation, dict):
+        raise VaaniError("config.json: quantization_config must hold keys")
+    method = quantisation.get("quant_method")
+    if method != "bitnet":
+        raise VaaniError(
+            f"config.json has quant_method {_brief(method)}: only bitnet can be"
+            " imported"
+        )
+    if quantisation.get("use_rms_norm"):
+        raise VaaniError(
+            "config.json has use_rms_norm: norms inside linear layers are not supported"
+        )
+    linear = quantisation.get("linear_class", "bitlinear")
+    mode = quantisation.get("quantization_mode", "offline")
+    if linear not in ("bitlinear", "autobitlinear"):
+        raise VaaniError(f"config.json has linear_class {_brief(linear)}")
+    if mode not in ("online", "offline"):
+        raise VaaniError(f"config.json has quantization_mode {_brief(mode)}")
+    if linear == "bitlinear":
+        return "divide"
+    return "masters" if mode == "online" else "multiply"
+
+
+def _integer(key: str, value: Any) -> int:
+    fits = isinstance(value, int) and not isinstance(value, bool)
+    if not fits or not 1 <= value <= LARGEST:
+        raise VaaniError(
+            f"config.json has {key} {_brief(value)}: it must be a whole number from 1"
+            f" to {LARGEST}"
+        )
+    return value
+
+
+def _number(key: str, value: Any, low: float, high: float) -> float:
+    fits = isinstance(value, int | float) and not isinstance(value, bool)
+    if not fits or not math.isfinite(value) or not low <= value <= high:
+        raise VaaniError(
+            f"config.json has {key} {_brief(value)}: it must be from {low} to {high}"
+        )
+    return float(value)
+
+
+def _brief(value: Any) -> str:
+    """A value in a message: one line, not too long."""
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
