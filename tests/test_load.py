@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from rich.console import Console
 
 from vaani_jax import cli, load
@@ -132,8 +133,7 @@ def test_greedy_text_is_that_of_training(run, folder):
 
 
 def test_the_safetensors_package_reads_the_file(folder):
-    safetensors = pytest.importorskip("safetensors.numpy")
-    theirs = safetensors.load_file(folder / PACKED_ARRAYS)
+    theirs = safetensors.numpy.load_file(folder / PACKED_ARRAYS)
     ours = read_tensors(folder / PACKED_ARRAYS)
     assert theirs.keys() == ours.keys()
     for name, array in ours.items():
@@ -202,6 +202,12 @@ def test_pack_writes_over_nothing(run, folder, capsys):
 def test_a_packed_model_is_not_packed_again(folder, tmp_path, capsys):
     command = ["pack", "--workdir", str(folder), "--output", str(tmp_path / "x")]
     one_error(capsys, command, "packed already")
+
+
+def test_a_packed_model_is_not_exported(folder, tmp_path, capsys):
+    command = ["export", "--workdir", str(folder), "--format", "hf"]
+    one_error(capsys, [*command, "--output", str(tmp_path / "x")], "packed from")
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_full_disk_leaves_nothing(run, tmp_path, monkeypatch):

@@ -117,6 +117,8 @@ def small(**changes):
         {},
         {"weight_granularity": "channel"},
         {"weight_scale": "least_squares", "threshold": 0.7},
+        {"weight_scale": "stored"},
+        {"sub_norms": False},
         {"tie_embeddings": False},
         {"tie_embeddings": False, "ternary_head": True},
         {"ternary_head": True},

@@ -33,7 +33,7 @@ from vaani_jax.errors import VaaniError
 from vaani_jax.evaluate import Evaluation, ValidationSet
 from vaani_jax.files import write_atomically
 from vaani_jax.journal import Journal
-from vaani_jax.load import LoadedModel, load_model
+from vaani_jax.load import LoadedModel, load_model, run_config
 from vaani_jax.memory import keep_freed_memory
 from vaani_jax.metrics import Display, MetricWriter, Row, duration, size
 from vaani_jax.model import (

@@ -167,6 +167,10 @@ def export_model(
     return_freed_memory()
     output = pathlib.Path(output)
     model = load_model(workdir, checkpoint=checkpoint, notify=notify)
+    if model.packed:
+        raise VaaniError(
+            f"{workdir} holds a packed model: export the run that it was packed from"
+        )
     tokenizer, name = model.tokenizer, pathlib.Path(workdir).resolve().name
     config = dataclasses.replace(
         model.config, dtype="float32", dropout=0.0, remat=False
