@@ -52,18 +52,21 @@ def trained(x, ws, spec, activation_range=None):
     """What the training forward gives, compiled on its own."""
 
     @jax.jit
-    def forward(x, ws):
+    def forward(x, ws, limit):
         taus = [jnp.float32(0.5)] * len(ws)
-        return ternary_dot(x, ws, taus, spec=spec, activation_range=activation_range)
+        return ternary_dot(x, ws, taus, spec=spec, activation_range=limit)
 
-    return forward(x, ws)
+    return forward(x, ws, activation_range)
 
 
-def served(x, packed, using, **options):
-    function = lambda x, p: kernels.ternary_matmul(  # noqa: E731
-        x, p, using=using, **options
-    )
-    return jax.jit(function)(x, packed)
+def served(x, packed, using, activation_range=None, **options):
+    @jax.jit
+    def forward(x, packed, limit):
+        return kernels.ternary_matmul(
+            x, packed, activation_range=limit, using=using, **options
+        )
+
+    return forward(x, packed, activation_range)
 
 
 def assert_equal_bits(got, expected):

@@ -174,10 +174,14 @@ def test_rounding_is_half_to_even():
 
 def integer_product(x, w, tau, spec, bound):
     """Sums in int64 between float32 scales: what the product must be to the bit."""
-    q, s = activation_reference(x, bound, np.float32)
+    q, _ = activation_reference(x, bound, np.float32)
     codes, scale = ternary_reference(w, tau, spec, np.float32)
     sums = q.astype(np.int64) @ codes.astype(np.int64)
-    y = sums.astype(np.float32) * (s * scale)
+    part = np.float32(1 / 127)
+    given = np.abs(x).max(-1, keepdims=True) if bound is None else bound
+    limit = np.maximum(given, 1e-5).astype(np.float32)
+    both = limit * (scale * part) if np.ndim(scale) == 0 else (limit * part) * scale
+    y = sums.astype(np.float32) * both
     assert y.dtype == np.float32
     return y
 

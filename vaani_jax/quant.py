@@ -8,7 +8,8 @@ kernel ``W [K, N]`` and activations ``x [..., K]``:
   ``tau = 0.5`` is ``clip(round(W / gamma), -1, 1)``, the rule of b1.58.
 * activations, per token: ``s = max(max|x|, 1e-5) / 127``,
   ``q = clip(round(x / s), -128, 127)`` (half to even), so that ``x ~ s * q``.
-* product: ``y = (q @ T) * (s * gamma)``.
+* product: ``y = (q @ T) * (s * gamma)``, where ``s * gamma`` is rounded in one order
+  everywhere (`output_scale`).
 
 ``q`` and ``T`` are small integers that ride in floats. Their products summed over K
 inputs stay below ``127 * K``: float32 accumulation is exact for ``K < 132,000`` and
@@ -137,17 +138,41 @@ def quantize_activations(
       ``x``.
     """
     x = x.astype(jnp.float32)
-    if activation_range is None:
-        activation_range = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    bound = jnp.maximum(activation_range, EPSILON)
+    bound = activation_bound(x, activation_range)
     # Multiplying by reciprocals, and saying so, keeps compiled and eager code equal
     # to the bit: XLA would rewrite the divisions.
     codes = jnp.clip(
         jnp.round(x * (ACTIVATION_MAX / bound)), ACTIVATION_MIN, ACTIVATION_MAX
     )
-    # The barrier keeps XLA from merging the constant with the scale of a kernel, which
-    # would round products in another order than serving does.
-    return codes, jax.lax.optimization_barrier(bound * (1.0 / ACTIVATION_MAX))
+    return codes, bound * (1.0 / ACTIVATION_MAX)
+
+
+def activation_bound(x: Array, activation_range: Array | None = None) -> Array:
+    """The magnitude that maps to 127, float32: [..., 1] per token, or [] if given."""
+    if activation_range is None:
+        x = x.astype(jnp.float32)
+        activation_range = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    return jnp.maximum(activation_range, EPSILON)
+
+
+def output_scale(bound: Array, scale: Array, ndim: int) -> Array:
+    """What turns an integer product into its value, rounded in one order everywhere.
+
+    It is the order that XLA gives the three factors when it compiles them, written out,
+    so that compiled code, eager code and kernels agree to the bit.
+
+    Args:
+      bound: of the activations, see `activation_bound`.
+      scale: of the kernel, [] or [N].
+      ndim: of the product.
+
+    Returns:
+      float32, [..., 1] or [..., N] with ``ndim`` axes; [] where both are scalars.
+    """
+    part = 1.0 / ACTIVATION_MAX
+    if scale.ndim == 0:
+        return bound * (scale * part)
+    return (bound * part) * _along_last(scale, ndim)
 
 
 def straight_through(value: Array, surrogate: Array) -> Array:
@@ -239,7 +264,8 @@ def _ternary_dot_fwd(
     activation_range: Array | None,
     mix: Array | None,
 ) -> tuple[tuple[Array, ...], Any]:
-    q, s = quantize_activations(x, activation_range)
+    bound = activation_bound(x, activation_range)
+    q, s = quantize_activations(x, bound)
     dtype = operand_dtype(spec.operands) if mix is None else jnp.float32
     rest = None if mix is None else 1.0 - mix.astype(jnp.float32)
     if rest is not None:
@@ -255,7 +281,7 @@ def _ternary_dot_fwd(
         sums = jnp.dot(
             q, t, precision="highest", preferred_element_type=jnp.float32
         ).reshape(*x.shape[:-1], t.shape[-1])
-        outputs.append((sums * (s * _along_last(scale, x.ndim))).astype(x.dtype))
+        outputs.append((sums * output_scale(bound, scale, x.ndim)).astype(x.dtype))
         quantised.append((t, scale))
     rest_of_arguments = (thresholds, stored, activation_range, mix)
     residuals = (x, q, s, quantised, kernels, rest_of_arguments)

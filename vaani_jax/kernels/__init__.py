@@ -27,7 +27,12 @@ from vaani_jax.errors import VaaniError
 from vaani_jax.kernels import cpu
 from vaani_jax.norm import rms_norm
 from vaani_jax.pack import Layout, PackedRows, PackedTernary, unpack
-from vaani_jax.quant import operand_dtype, quantize_activations
+from vaani_jax.quant import (
+    activation_bound,
+    operand_dtype,
+    output_scale,
+    quantize_activations,
+)
 
 Array = jax.Array
 Norm = tuple[Array, float]
@@ -163,7 +168,8 @@ def reference(
     x: Array, packed: tuple[PackedTernary, ...], activation_range: Array | None
 ) -> list[Array]:
     """`ternary_matmul` in plain JAX: x [M, K] float32, outputs [M, N] float32."""
-    q, s = quantize_activations(x, activation_range)
+    bound = activation_bound(x, activation_range)
+    q, _ = quantize_activations(x, bound)
     dtype = operand_dtype("auto")
     outputs = []
     for kernel in packed:
@@ -173,8 +179,7 @@ def reference(
             precision="highest",
             preferred_element_type=jnp.float32,
         )
-        scale = kernel.scale if kernel.scale.ndim == 0 else kernel.scale[None, :]
-        outputs.append(sums * (s * scale))
+        outputs.append(sums * output_scale(bound, kernel.scale, 2))
     return outputs
 
 

@@ -56,11 +56,12 @@ constexpr int64_t kBlock = 64;     // its bytes
 constexpr int64_t kRowAlign = 64;
 constexpr int64_t kRows = 32;
 
-// Quantised activations [m, stride], with the sum and the scale of each row.
+// Quantised activations [m, stride], with the sum of each row, and its bound: the
+// magnitude that maps to 127.
 struct Activations {
   const int8_t* codes;
   const int32_t* sums;
-  const float* scales;
+  const float* bounds;
   int64_t m, stride;
 };
 
@@ -103,7 +104,7 @@ struct Isa {
   const char* name;
   bool (*available)();
   void (*quantize)(const float* x, int64_t k, const float* range, int8_t* codes,
-                   int64_t stride, int32_t* sum, float* scale);
+                   int64_t stride, int32_t* sum, float* bound);
   // Output blocks [begin, end) of 16, for all rows.
   void (*multiply)(const Activations&, const Product&, int64_t begin, int64_t end);
   // Vocabulary rows [begin, end), for all rows of activations.
@@ -117,13 +118,16 @@ struct Isa {
 
 bool always() { return true; }
 
-// What to do with the range of a row: the scale, and the factor that gives codes.
-// A row that isn't finite gets a NaN scale, so that its outputs are NaN as in training.
-float scale_of(float bound, bool finite, float* factor) {
-  bound = std::max(bound, kEpsilon);
+// The bound of a row from its range, and the factor that gives codes. A row that isn't
+// finite gets a NaN, so that its outputs are NaN as in training.
+float bound_of(float range, bool finite, float* factor) {
+  const float bound = std::max(range, kEpsilon);
   *factor = 127.0f / bound;
-  return finite ? bound * (1.0f / 127.0f) : std::numeric_limits<float>::quiet_NaN();
+  return finite ? bound : std::numeric_limits<float>::quiet_NaN();
 }
+
+// As output_scale in quant.py.
+constexpr float kPart = 1.0f / 127.0f;
 
 // -- Float parts ------------------------------------------------------------------
 //
@@ -283,7 +287,7 @@ VAANI_INLINE void attend_row(const Attention& a, int64_t b, int64_t head,
 VAANI_FLOAT_PARTS(portable, )
 
 void portable_quantize(const float* x, int64_t k, const float* range, int8_t* codes,
-                       int64_t stride, int32_t* sum, float* scale) {
+                       int64_t stride, int32_t* sum, float* bound) {
   float largest = 0.0f;
   bool finite = true;
   for (int64_t i = 0; i < k; ++i) {
@@ -292,7 +296,7 @@ void portable_quantize(const float* x, int64_t k, const float* range, int8_t* co
     largest = std::max(largest, std::fabs(x[i]));
   }
   float factor;
-  *scale = scale_of(range ? *range : largest, finite, &factor);
+  *bound = bound_of(range ? *range : largest, finite, &factor);
   int32_t total = 0;
   for (int64_t i = 0; i < k; ++i) {
     float value = std::nearbyint(x[i] * factor);
@@ -309,8 +313,9 @@ void store_block(const Activations& a, const Product& p, int64_t block, int64_t 
   const int64_t first = block * kTile, count = std::min(kTile, p.n - first);
   float* out = p.out + row * p.n + first;
   for (int64_t i = 0; i < count; ++i) {
-    const float scale = p.per_channel ? p.scale[first + i] : *p.scale;
-    out[i] = static_cast<float>(sums[i] - a.sums[row]) * (a.scales[row] * scale);
+    const float scale = p.per_channel ? (a.bounds[row] * kPart) * p.scale[first + i]
+                                      : a.bounds[row] * (*p.scale * kPart);
+    out[i] = static_cast<float>(sums[i] - a.sums[row]) * scale;
   }
 }
 
@@ -365,7 +370,7 @@ VAANI_FLOAT_PARTS(avx2, VAANI_AVX2)
 
 VAANI_AVX2 void avx2_quantize(const float* x, int64_t k, const float* range,
                               int8_t* codes, int64_t stride, int32_t* sum,
-                              float* scale) {
+                              float* bound) {
   const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   const __m256 infinity = _mm256_set1_ps(std::numeric_limits<float>::infinity());
   __m256 largest = _mm256_setzero_ps(), bad = _mm256_setzero_ps();
@@ -376,16 +381,16 @@ VAANI_AVX2 void avx2_quantize(const float* x, int64_t k, const float* range,
     bad = _mm256_or_ps(bad, range ? _mm256_cmp_ps(v, v, _CMP_UNORD_Q)
                                   : _mm256_cmp_ps(v, infinity, _CMP_NLT_UQ));
   }
-  float lanes[8], bound = 0.0f;
+  float lanes[8], most = 0.0f;
   bool finite = _mm256_movemask_ps(bad) == 0;
   _mm256_storeu_ps(lanes, largest);
-  for (float lane : lanes) bound = std::max(bound, lane);
+  for (float lane : lanes) most = std::max(most, lane);
   for (int64_t j = i; j < k; ++j) {
     finite &= range ? !std::isnan(x[j]) : std::isfinite(x[j]);
-    bound = std::max(bound, std::fabs(x[j]));
+    most = std::max(most, std::fabs(x[j]));
   }
   float factor;
-  *scale = scale_of(range ? *range : bound, finite, &factor);
+  *bound = bound_of(range ? *range : most, finite, &factor);
   if (!finite) {
     std::memset(codes, 0, stride);
     *sum = 0;
@@ -525,7 +530,7 @@ VAANI_FLOAT_PARTS(avx512, VAANI_AVX512)
 
 VAANI_AVX512 void avx512_quantize(const float* x, int64_t k, const float* range,
                                   int8_t* codes, int64_t stride, int32_t* sum,
-                                  float* scale) {
+                                  float* bound) {
   const __m512 infinity = _mm512_set1_ps(std::numeric_limits<float>::infinity());
   __m512 largest = _mm512_setzero_ps();
   __mmask16 bad = 0;
@@ -537,7 +542,7 @@ VAANI_AVX512 void avx512_quantize(const float* x, int64_t k, const float* range,
                  : _mm512_cmp_ps_mask(v, infinity, _CMP_NLT_UQ);
   }
   float factor;
-  *scale = scale_of(range ? *range : _mm512_reduce_max_ps(largest), !bad, &factor);
+  *bound = bound_of(range ? *range : _mm512_reduce_max_ps(largest), !bad, &factor);
   if (bad) {
     std::memset(codes, 0, stride);
     *sum = 0;
@@ -563,11 +568,12 @@ VAANI_AVX512 inline void avx512_store(const Activations& a, const Product& p,
                                       int64_t block, int64_t row, __m512i sums) {
   const int64_t first = block * kTile, left = p.n - first;
   const __mmask16 mask = left >= kTile ? 0xffff : (1u << left) - 1;
-  const __m512 weight = p.per_channel
-                            ? _mm512_maskz_loadu_ps(mask, p.scale + first)
-                            : _mm512_set1_ps(*p.scale);
+  const float bound = a.bounds[row];
+  const __m512 scale =
+      p.per_channel ? _mm512_mul_ps(_mm512_set1_ps(bound * kPart),
+                                    _mm512_maskz_loadu_ps(mask, p.scale + first))
+                    : _mm512_set1_ps(bound * (*p.scale * kPart));
   sums = _mm512_sub_epi32(sums, _mm512_set1_epi32(a.sums[row]));
-  const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(a.scales[row]), weight);
   _mm512_mask_storeu_ps(p.out + row * p.n + first, mask,
                         _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scale));
 }
@@ -1086,12 +1092,12 @@ ffi::Error ternary_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
 
   thread_local std::vector<int8_t> code_buffer;
   thread_local std::vector<int32_t> sums;
-  thread_local std::vector<float> scales;
+  thread_local std::vector<float> bounds;
   const int64_t stride = rounded(k, kRowAlign), rows = rounded(m, kRows);
   int8_t* codes = aligned(code_buffer, rows * stride);
-  if (static_cast<int64_t>(sums.size()) < m) sums.resize(m), scales.resize(m);
+  if (static_cast<int64_t>(sums.size()) < m) sums.resize(m), bounds.resize(m);
   int32_t* row_sums = sums.data();
-  float* row_scales = scales.data();
+  float* row_bounds = bounds.data();
   const float* input = x.typed_data();
   const int64_t threads = useful_threads(pool, work);
 
@@ -1109,12 +1115,12 @@ ffi::Error ternary_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
                  from = normal.data();
                }
                isa.quantize(from, k, range, codes + row * stride, stride,
-                            row_sums + row, row_scales + row);
+                            row_sums + row, row_bounds + row);
              }
            });
 
   // Blocks of all products in one row, cut in parts of even numbers of blocks.
-  const Activations activations{codes, row_sums, row_scales, m, stride};
+  const Activations activations{codes, row_sums, row_bounds, m, stride};
   std::vector<int64_t> starts{0};
   for (const Product& p : products)
     starts.push_back(starts.back() + rounded(p.n, 2 * kTile) / kTile);

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from vaani_jax.pack import PackedTernary, relayout
-from vaani_jax.quant import quantize_activations
+from vaani_jax.quant import activation_bound, output_scale, quantize_activations
 
 Array = jax.Array
 Platform = Literal["gpu", "tpu"]
@@ -37,14 +37,13 @@ def ternary_matmul(
     platform: Platform,
 ) -> list[Array]:
     """See `vaani_jax.kernels.ternary_matmul`: x [M, K] float32, [M, N] float32 each."""
-    q, s = quantize_activations(x, activation_range)
-    q = q.astype(jnp.int8)
+    bound = activation_bound(x, activation_range)
+    q = quantize_activations(x, bound)[0].astype(jnp.int8)
     outputs = []
     for kernel in packed:
         kernel = relayout(kernel, "planes")
         sums = _integer_product(q, kernel.codes, platform)[:, : kernel.shape[1]]
-        scale = kernel.scale if kernel.scale.ndim == 0 else kernel.scale[None, :]
-        outputs.append(sums.astype(jnp.float32) * (s * scale))
+        outputs.append(sums.astype(jnp.float32) * output_scale(bound, kernel.scale, 2))
     return outputs
 
 
