@@ -1,5 +1,6 @@
 """A packed folder is the model: written whole, mapped back, equal in what it says."""
 
+import functools
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from rich.console import Console
 from vaani_jax import cli, load
 from vaani_jax.config import from_dict
 from vaani_jax.errors import VaaniError
-from vaani_jax.generate import SamplerConfig, generate
+from vaani_jax.generate import SamplerConfig, generate, prefill
 from vaani_jax.load import (
     PACKED_ARRAYS,
     PACKED_CONFIG,
@@ -112,6 +113,28 @@ def test_logits_differ_by_roundings_that_fall_the_other_way_only(run, folder):
     assert np.median(worst) < 1e-5 * scale
     assert (worst > 1e-4 * scale).mean() < 0.2  # a fall moves what follows it, too
     assert worst.max() < 0.05 * scale
+
+
+def test_decoding_gives_the_logits_of_masters_to_the_bit(run, folder):
+    trained, packed = load_model(run), load_packed(folder)
+    ids = trained.tokenizer.encode(TEXT[:40])
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def forward(config, params, quant, token, cache):
+        variables = {"params": params, "quant": quant}
+        return Vaani(config).apply(variables, token, cache)
+
+    rows = []
+    for m in (trained, packed):
+        tokens = jnp.zeros((1, 16), jnp.int32).at[0, :9].set(ids[:9])
+        logits, cache = prefill(m.config, m.params, m.quant, tokens, jnp.int32(9))
+        seen = [logits[0]]
+        for token in ids[9:]:
+            one = jnp.asarray([[token]])
+            logits, cache = forward(m.config, m.params, m.quant, one, cache)
+            seen.append(logits[0, 0])
+        rows.append(np.asarray(jnp.stack(seen)))
+    np.testing.assert_array_equal(*rows)
 
 
 def test_greedy_text_is_that_of_training(run, folder):

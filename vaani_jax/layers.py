@@ -452,6 +452,17 @@ class FeedForward(nn.Module):
         return y
 
 
+def _rounded(y: Array) -> Array:
+    """``y``, in a way that keeps it from being fused into the sum that it goes into.
+
+    A multiply and an add that compiled code fuses round once, not twice. The scale of a
+    branch's last product and the residual sum are such a pair, which packed kernels
+    can't fuse; without it, decoding gives the same bits with them and with masters.
+    Neither a barrier nor reduce_precision outlives compilation. This comparison does.
+    """
+    return jnp.minimum(y, jnp.finfo(y.dtype).max)
+
+
 class TransformerBlock(nn.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream."""
 
@@ -489,6 +500,7 @@ class TransformerBlock(nn.Module):
             mix=mix,
             start=start,
         )
-        x = x + dropout(y, rate, keys[0])
+        rounded = _rounded if cache is not None else lambda y: y
+        x = x + dropout(rounded(y), rate, keys[0])
         y = self.ffn(x, norm=self.ffn_norm, train=train, mix=mix)
-        return x + dropout(y, rate, keys[1]), cache
+        return x + dropout(rounded(y), rate, keys[1]), cache
