@@ -218,7 +218,7 @@ def one_error(capsys, arguments, match):
 def test_pack_writes_over_nothing(run, folder, capsys):
     before = (folder / PACKED_ARRAYS).read_bytes()
     command = ["pack", "--workdir", str(run), "--output", str(folder)]
-    one_error(capsys, command, "exists")
+    one_error(capsys, command, "there already")
     assert (folder / PACKED_ARRAYS).read_bytes() == before
 
 

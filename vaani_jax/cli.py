@@ -199,15 +199,15 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _pack(options: argparse.Namespace) -> int:
+    import jax
+
     from vaani_jax.load import PACKED_ARRAYS, load_model, pack_model, save_packed
     from vaani_jax.model import model_size
-    from vaani_jax.pack import PackedTernary
+    from vaani_jax.pack import PackedTernary, packed_bytes
 
     model = load_model(options.workdir, checkpoint=options.checkpoint, notify=_notify)
     small = pack_model(model, options.embedding)
     save_packed(small, options.output)
-    import jax
-
     kernels = [
         leaf
         for leaf in jax.tree.leaves(
@@ -216,7 +216,7 @@ def _pack(options: argparse.Namespace) -> int:
         if isinstance(leaf, PackedTernary)
     ]
     weights = sum(k.shape[0] * k.shape[1] for k in kernels)
-    taken = sum(k.codes.nbytes + k.scale.nbytes for k in kernels)
+    taken = packed_bytes(kernels)
     bytes_ = (pathlib.Path(options.output) / PACKED_ARRAYS).stat().st_size
     fp16 = model_size(model.config).bytes_fp16
     print(f"checkpoint       {model.step:,}")

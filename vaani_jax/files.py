@@ -1,8 +1,13 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 import os
 import pathlib
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from vaani_jax.errors import VaaniError
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
@@ -22,3 +27,31 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
     except BaseException:
         pathlib.Path(name).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def appearing(target: pathlib.Path, *, folder: bool) -> Iterator[pathlib.Path]:
+    """A temporary path that becomes ``target`` when all went well.
+
+    Args:
+      target: must not be there yet; an empty folder may be.
+      folder: whether it is to be a folder.
+
+    Raises VaaniError where the target is taken, and OSError.
+    """
+    taken = target.exists() and not (
+        folder and target.is_dir() and not any(target.iterdir())
+    )
+    if taken:
+        raise VaaniError(f"{target} is there already: choose another name")
+    parent = target.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    room = pathlib.Path(tempfile.mkdtemp(dir=parent, prefix=f".{target.name}."))
+    try:
+        temporary = room / target.name
+        if folder:
+            temporary.mkdir()
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(room, ignore_errors=True)

@@ -11,8 +11,6 @@ import json
 import mmap
 import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +21,7 @@ import numpy as np
 from vaani_jax import tokenizer
 from vaani_jax.config import Config, from_dict
 from vaani_jax.errors import VaaniError
+from vaani_jax.files import appearing
 from vaani_jax.generate import unrolled
 from vaani_jax.kernels import layout
 from vaani_jax.model import ModelConfig, init_variables
@@ -169,9 +168,6 @@ def save_packed(model: LoadedModel, folder: str | pathlib.Path) -> None:
       VaaniError: the folder exists already.
       OSError: it can't be written; nothing is left behind.
     """
-    folder = pathlib.Path(folder)
-    if folder.exists():
-        raise VaaniError(f"{folder} exists: choose another --output, or remove it")
     arrays: dict[str, np.ndarray] = {}
     kinds: dict[str, Any] = {}
     for part, tree in (("params", model.params), ("quant", model.quant)):
@@ -197,17 +193,10 @@ def save_packed(model: LoadedModel, folder: str | pathlib.Path) -> None:
         "packed": kinds,
     }
     description.pop("fingerprints", None)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.")
-    try:
-        write_tensors(pathlib.Path(building) / PACKED_ARRAYS, arrays)
+    with appearing(pathlib.Path(folder), folder=True) as building:
+        write_tensors(building / PACKED_ARRAYS, arrays)
         text = json.dumps(description, indent=1)
-        (pathlib.Path(building) / PACKED_CONFIG).write_text(text, encoding="utf-8")
-        os.chmod(building, 0o755)
-        os.rename(building, folder)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+        (building / PACKED_CONFIG).write_text(text, encoding="utf-8")
 
 
 def load_packed(folder: str | pathlib.Path) -> LoadedModel:

@@ -20,8 +20,8 @@ from vaani_jax import __version__
 from vaani_jax.checkpoint import Checkpoints
 from vaani_jax.config import Config
 from vaani_jax.errors import VaaniError
+from vaani_jax.files import appearing
 from vaani_jax.interop import gguf, hf
-from vaani_jax.interop.files import appearing
 from vaani_jax.interop.names import Storage, Tensor, architecture_of, tensors
 from vaani_jax.load import load_model
 from vaani_jax.memory import return_freed_memory

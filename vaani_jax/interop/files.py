@@ -1,12 +1,7 @@
-"""Reading small files of others, and results that appear whole or not at all."""
+"""Reading small files of others."""
 
 import json
-import os
 import pathlib
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from vaani_jax.errors import VaaniError
@@ -37,31 +32,3 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise VaaniError(f"{path} must hold a JSON object")
     return content
-
-
-@contextmanager
-def appearing(target: pathlib.Path, *, folder: bool) -> Iterator[pathlib.Path]:
-    """A temporary path that becomes ``target`` when all went well.
-
-    Args:
-      target: must not be there yet; an empty folder may be.
-      folder: whether it is to be a folder.
-
-    Raises VaaniError where the target is taken, and OSError.
-    """
-    taken = target.exists() and not (
-        folder and target.is_dir() and not any(target.iterdir())
-    )
-    if taken:
-        raise VaaniError(f"{target} is there already: choose another name")
-    parent = target.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    room = pathlib.Path(tempfile.mkdtemp(dir=parent, prefix=f".{target.name}."))
-    try:
-        temporary = room / target.name
-        if folder:
-            temporary.mkdir()
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(room, ignore_errors=True)

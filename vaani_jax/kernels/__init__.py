@@ -68,7 +68,7 @@ def backend() -> Backend:
         return forced
     choice: Backend = "reference"
     if platform in ("gpu", "tpu"):
-        choice = platform  # type: ignore[assignment]
+        choice = "gpu" if platform == "gpu" else "tpu"
     elif platform == "cpu":
         missing = cpu.missing()
         if missing:
