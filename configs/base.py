@@ -28,6 +28,12 @@ def get_config() -> ConfigDict:
     config.keep_checkpoints = 2  # the last so many, besides the best
     config.init_from = ""  # workdir of a run whose weights to start from
 
+    config.mesh = mesh = ConfigDict()  # of devices, see vaani_jax/sharding.py
+    mesh.data = -1  # copies of the model; -1: as many as there are devices for
+    mesh.fsdp = 1  # parts that parameters and the optimizer's state are cut into
+    mesh.tensor = 1  # parts that heads, feed-forward and vocabulary are cut into
+    mesh.rules = ()  # "pattern: axes" for parameters, before the built-in ones
+
     config.model = model = ConfigDict()
     model.vocab_size = 0  # 0: as the tokenizer has
     model.dim = 128  # width of the residual stream; a multiple of 2 n_heads
@@ -51,6 +57,7 @@ def get_config() -> ConfigDict:
     model.activation_tracking = "token"  # or "ema": a tracked range
     model.activation_momentum = 0.99  # of the tracked range
     model.operands = "auto"  # dtype of the forward integers; equal results
+    model.wire = "2bit"  # or "int8", "float": how cut kernels travel; equal results
     model.attention = "auto"  # "library", or "explicit": faster on CPUs
     model.dtype = "float32"  # compute; or "bfloat16", with float32 masters
     model.scan_layers = False  # one traced block: compiles faster, same results

@@ -20,6 +20,7 @@ from vaani_jax.errors import VaaniError
 from vaani_jax.generate import SampleConfig
 from vaani_jax.model import ModelConfig
 from vaani_jax.optim import OptimConfig
+from vaani_jax.sharding import MeshConfig
 from vaani_jax.tuner import TunerConfig
 
 
@@ -46,7 +47,7 @@ class Config:
       sample_interval: steps between samples; 0 leaves them to the end.
       keep_checkpoints: how many of the last checkpoints to keep, besides the best.
       init_from: workdir of a run whose weights to start from; empty for none.
-      model, optim, tuner, data, sample: the sections.
+      mesh, model, optim, tuner, data, sample: the sections.
     """
 
     seed: int = 0
@@ -65,6 +66,7 @@ class Config:
     sample_interval: int = 500
     keep_checkpoints: int = 2
     init_from: str = ""
+    mesh: MeshConfig = MeshConfig()
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     tuner: TunerConfig = TunerConfig()

@@ -333,13 +333,13 @@ class Batches:
         # One window short, so that any offset below seq_len fits.
         self.windows_per_epoch = max(1, (len(tokens) - 1) // seq_len - 1)
         self.steps_per_epoch = max(1, self.windows_per_epoch // batch_size)
-        self._dataset = (
+        self._batch_size = batch_size
+        self._windows = (
             grain.MapDataset.range(self.windows_per_epoch)
             .seed(seed)
             .shuffle()
             .repeat(None)
             .map_with_index(self._window)
-            .batch(batch_size)
         )
 
     def _offset(self, epoch: int) -> int:
@@ -352,9 +352,14 @@ class Batches:
         start = self._offset(index // self.windows_per_epoch) + window * self._seq_len
         return self._tokens[start : start + self._seq_len + 1]
 
-    def batch_at(self, step: int) -> np.ndarray:
-        """Token ids [batch_size, seq_len + 1], int32, of a step counted from 0."""
-        return self._dataset[step]
+    def batch_at(self, step: int, rows: slice = slice(None)) -> np.ndarray:
+        """Token ids [batch_size, seq_len + 1], int32, of a step counted from 0.
+
+        With ``rows``, only these are read.
+        """
+        first = step * self._batch_size
+        wanted = range(self._batch_size)[rows]
+        return np.stack([self._windows[first + row] for row in wanted])
 
 
 def validation_windows(tokens: np.ndarray, seq_len: int) -> np.ndarray:

@@ -22,10 +22,14 @@ from vaani_jax.norm import rms_norm
 from vaani_jax.pack import PackedRows, PackedTernary
 from vaani_jax.quant import (
     ActivationQuantizer,
+    Split,
     TernaryQuantizer,
     TernarySpec,
+    Wire,
     ternary_dot,
+    whole_kernel,
 )
+from vaani_jax.sharding import BATCH, constrain
 
 Array = jax.Array
 
@@ -60,6 +64,8 @@ class ModelConfig:
       activation_tracking: "token" (b1.58), or "ema" for a tracked range.
       activation_momentum: momentum of the tracked range.
       operands: dtype of the forward integers; equal results (see `TernarySpec`).
+      wire: what devices send each other of ternary kernels that are cut over them
+        (see `TernarySpec`).
       attention: "library" (`jax.nn.dot_product_attention`), "explicit", or "auto":
         the former on accelerators, the latter on CPUs.
       dtype: compute dtype, "float32" or "bfloat16"; parameters stay float32.
@@ -89,6 +95,7 @@ class ModelConfig:
     activation_tracking: Literal["token", "ema"] = "token"
     activation_momentum: float = 0.99
     operands: Literal["auto", "bfloat16", "float32"] = "auto"
+    wire: Wire = "2bit"
     attention: Literal["auto", "library", "explicit"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     scan_layers: bool = False
@@ -145,7 +152,9 @@ class ModelConfig:
 
     @property
     def spec(self) -> TernarySpec:
-        return TernarySpec(self.weight_scale, self.weight_granularity, self.operands)
+        return TernarySpec(
+            self.weight_scale, self.weight_granularity, self.operands, self.wire
+        )
 
 
 class BitLinear(nn.Module):
@@ -158,11 +167,13 @@ class BitLinear(nn.Module):
       features: width of the output.
       config: quantiser settings (and nothing else) are read from it.
       init_std: standard deviation of the initial kernel.
+      split: which side of the kernel the mesh axis ``tensor`` cuts, see `ternary_dot`.
     """
 
     features: int
     config: ModelConfig = ModelConfig()
     init_std: float = 0.02
+    split: Split = "out"
 
     def setup(self) -> None:
         if self.config.quantize:
@@ -228,7 +239,8 @@ def project(
     if isinstance(kernels[0], PackedRows):
         return tuple(rows_matmul(x, kernel) for kernel in kernels)
     if not first.config.quantize:
-        return tuple(jnp.dot(x, kernel.astype(x.dtype)) for kernel in kernels)
+        wholes = [whole_kernel(kernel, x.dtype, first.split) for kernel in kernels]
+        return tuple(jnp.dot(x, kernel) for kernel in wholes)
     return ternary_dot(
         x,
         kernels,
@@ -237,6 +249,7 @@ def project(
         scales=[layer.weight_quantizer.stored() for layer in layers],
         activation_range=first.activation_quantizer.observe(x, train=train),
         mix=mix,
+        split=first.split,
     )
 
 
@@ -327,7 +340,7 @@ class MultiHeadAttention(nn.Module):
         self.k_proj = BitLinear(c.kv_heads * c.head_dim, c, c.init_std)
         self.v_proj = BitLinear(c.kv_heads * c.head_dim, c, c.init_std)
         self.sub_norm = RMSNorm(c.norm_eps) if c.sub_norms else None
-        self.o_proj = BitLinear(c.dim, c, c.init_std / (2 * c.n_layers) ** 0.5)
+        self.o_proj = BitLinear(c.dim, c, c.init_std / (2 * c.n_layers) ** 0.5, "in")
 
     def __call__(
         self,
@@ -364,6 +377,10 @@ class MultiHeadAttention(nn.Module):
         q_BTNH = q.reshape(*q.shape[:-1], c.n_heads, c.head_dim)
         k_BTKH = k.reshape(*k.shape[:-1], c.kv_heads, c.head_dim)
         v_BTKH = v.reshape(*v.shape[:-1], c.kv_heads, c.head_dim)
+        q_BTNH, k_BTKH, v_BTKH = (
+            constrain(heads, BATCH, None, "tensor", None)
+            for heads in (q_BTNH, k_BTKH, v_BTKH)
+        )
         q_BTNH = rotary_embedding(q_BTNH, *rotary)
         k_BTKH = rotary_embedding(k_BTKH, *rotary)
         if cache is None:
@@ -387,6 +404,7 @@ class MultiHeadAttention(nn.Module):
                 (cache[2], cache[3]) if coded else None,
             )
         y = y_BTNH.reshape(*x.shape[:-1], c.n_heads * c.head_dim)
+        y = constrain(y, BATCH, None, "tensor")
         (y,) = project(y, (self.o_proj,), norm=self.sub_norm, train=train, mix=mix)
         return y, cache
 
@@ -430,7 +448,7 @@ class FeedForward(nn.Module):
         self.gate_proj = BitLinear(c.hidden_dim, c, c.init_std)
         self.up_proj = BitLinear(c.hidden_dim, c, c.init_std)
         self.sub_norm = RMSNorm(c.norm_eps) if c.sub_norms else None
-        self.down_proj = BitLinear(c.dim, c, c.init_std / (2 * c.n_layers) ** 0.5)
+        self.down_proj = BitLinear(c.dim, c, c.init_std / (2 * c.n_layers) ** 0.5, "in")
 
     def __call__(
         self,
@@ -445,7 +463,7 @@ class FeedForward(nn.Module):
             x, (self.gate_proj, self.up_proj), norm=norm, train=train, mix=mix
         )
         gated = swiglu if self.config.activation == "swiglu" else relu2
-        hidden = gated(gate, up)
+        hidden = constrain(gated(gate, up), BATCH, None, "tensor")
         (y,) = project(
             hidden, (self.down_proj,), norm=self.sub_norm, train=train, mix=mix
         )
@@ -501,6 +519,7 @@ class TransformerBlock(nn.Module):
             start=start,
         )
         rounded = _rounded if cache is not None else lambda y: y
-        x = x + dropout(rounded(y), rate, keys[0])
+        x = constrain(x + dropout(rounded(y), rate, keys[0]), BATCH, None, None)
         y = self.ffn(x, norm=self.ffn_norm, train=train, mix=mix)
-        return x + dropout(rounded(y), rate, keys[1]), cache
+        x = x + dropout(rounded(y), rate, keys[1])
+        return constrain(x, BATCH, None, None), cache

@@ -36,6 +36,7 @@ from vaani_jax.layers import (
 )
 from vaani_jax.pack import PackedRows, take_rows
 from vaani_jax.quant import TernaryQuantizer, ternarize, ternary_dot
+from vaani_jax.sharding import BATCH, constrain
 
 Array = jax.Array
 Tree = Any
@@ -233,6 +234,9 @@ class Vaani(nn.Module):
         else:
             x = jnp.take(self.embedding, tokens, axis=0).astype(c.dtype)
         x = dropout(x, c.dropout, None if keys is None else keys[-1])
+        # Each device looks up its columns, of all rows of its group; then they exchange.
+        x = constrain(x, "data", None, "fsdp")
+        x = constrain(x, BATCH, None, None)
         filled: list[Any] = []
         if c.scan_layers:
             layer_caches = None
@@ -255,6 +259,7 @@ class Vaani(nn.Module):
         if last is not None:
             x = jax.lax.dynamic_slice_in_dim(x, last, 1, axis=1)
         logits = self.head(self.final_norm(x), train=train, mix=mix)
+        logits = constrain(logits, BATCH, None, "tensor")
         if cache is None:
             return logits
         end = cache.length + length
@@ -283,7 +288,7 @@ class Vaani(nn.Module):
         return jnp.einsum(
             "BTD,VD->BTV",
             x,
-            self.embedding.astype(x.dtype),
+            constrain(self.embedding.astype(x.dtype), "tensor", None),
             preferred_element_type=jnp.float32,
         )
 

@@ -35,6 +35,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vaani_jax.sharding import constrain, shards
+
 Array = jax.Array
 
 EPSILON = 1e-5  # lower bound of every scale, as in the reference implementations
@@ -44,6 +46,8 @@ ACTIVATION_MIN = -128.0
 WeightScale = Literal["absmean", "least_squares", "stored"]
 Granularity = Literal["tensor", "channel"]
 OperandDtype = Literal["auto", "bfloat16", "float32"]
+Wire = Literal["2bit", "int8", "float"]
+Split = Literal["out", "in"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +60,14 @@ class TernarySpec:
       granularity: one scale per "tensor" or per output "channel".
       operands: dtype in which the integers of the forward product ride. The result
         is the same to the bit; "auto" takes the faster one (see `operand_dtype`).
+      wire: what devices send each other of a kernel that is cut over them: codes of
+        2 or of 8 bits, or the operands. The result is the same to the bit.
     """
 
     scale: WeightScale = "absmean"
     granularity: Granularity = "tensor"
     operands: OperandDtype = "auto"
+    wire: Wire = "2bit"
 
 
 @functools.cache
@@ -205,6 +212,46 @@ def _as_rows(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1])
 
 
+# The axes of a kernel's dimensions, as stored and where it is multiplied.
+_STORED = {"out": ("fsdp", "tensor"), "in": ("tensor", "fsdp")}
+_MULTIPLIED = {"out": (None, "tensor"), "in": ("tensor", None)}
+
+
+def _sent(t: Array, dtype: Any, wire: Wire, split: Split) -> Array:
+    """Operands [K, N] as they cross the wire: each device codes its own part.
+
+    2-bit codes [K / 4, N] are ``t + 1``, those of four rows in a byte, the lowest bits
+    first. Where K can't be cut so, codes have 8 bits.
+    """
+    if shards("fsdp") == 1 or wire == "float":
+        return t.astype(dtype)
+    rows, columns = t.shape
+    if wire == "int8" or rows % (4 * shards(_STORED[split][0])):
+        return t.astype(jnp.int8)
+    codes = (t + 1).astype(jnp.uint8).reshape(rows // 4, 4, columns)
+    shift = jnp.arange(0, 8, 2, dtype=jnp.uint8)[:, None]
+    return jnp.sum(codes << shift, axis=1, dtype=jnp.uint8)
+
+
+def _received(sent: Array, dtype: Any, split: Split) -> Array:
+    """What `_sent` made of operands, whole along ``fsdp``, as [K, N] in ``dtype``."""
+    if shards("fsdp") == 1:
+        return sent
+    sent = constrain(sent, *_STORED[split])
+    sent = constrain(sent, *_MULTIPLIED[split])
+    if sent.dtype != jnp.uint8:
+        return sent.astype(dtype)
+    shift = jnp.arange(0, 8, 2, dtype=jnp.uint8)[:, None]
+    codes = (sent[:, None, :] >> shift) & 3
+    t = codes.astype(jnp.int8) - 1
+    return t.reshape(-1, sent.shape[-1]).astype(dtype)
+
+
+def whole_kernel(w: Array, dtype: Any, split: Split) -> Array:
+    """A kernel [K, N] in ``dtype``, whole along ``fsdp``: for plain products."""
+    return _received(_sent(w, dtype, "float", split), dtype, split)
+
+
 def ternary_dot(
     x: Array,
     kernels: Sequence[Array],
@@ -214,6 +261,7 @@ def ternary_dot(
     scales: Sequence[Array | None] | None = None,
     activation_range: Array | None = None,
     mix: Array | None = None,
+    split: Split = "out",
 ) -> tuple[Array, ...]:
     """Products of one quantised input with several ternary kernels.
 
@@ -230,6 +278,8 @@ def ternary_dot(
       mix: lambda in [0, 1], a scalar, may be traced: 0 multiplies the full-precision
         operands, 1 the quantised ones. None stands for 1 and is faster. At 1 both
         give the same bits.
+      split: which dimension of the kernels the mesh axis ``tensor`` cuts, if there is
+        one: the outputs, or the inputs that are summed over.
 
     Returns:
       One [..., N_i] in ``x.dtype`` per kernel. Gradients are straight-through:
@@ -237,12 +287,15 @@ def ternary_dot(
     """
     stored = (None,) * len(kernels) if scales is None else tuple(scales)
     taus = tuple(thresholds)
-    return _ternary_dot(spec, x, tuple(kernels), taus, stored, activation_range, mix)
+    return _ternary_dot(
+        spec, split, x, tuple(kernels), taus, stored, activation_range, mix
+    )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _ternary_dot(
     spec: TernarySpec,
+    split: Split,
     x: Array,
     kernels: tuple[Array, ...],
     thresholds: tuple[Array, ...],
@@ -251,12 +304,13 @@ def _ternary_dot(
     mix: Array | None,
 ) -> tuple[Array, ...]:
     return _ternary_dot_fwd(
-        spec, x, kernels, thresholds, stored, activation_range, mix
+        spec, split, x, kernels, thresholds, stored, activation_range, mix
     )[0]
 
 
 def _ternary_dot_fwd(
     spec: TernarySpec,
+    split: Split,
     x: Array,
     kernels: tuple[Array, ...],
     thresholds: tuple[Array, ...],
@@ -275,20 +329,25 @@ def _ternary_dot_fwd(
     outputs, quantised = [], []
     for w, threshold, kept in zip(kernels, thresholds, stored, strict=True):
         t, scale = ternarize(w, threshold, spec, kept)
+        wire = spec.wire
         if rest is not None:
             t = t + rest * (w.astype(jnp.float32) / _along_last(scale, 2) - t)
-        t = t.astype(dtype)
+            wire = "float"
+        sent = _sent(t, dtype, wire, split)
+        t = _received(sent, dtype, split)
         sums = jnp.dot(
             q, t, precision="highest", preferred_element_type=jnp.float32
         ).reshape(*x.shape[:-1], t.shape[-1])
         outputs.append((sums * output_scale(bound, scale, x.ndim)).astype(x.dtype))
-        quantised.append((t, scale))
+        quantised.append((sent, scale))  # cut, so that no kernel is kept whole
     rest_of_arguments = (thresholds, stored, activation_range, mix)
     residuals = (x, q, s, quantised, kernels, rest_of_arguments)
     return tuple(outputs), residuals
 
 
-def _ternary_dot_bwd(spec: TernarySpec, residuals: Any, gs: tuple[Array, ...]) -> Any:
+def _ternary_dot_bwd(
+    spec: TernarySpec, split: Split, residuals: Any, gs: tuple[Array, ...]
+) -> Any:
     del spec
     x, q, s, quantised, kernels, rest_of_arguments = residuals
     dtype = gs[0].dtype
@@ -296,12 +355,13 @@ def _ternary_dot_bwd(spec: TernarySpec, residuals: Any, gs: tuple[Array, ...]) -
     x_quantised = (q.astype(jnp.float32) * s).astype(dtype)
     dx = jnp.zeros((), dtype)
     dws = []
-    for g, (t, scale), w in zip(gs, quantised, kernels, strict=True):
+    for g, (sent, scale), w in zip(gs, quantised, kernels, strict=True):
         g = _as_rows(g)
+        t = _received(sent, q.dtype, split)
         w_quantised = (t.astype(jnp.float32) * _along_last(scale, 2)).astype(dtype)
         dx = dx + jnp.dot(g, w_quantised.T)
         dw = jnp.dot(x_quantised.T, g, preferred_element_type=jnp.float32)
-        dws.append(dw.astype(w.dtype))
+        dws.append(constrain(dw.astype(w.dtype), *_STORED[split]))
     return (
         dx.astype(x.dtype).reshape(x.shape),
         tuple(dws),
