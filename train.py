@@ -6,6 +6,13 @@
 The same command again resumes the run in its workdir (runs/<name of the config> by
 default). Ctrl-C stops it without loss. Any key of configs/base.py can be set with
 --config.KEY=VALUE.
+
+All devices are used, see mesh in configs/base.py. Processes of one job, on one machine
+or many, find each other under Slurm, Open MPI and on TPU slices; --distributed asks
+JAX to look further (Kubernetes), and without any scheduler each is told:
+
+    python train.py --config=configs/small.py --coordinator=HOST:PORT \
+        --num_processes=2 --process_id=0
 """
 
 import pathlib
@@ -18,16 +25,29 @@ from vaani_jax.cli import run_guarded
 def main(arguments: list[str]) -> int:
     # These imports take seconds: here, Ctrl-C already ends in one line.
     from vaani_jax.config import config_from_flags
+    from vaani_jax.distributed import join
     from vaani_jax.trainer import train
 
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__.strip())
         return 0 if arguments else 2
-    config, path, workdir = config_from_flags(arguments)
-    workdir = workdir or str(pathlib.Path("runs") / pathlib.Path(path).stem)
-    train(config, workdir, command=shlex.join(["python", "train.py", *arguments]))
+    given = config_from_flags(arguments)
+    join(
+        given.coordinator,
+        given.num_processes,
+        given.process_id,
+        expected=given.distributed,
+    )
+    workdir = given.workdir or str(pathlib.Path("runs") / pathlib.Path(given.path).stem)
+    command = shlex.join(["python", "train.py", *arguments])
+    train(given.config, workdir, command=command)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_guarded(main, sys.argv[1:]))
+    status = run_guarded(main, sys.argv[1:])
+    if status:
+        from vaani_jax.distributed import leave
+
+        leave(status)
+    sys.exit(status)

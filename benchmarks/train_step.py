@@ -38,7 +38,7 @@ def load_config(path: str) -> Any:
 
     from vaani_jax.config import config_from_flags
 
-    config = config_from_flags([f"--config={path}"])[0]
+    config = config_from_flags([f"--config={path}"]).config
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, vocab_size=65),

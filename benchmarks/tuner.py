@@ -61,7 +61,7 @@ def load_config(job: Job) -> Any:
 
     path = str(ROOT / "configs" / "small.py")
     sys.argv = ["train.py", f"--config={path}"]
-    values = config_from_flags(sys.argv[1:])[0].to_dict()
+    values = config_from_flags(sys.argv[1:]).config.to_dict()
     steps = job["steps"]
     values |= {
         "num_steps": steps,

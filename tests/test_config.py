@@ -40,7 +40,8 @@ def read(monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         # ml_collections loads every file into one module: start from none.
         monkeypatch.delitem(sys.modules, "config_config", raising=False)
-        return config_from_flags(list(arguments))
+        given = config_from_flags(list(arguments))
+        return given.config, given.path, given.workdir
 
     return read
 

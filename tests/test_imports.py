@@ -13,7 +13,7 @@ PACKAGE = "vaani_jax"
 # Lowest first: a module imports from lower lines only, or as SAME_LINE says.
 LINES = (
     ("__init__", "errors"),
-    ("files", "memory", "sharding"),
+    ("files", "memory", "sharding", "distributed"),
     ("quant", "norm"),
     ("pack",),
     ("kernels",),
@@ -122,7 +122,7 @@ def test_exceptions_are_used_and_run_one_way():
 
 
 def test_checkpoint_knows_pytrees_and_json_only():
-    assert _modules(FILES["checkpoint"]) <= {"errors", "files"}
+    assert _modules(FILES["checkpoint"]) <= {"errors", "distributed"}
 
 
 def test_the_tuner_knows_no_model():

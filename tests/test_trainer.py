@@ -20,7 +20,7 @@ from vaani_jax.data import Batches
 from vaani_jax.errors import VaaniError
 from vaani_jax.load import load_model
 from vaani_jax.optim import Schedule
-from vaani_jax.trainer import Trainer, train
+from vaani_jax.trainer import train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -500,11 +500,7 @@ def test_a_signal_in_the_range_test_decides_nothing(text, tuned, tmp_path):
         return len(calls) > 5
 
     with open(os.devnull, "w") as sink:
-        trainer = Trainer(config, workdir, Console(file=sink), stop)
-        try:
-            assert trainer.run() is None
-        finally:
-            trainer.close()
+        assert train(config, workdir, console=Console(file=sink), stop=stop) is None
     assert events(workdir, "learning_rate") == []
     run(config, workdir)
     assert final_state(workdir, 48) == final_state(tuned[0], 48)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from vaani_jax.distributed import is_first, wait_for_all
 from vaani_jax.errors import VaaniError
 
 Tree = Any
@@ -35,8 +36,13 @@ def _fingerprint(leaf: jax.Array) -> jax.Array:
         leaf = leaf.astype(jnp.uint8)
     width = jnp.dtype(leaf.dtype).itemsize
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[width]
-    bits = jax.lax.bitcast_convert_type(leaf, unsigned).reshape(-1)
-    index = jax.lax.iota(jnp.uint32, bits.size)
+    bits = jax.lax.bitcast_convert_type(leaf, unsigned)
+    # The place in the flat array, without making it flat: an array that is cut over
+    # devices stays where it is.
+    index = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, length in enumerate(bits.shape):
+        place = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        index = index * jnp.uint32(length & 0xFFFFFFFF) + place
     # Odd weights, so that no single change cancels; sums wrap modulo 2^32.
     weight = index * jnp.uint32(2654435761) | jnp.uint32(1)
     return jnp.sum(bits.astype(jnp.uint32) * weight, dtype=jnp.uint32)
@@ -112,7 +118,9 @@ class Checkpoints:
             ]
         )
         if not read_only:
-            self._remove_unfinished()
+            if is_first():
+                self._remove_unfinished()
+            wait_for_all("unfinished checkpoints removed")
         try:
             self._manager = ocp.CheckpointManager(
                 self.directory,
@@ -272,9 +280,11 @@ class Checkpoints:
         return Restored(step, items, meta)
 
     def _set_aside(self, step: int) -> None:
-        folder = self.directory / f"step_{step}"
-        number = 0
-        while (target := self.directory / f"damaged-{step}-{number}").exists():
-            number += 1
-        folder.rename(target)
+        if is_first():
+            folder = self.directory / f"step_{step}"
+            number = 0
+            while (target := self.directory / f"damaged-{step}-{number}").exists():
+                number += 1
+            folder.rename(target)
+        wait_for_all(f"checkpoint {step} set aside")
         self._manager.reload()

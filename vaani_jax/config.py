@@ -218,18 +218,40 @@ def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, An
     return found
 
 
-def config_from_flags(arguments: Sequence[str]) -> tuple[Config, str, str]:
-    """Reads ``--config=FILE --config.KEY=VALUE ... --workdir=DIR``.
+@dataclasses.dataclass(frozen=True)
+class Invocation:
+    """What a command line says.
 
-    Returns:
-      The config, the path of its file, and the workdir ("" where not given).
+    Attributes:
+      config: the run.
+      path: of the config file.
+      workdir: where the run is kept; "" where not given.
+      coordinator, num_processes, process_id, distributed: see `distributed.join`.
+    """
+
+    config: Config
+    path: str
+    workdir: str
+    coordinator: str
+    num_processes: int | None
+    process_id: int | None
+    distributed: bool
+
+
+def config_from_flags(arguments: Sequence[str]) -> Invocation:
+    """Reads ``--config=FILE --config.KEY=VALUE ... --workdir=DIR`` and the like.
 
     Raises:
       VaaniError: anything wrong with a flag or with the file.
     """
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "config file", flag_values=values)
-    flags.DEFINE_string("workdir", "", "where the run is kept", flag_values=values)
+    define: dict[str, Any] = {"flag_values": values}
+    flags.DEFINE_string("workdir", "", "where the run is kept", **define)
+    flags.DEFINE_string("coordinator", "", "host:port of process 0", **define)
+    flags.DEFINE_integer("num_processes", None, "of this job", lower_bound=1, **define)
+    flags.DEFINE_integer("process_id", None, "from 0", lower_bound=0, **define)
+    flags.DEFINE_boolean("distributed", False, "join other processes", **define)
     path = _config_path(arguments)
     if not pathlib.Path(path).is_file():
         raise VaaniError(f"no config file at {path}")
@@ -241,7 +263,15 @@ def config_from_flags(arguments: Sequence[str]) -> tuple[Config, str, str]:
         raise VaaniError(_explain(path, arguments, error)) from None
     if extra:
         raise VaaniError(f"unexpected argument {extra[0]!r}: flags begin with --")
-    return from_config_dict(values.config), path, values.workdir
+    return Invocation(
+        config=from_config_dict(values.config),
+        path=path,
+        workdir=values.workdir,
+        coordinator=values.coordinator,
+        num_processes=values.num_processes,
+        process_id=values.process_id,
+        distributed=values.distributed,
+    )
 
 
 def _config_path(arguments: Sequence[str]) -> str:

@@ -53,18 +53,20 @@ class ValidationSet:
         *,
         seq_len: int,
         batch_size: int,
+        parts: int = 1,
     ) -> None:
+        """Batches of ``batch_size`` windows or a few more: a multiple of ``parts``."""
         windows = validation_windows(tokens, seq_len)
         targets = windows[:, 1:]
         self.tokens = targets.size
         text = tokenizer.decode(targets.reshape(-1))
         self.bytes = len(text.encode("utf-8"))
-        batch_size = min(batch_size, len(windows))
-        missing = -len(windows) % batch_size
-        weights = np.ones(len(windows) + missing, np.float32)
-        weights[len(windows) :] = 0.0
+        batch_size = -(-min(batch_size, len(windows)) // parts) * parts
+        count = -(-len(windows) // batch_size) * batch_size
+        weights = np.zeros(count, np.float32)
+        weights[: len(windows)] = 1.0
         # Padding repeats real windows and weighs nothing.
-        windows = np.concatenate([windows, windows[:missing]])
+        windows = windows[np.arange(count) % len(windows)]
         self.batches = [
             (windows[i : i + batch_size], weights[i : i + batch_size])
             for i in range(0, len(windows), batch_size)
@@ -76,6 +78,7 @@ class ValidationSet:
         params: Any,
         quant: Any,
         stop: Callable[[], bool] = lambda: False,
+        put: Callable[[np.ndarray], jax.Array] = jax.device_put,
     ) -> Evaluation | None:
         """Runs a jitted `make_eval_step` over everything.
 
@@ -83,13 +86,13 @@ class ValidationSet:
           eval_step: the jitted function.
           params, quant: the model.
           stop: asked between batches; where it says so, the result is None.
+          put: places an array with one entry per window on the devices.
         """
         sums = []
         for windows, weights in self.batches:
             if stop():
                 return None
-            windows, weights = jax.device_put((windows, weights))
-            sums.append(eval_step(params, quant, windows, weights))
+            sums.append(eval_step(params, quant, put(windows), put(weights)))
             if len(sums) > 1:
                 sums[-2].block_until_ready()  # bounds the queue, keeps one in flight
         total = sum(float(s) for s in jax.device_get(sums))

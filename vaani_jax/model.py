@@ -234,7 +234,7 @@ class Vaani(nn.Module):
         else:
             x = jnp.take(self.embedding, tokens, axis=0).astype(c.dtype)
         x = dropout(x, c.dropout, None if keys is None else keys[-1])
-        # Each device looks up its columns, of all rows of its group; then they exchange.
+        # Each device looks up its columns for all rows of its group; they exchange.
         x = constrain(x, "data", None, "fsdp")
         x = constrain(x, BATCH, None, None)
         filled: list[Any] = []

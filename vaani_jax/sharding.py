@@ -19,7 +19,7 @@ several. The first rule that matches wins. Stacked layers keep their leading axi
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -74,7 +74,7 @@ def parse_rules(rules: Sequence[str]) -> list[tuple[re.Pattern[str], PartitionSp
     parsed = []
     for rule in rules:
         pattern, colon, axes = rule.rpartition(":")
-        entries = []
+        entries: list[Any] = []
         for entry in axes.split(","):
             names = tuple(name.strip() for name in entry.split("+"))
             if names == ("-",):
@@ -131,9 +131,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     )
 
 
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts a batch is cut."""
+    return _parts(mesh, BATCH)
+
+
 def check_batch(mesh: Mesh, batch_size: int, accumulation_steps: int = 1) -> None:
     """Raises VaaniError unless every device gets the same number of rows."""
-    shards = math.prod(mesh.shape[axis] for axis in BATCH)
+    shards = batch_parts(mesh)
     rows = batch_size // accumulation_steps
     if rows % shards:
         part = "" if accumulation_steps == 1 else " / optim.accumulation_steps"
@@ -207,10 +212,11 @@ def state_shardings(state: Tree, mesh: Mesh, config: MeshConfig) -> Tree:
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
         names = path_name(path).split("/")
-        tails = ["/".join(names[i:]) for i in range(len(names))]
-        for tail in (t for tail in tails for t in (tail, f"{tail}/kernel")):
-            if shapes.get(tail) == leaf.shape:
-                return NamedSharding(mesh, specs[tail])
+        for first in range(len(names)):
+            tail = "/".join(names[first:])
+            for name in (tail, f"{tail}/kernel"):
+                if shapes.get(name) == leaf.shape:
+                    return NamedSharding(mesh, specs[name])
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(sharding, state)
@@ -271,6 +277,19 @@ def place(value: np.ndarray | np.generic, sharding: NamedSharding) -> Array:
     """A host array, equal in all processes, on the devices of a mesh."""
     if sharding.is_fully_addressable:
         return jax.device_put(value, sharding)
-    return jax.make_array_from_callback(
-        np.shape(value), sharding, lambda index: np.asarray(value)[index]
-    )
+    whole = np.asarray(value)
+    return place_parts(whole.shape, sharding, lambda index: whole[index])
+
+
+def place_parts(
+    shape: Sequence[int], sharding: NamedSharding, part: Callable[[Any], np.ndarray]
+) -> Array:
+    """An array of which each process makes the parts that its devices hold.
+
+    Args:
+      shape: of the whole.
+      sharding: how it is cut.
+      part: from a tuple of slices to that part of it.
+    """
+    with jax.transfer_guard_host_to_device("allow"):  # said, though not by device_put
+        return jax.make_array_from_callback(tuple(shape), sharding, part)

@@ -22,6 +22,7 @@ from vaani_jax.model import (
     with_settings,
 )
 from vaani_jax.optim import Schedule
+from vaani_jax.sharding import BATCH, constrain
 from vaani_jax.tuner import Adjustment, HyperparameterTuner, zeros_share
 
 Array = jax.Array
@@ -166,6 +167,7 @@ def make_train_step(
             return (total + loss, quant, jax.tree.map(jnp.add, grads, more)), None
 
         parts = tokens.reshape(accumulation_steps, -1, tokens.shape[-1])
+        parts = constrain(parts, None, BATCH, None)
         zeros = jax.tree.map(jnp.zeros_like, state.params)
         (loss, quant, grads), _ = jax.lax.scan(
             body,

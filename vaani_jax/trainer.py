@@ -1,14 +1,15 @@
 """The training loop: the only module that knows everything."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import pathlib
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from vaani_jax import __version__, generate, plots, tokenizer
+from vaani_jax import __version__, distributed, generate, plots, tokenizer
 from vaani_jax.checkpoint import Checkpoints, Meta
 from vaani_jax.config import Config, differences
 from vaani_jax.data import (
@@ -41,6 +42,19 @@ from vaani_jax.model import (
     stack_layers,
 )
 from vaani_jax.optim import USUAL_LEARNING_RATES, Schedule, make_optimizer
+from vaani_jax.sharding import (
+    BATCH,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    batch_parts,
+    check_batch,
+    make_mesh,
+    place,
+    place_parts,
+    replicated,
+    state_shardings,
+)
 from vaani_jax.step import (
     TrainState,
     init_state,
@@ -80,23 +94,31 @@ FREE_KEYS = (
     "data.fallback",
     "data.download_timeout",
     "data.download_attempts",
+    "mesh.",
     "model.operands",
+    "model.wire",
     "sample.",
 )
 
 
-def validation_set(config: Config, split: Split, tokenizer: Tokenizer) -> ValidationSet:
-    """The held-out windows of a run, in batches of about 8192 tokens."""
+def validation_set(
+    config: Config, split: Split, tokenizer: Tokenizer, parts: int = 1
+) -> ValidationSet:
+    """The held-out windows of a run, in batches of about 8192 tokens.
+
+    Batches can be cut into ``parts`` equal ones.
+    """
     seq_len = config.model.max_seq_len
     return ValidationSet(
         split.validation,
         tokenizer,
         seq_len=seq_len,
         batch_size=max(1, 8192 // seq_len),
+        parts=parts,
     )
 
 
-@contextmanager
+@contextlib.contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
     """Turns SIGINT and SIGTERM into a question that the loop asks.
 
@@ -129,6 +151,7 @@ def train(
     *,
     command: str = "",
     console: Console | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Trains, or goes on training.
 
@@ -137,17 +160,39 @@ def train(
       workdir: receives everything; a run that is already there is resumed.
       command: what to tell people to type to go on; empty for a general line.
       console: where people look.
+      stop: asked between steps, besides signals; yes ends the run as they do.
 
     Returns:
-      The evaluation at the end; None where a signal stopped the run before it.
+      The evaluation at the end; None where the run was stopped before it.
 
     Raises:
       VaaniError: a problem that the user can mend; the last checkpoint is whole.
     """
     console = console or Console()
     keep_freed_memory()
-    with _stop_signals() as stop:
-        trainer = Trainer(config, pathlib.Path(workdir), console, stop, command)
+    workdir = pathlib.Path(workdir)
+    mesh = make_mesh(config.mesh)
+    if not distributed.is_first():
+        # The same program everywhere; what it tells is kept and shown once.
+        console = Console(quiet=True)
+
+    def advice() -> str:
+        return (
+            f"Everything up to the last checkpoint in {workdir} is whole: start the job"
+            " again, with any number of processes, to go on from there"
+        )
+
+    with (
+        _stop_signals() as signalled,
+        jax.set_mesh(mesh),
+        distributed.peers(advice),
+        contextlib.ExitStack() as stack,
+    ):
+        output = workdir
+        if not distributed.is_first():
+            output = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        ask = distributed.Agreement(lambda: signalled() or stop())
+        trainer = Trainer(config, workdir, output, mesh, console, ask, command)
         try:
             return trainer.run()
         finally:
@@ -164,7 +209,7 @@ class _Report:
 
 
 class Trainer:
-    """One run in one process; see `train`."""
+    """One run, as one of its processes sees it; see `train`."""
 
     journal: Journal | None = None
 
@@ -172,11 +217,23 @@ class Trainer:
         self,
         config: Config,
         workdir: pathlib.Path,
+        output: pathlib.Path,
+        mesh: Mesh,
         console: Console,
-        stop: Callable[[], bool],
-        command: str = "",
+        stop: distributed.Agreement,
+        command: str,
     ) -> None:
+        """Prepares a run.
+
+        Args:
+          config, workdir, console, command: see `train`.
+          output: where this process writes what it tells; ``workdir`` in the first.
+          mesh: the devices; it must be set.
+          stop: whether the run was told to.
+        """
         self.workdir = workdir
+        self.output = output
+        self.mesh = mesh
         self.console = console
         self.stop = stop
         self.command = command
@@ -223,7 +280,12 @@ class Trainer:
             batch_size=config.batch_size,
             seed=config.seed,
         )
-        self.validation = validation_set(config, split, self.tokenizer)
+        check_batch(self.mesh, config.batch_size, config.optim.accumulation_steps)
+        self.batch_sharding = NamedSharding(self.mesh, PartitionSpec(BATCH))
+        self.everywhere = replicated(self.mesh)
+        self.validation = validation_set(
+            config, split, self.tokenizer, batch_parts(self.mesh)
+        )
         steps = config.num_steps
         self.num_steps = steps or config.num_epochs * self.batches.steps_per_epoch
         self.tokens_per_step = config.batch_size * model.max_seq_len
@@ -250,12 +312,24 @@ class Trainer:
         self.make_state = make_state = functools.partial(
             init_state, model, optimizer, config.seed, self.tuner
         )
+        shapes = jax.eval_shape(make_state)
+        self.shardings = state_shardings(shapes, self.mesh, config.mesh)
+        # What a checkpoint is read as, on whatever mesh it was written.
+        self.target = _items(
+            jax.tree.map(
+                lambda leaf, sharding: jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=sharding
+                ),
+                shapes,
+                self.shardings,
+            )
+        )
         self.elapsed = 0.0
         self.best: dict[str, float] | None = None
         # Metrics of the steps since the last report, on the device or fetched.
         self.window: list[dict[str, Any]] = []
         restored = self.checkpoints.restore(
-            lambda meta: _items(jax.eval_shape(make_state)),
+            lambda meta: self.target,
             notify=self.say,
             set_aside=True,
         )
@@ -270,6 +344,8 @@ class Trainer:
         else:
             self.state = self._first_state(source)
             self.start = 0
+        # Every step leaves the state cut as it was, and what it tells in every process.
+        outputs = (self.shardings, self.everywhere)
         self.train_step = jax.jit(
             make_train_step(
                 model,
@@ -280,6 +356,7 @@ class Trainer:
                 tuner=self.tuner,
             ),
             donate_argnums=0,
+            out_shardings=outputs,
         )
         # What the tuner made of steps already dispatched, on the device.
         self.pending: list[tuple[int, Any]] = []
@@ -287,13 +364,19 @@ class Trainer:
             self.adjust_step = jax.jit(
                 make_adjust_step(model, self.tuner, mix_steps=config.quantize_steps),
                 donate_argnums=0,
+                out_shardings=outputs,
             )
-            self.see_evaluation = jax.jit(self.tuner.see_evaluation)
-            self.journal = Journal(self.workdir, self.start, self.say)
+            self.see_evaluation = jax.jit(
+                self.tuner.see_evaluation,
+                out_shardings=(self.shardings.tuner, self.everywhere),
+            )
+            self.journal = Journal(self.output, self.start, self.say)
             self.layers = layer_labels(self.state.tuner.layer_norms)
-        self.report_step = jax.jit(make_report_step(model), donate_argnums=0)
-        self.eval_step = jax.jit(make_eval_step(model))
-        self.writer = MetricWriter(self.workdir, self.start)
+        self.report_step = jax.jit(
+            make_report_step(model), donate_argnums=0, out_shardings=outputs
+        )
+        self.eval_step = jax.jit(make_eval_step(model), out_shardings=self.everywhere)
+        self.writer = MetricWriter(self.output, self.start)
         self._announce(len(split.train), restored is not None)
 
     def _newest_meta(self) -> Meta | None:
@@ -340,7 +423,7 @@ class Trainer:
 
     def _first_state(self, source: LoadedModel | None) -> TrainState:
         """The state before the first step, with the weights of ``source`` if any."""
-        state = jax.jit(self.make_state)()
+        state = jax.jit(self.make_state, out_shardings=self.shardings)()
         if source is None:
             return state
         if source.packed:
@@ -374,8 +457,16 @@ class Trainer:
             self.say("sub-norms are added, as ones")
         if self.config.model.scan_layers:
             params = stack_layers(params, self.config.model.n_layers)
+        params = jax.tree.map(
+            lambda leaf, sharding: place(np.asarray(leaf), sharding),
+            params,
+            self.shardings.params,
+        )
         state = dataclasses.replace(state, params=params)
-        state, _ = jax.jit(make_report_step(self.config.model))(state)
+        state, _ = jax.jit(
+            make_report_step(self.config.model),
+            out_shardings=(self.shardings, self.everywhere),
+        )(state)
         if self.tuner is not None:
             codes = jax.tree.map(jnp.copy, state.codes)
             state = dataclasses.replace(state, tuner=state.tuner.replace(codes=codes))
@@ -389,7 +480,7 @@ class Trainer:
         counts = model_size(model)
         share = counts.ternary / counts.parameters
         kind = "ternary" if model.quantize else "full precision"
-        device = jax.devices()[0]
+        device = self.mesh.devices.flat[0]
         name = device.device_kind if device.platform != "cpu" else "CPU"
         self.say(
             f"model   {kind}, {counts.parameters:,} parameters, {share:.1%} of them in"
@@ -408,9 +499,16 @@ class Trainer:
         )
         self.say(
             f"run     {self.num_steps:,} steps of {config.batch_size} x"
-            f" {model.max_seq_len} tokens, {config.optim.name}, on {len(jax.devices())}"
+            f" {model.max_seq_len} tokens, {config.optim.name}, on {self.mesh.size}"
             f" x {name}, in {self.workdir}"
         )
+        if self.mesh.size > 1 or self.mesh.size < len(jax.devices()):
+            cut = " x ".join(f"{axis} {n}" for axis, n in self.mesh.shape.items())
+            idle = len(jax.devices()) - self.mesh.size
+            self.say(
+                f"mesh    {cut}, {jax.process_count()} processes"
+                + (f"; {idle} devices are not used" if idle else "")
+            )
         if resumed:
             self.say(f"resumed at step {self.start:,}")
 
@@ -452,6 +550,7 @@ class Trainer:
                     self._log(waiting)
                     waiting = None
                 if step % config.log_interval == 0 or step == self.num_steps:
+                    self.stop.settle()
                     self.state, stats = self.report_step(self.state)
                     waiting = _Report(step, self.window, stats)
                     self.window = []
@@ -479,7 +578,7 @@ class Trainer:
 
     def _dispatch(self, step: int, *, adjust: bool = True) -> dict[str, Any]:
         """Starts the next step; returns its metrics, on the device."""
-        tokens = jax.device_put(self.batches.batch_at(step))
+        tokens = self._batch(step)
         began = time.perf_counter()
         self.state, metrics = self.train_step(self.state, tokens)
         if not self._compiled:
@@ -495,6 +594,21 @@ class Trainer:
                 self.state, adjustment = self.adjust_step(self.state)
                 self.pending.append((step + 1, adjustment))
         return metrics
+
+    def _batch(self, step: int) -> jax.Array:
+        """The tokens of a step; each process reads the rows of its own devices."""
+        if jax.process_count() == 1:
+            return jax.device_put(self.batches.batch_at(step), self.batch_sharding)
+        shape = (self.config.batch_size, self.config.model.max_seq_len + 1)
+        return place_parts(
+            shape,
+            self.batch_sharding,
+            lambda index: self.batches.batch_at(step, index[0]),
+        )
+
+    def _number(self, value: float) -> jax.Array:
+        """A float32 scalar on every device."""
+        return place(np.float32(value), self.everywhere)
 
     # -- The tuner ----------------------------------------------------------------
 
@@ -513,7 +627,7 @@ class Trainer:
         kept = jax.tree.map(jnp.copy, self.state)
         losses: list[Any] = []
         for i, rate in enumerate(rates):
-            held = jax.device_put(np.float32(rate))
+            held = self._number(rate)
             self.state = dataclasses.replace(
                 self.state, tuner=self.state.tuner.replace(held=held)
             )
@@ -542,9 +656,8 @@ class Trainer:
         else:
             peak, cause = reconcile(given, picked, tuner.config)
         journal.range_test(cause, given, peak)
-        peak = jax.device_put(np.float32(peak))
         self.state = dataclasses.replace(
-            self.state, tuner=self.state.tuner.replace(peak=peak)
+            self.state, tuner=self.state.tuner.replace(peak=self._number(peak))
         )
 
     def _settle(self, step: int) -> None:
@@ -607,7 +720,7 @@ class Trainer:
                 continue
             try:
                 restored = self.checkpoints.restore(
-                    lambda meta: _items(jax.eval_shape(self.make_state)),
+                    lambda meta: self.target,
                     step=candidate,
                     notify=self.say,
                 )
@@ -623,7 +736,7 @@ class Trainer:
 
     # -- Reports ------------------------------------------------------------------
 
-    @contextmanager
+    @contextlib.contextmanager
     def _pause(self) -> Iterator[None]:
         """Takes what happens inside off the clock of tokens per second."""
         jax.block_until_ready(self.state)
@@ -696,7 +809,11 @@ class Trainer:
 
     def _evaluate(self, step: int) -> Evaluation | None:
         result = self.validation.evaluate(
-            self.eval_step, self.state.params, self.state.quant, self.stop
+            self.eval_step,
+            self.state.params,
+            self.state.quant,
+            self.stop,
+            functools.partial(place, sharding=self.batch_sharding),
         )
         if result is None:
             return None
@@ -712,7 +829,7 @@ class Trainer:
         self._last_eval = (step, result)
         if self.journal is not None:
             tuned, change = self.see_evaluation(
-                self.state.tuner, jax.device_put(np.float32(result.loss))
+                self.state.tuner, self._number(result.loss)
             )
             self.state = dataclasses.replace(self.state, tuner=tuned)
             self.journal.evaluation(step, jax.device_get(change))
@@ -754,7 +871,7 @@ class Trainer:
         with self._writing():
             self.checkpoints.save(step, _items(self.state), meta, loss=loss)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Says in one line what kept a checkpoint from being written."""
         try:
@@ -793,7 +910,7 @@ class Trainer:
         text = "\n\n--- \n".join(parts)
         if text:
             self.display.say(f"sample at step {step:,}:\n{_indented(text)}")
-            path = self.workdir / "samples" / f"step_{step:06d}.txt"
+            path = self.output / "samples" / f"step_{step:06d}.txt"
             write_atomically(path, (text + "\n").encode("utf-8"))
             assert self.writer is not None
             self.writer.write_text(step, "samples", text)
@@ -858,7 +975,7 @@ class Trainer:
         self.writer.write_history()
         plots.plot_curves(
             self.writer.rows,
-            self.workdir / "training_curves.png",
+            self.output / "training_curves.png",
             title=f"{self.workdir.name}: "
             + (f"validation loss {self.best['loss']:.4f} at best" if self.best else ""),
             sparsity_band=self.config.sparsity_band,
@@ -872,7 +989,7 @@ class Trainer:
             "config": self.config.to_dict(),
         }
         write_atomically(
-            self.workdir / "run.json", (json.dumps(summary, indent=2) + "\n").encode()
+            self.output / "run.json", (json.dumps(summary, indent=2) + "\n").encode()
         )
 
     def close(self) -> None:
