@@ -5,11 +5,12 @@ when one is gone, XLA moves the data. All processes run the same program in the 
 order, on the same files; only the first one shows and keeps what a run tells.
 """
 
+import atexit
 import os
 import re
+import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,11 +19,6 @@ from jax.experimental import multihost_utils
 
 from vaani_jax.errors import VaaniError
 
-# In the words of Gloo, NCCL and JAX's coordination service.
-_LOST = re.compile(
-    r"gloo|nccl|peer|connection|socket|heartbeat|unhealthy|unavailable|coordination",
-    re.IGNORECASE,
-)
 HEARTBEAT_SECONDS = 30  # without a sign of life, after which a process counts as lost
 
 
@@ -91,13 +87,46 @@ def join(
             process_id,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
-        sys.excepthook = _end_at_once
     except (ValueError, TypeError, RuntimeError) as error:
         raise VaaniError(
             f"can't join the other processes of this job: {_first_line(error)}. Start"
             " every process, or say --coordinator=HOST:PORT --num_processes=N"
             " --process_id=I to each"
         ) from None
+
+    sys.excepthook = _end_at_once
+    _leave_last_words()
+
+
+# Reads until its starter is gone; nothing read means that it could not say goodbye.
+_READER = "import sys; sys.stdin.read() or sys.stderr.write(sys.argv[1])"
+_reader: subprocess.Popen[bytes] | None = None
+
+
+def _leave_last_words() -> None:
+    """Has a line printed if this process ends in a way that lets it say nothing.
+
+    JAX's runtime aborts a process whose peers are lost, from a thread of its own, with
+    a stack trace. The line after it says what to do.
+    """
+    global _reader
+    line = (
+        f"error: process {jax.process_index()} of {jax.process_count()} was ended: it"
+        " was killed, or another process of the job is lost. What was saved is whole:"
+        " start the job again, with any number of processes, to go on from the last"
+        " checkpoint\n"
+    )
+    _reader = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _READER, line],
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # no Ctrl-C for it
+    )
+    atexit.register(_goodbye)
+
+
+def _goodbye() -> None:
+    if _reader is not None and _reader.returncode is None:
+        _reader.communicate(b"goodbye")
 
 
 def _end_at_once(*details: Any) -> None:
@@ -140,27 +169,6 @@ class Agreement:
             self._answer = bool(np.any(answers))
 
 
-@contextmanager
-def peers(advice: Callable[[], str]) -> Iterator[None]:
-    """Says in one line that another process is lost, where that ends a computation.
-
-    Args:
-      advice: what to do then.
-
-    Raises:
-      VaaniError: instead of the runtime's own error.
-    """
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or not _LOST.search(str(error)):
-            raise
-        raise VaaniError(
-            f"process {jax.process_index()} of {jax.process_count()} lost the others:"
-            f" {_first_line(error)}. {advice()}"
-        ) from None
-
-
 def leave(status: int) -> None:
     """Ends a process of several at once after a failure; returns where it is alone.
 
@@ -169,6 +177,7 @@ def leave(status: int) -> None:
     if status and jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
+        _goodbye()
         os._exit(status)
 
 

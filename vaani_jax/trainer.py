@@ -176,16 +176,9 @@ def train(
         # The same program everywhere; what it tells is kept and shown once.
         console = Console(quiet=True)
 
-    def advice() -> str:
-        return (
-            f"Everything up to the last checkpoint in {workdir} is whole: start the job"
-            " again, with any number of processes, to go on from there"
-        )
-
     with (
         _stop_signals() as signalled,
         jax.set_mesh(mesh),
-        distributed.peers(advice),
         contextlib.ExitStack() as stack,
     ):
         output = workdir
