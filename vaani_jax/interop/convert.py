@@ -31,6 +31,7 @@ from vaani_jax.tokenizer import CharTokenizer
 
 Notify = Callable[[str], None]
 Tree = Any
+Flat = dict[tuple[str, ...], Any]  # arrays of a tree by their keys
 Format = Literal["hf", "hf-packed", "gguf"]
 
 PROBE_TOKENS = 64
@@ -185,17 +186,16 @@ def export_model(
     )
     # Copies: a view would keep what the call holds.
     before = np.array(_logits(config, params, quant, probe))
-    expected = before
-    if target == "gguf":
-        expected = np.asarray(
-            _logits(config, _rounded(config, params, gguf_type), quant, probe)
-        )
     codes = _codes(config, params, quant)
-    # Arrays leave here one by one, so that no second copy of the model builds up.
-    left = _flat(params)
     kernels = {e.name: (e.threshold, e.scale) for e in ternary_kernels(params, quant)}
+    # Arrays are replaced, and leave, one by one: no second copy of the model builds up.
+    left = _flat(params)
     del params
     gc.collect()  # reading the checkpoint left cycles that hold the arrays
+    expected = before
+    if target == "gguf":
+        _round(left, config, gguf_type)
+        expected = np.array(_logits(config, _nested(left), quant, probe))
 
     def take(tensor: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
         array = left.pop(tensor.path)
@@ -245,21 +245,24 @@ def export_model(
     return result
 
 
-def _rounded(config: ModelConfig, params: Tree, gguf_type: str) -> Tree:
-    """The parameters as GGUF rounds them; those it keeps are not copied."""
-    result: Tree = {}
-    left = _flat(params)
+def _round(left: Flat, config: ModelConfig, gguf_type: str) -> None:
+    """Rounds parameters in place as GGUF does; rounding them again changes nothing."""
     for tensor in tensors(config):
-        array = gguf.rounded(
+        left[tensor.path] = gguf.rounded(
             tensor, left[tensor.path], gguf_type, ternary=config.quantize
         )
-        hf.put(result, tensor.path, jnp.asarray(array))
-    return result
 
 
-def _flat(params: Tree) -> dict[tuple[str, ...], Any]:
+def _flat(params: Tree) -> Flat:
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     return {tuple(entry.key for entry in path): leaf for path, leaf in leaves}
+
+
+def _nested(left: Flat) -> Tree:
+    result: Tree = {}
+    for path, leaf in left.items():
+        hf.put(result, path, leaf)
+    return result
 
 
 def _compare(before: np.ndarray, after: np.ndarray) -> Comparison:

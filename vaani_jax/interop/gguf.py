@@ -167,23 +167,30 @@ def _ggml_key(key: str) -> str:
     )
 
 
-def rounded(tensor: Tensor, array: np.ndarray, kind: str, ternary: bool) -> np.ndarray:
-    """A tensor as it comes out of a file, for those that are not held exactly.
+def rounded(tensor: Tensor, array: Any, kind: str, ternary: bool) -> Any:
+    """A tensor as it comes out of a file; itself, where that holds it exactly.
+
+    Args:
+      tensor: which one.
+      array: float32, in its shape; a `jax.Array`, so that nothing is copied to round.
+      kind: of the kernels, a key of `BLOCKS`.
+      ternary: whether kernels are written as codes.
 
     Raises VaaniError for values that float16 can't hold.
     """
     if tensor.kind == "norm" or (tensor.kind == "linear" and ternary):
         return array
-    gguf = _gguf()
-    if np.abs(array).max() > np.finfo(np.float16).max:
+    if max(float(array.max()), -float(array.min())) > np.finfo(np.float16).max:
         raise VaaniError(
             f"{'/'.join(tensor.path)} holds values that float16 can't: use --format hf"
         )
     if kind != "q8_0" or tensor.kind != "linear":
-        return np.asarray(array).astype(np.float16).astype(np.float32)
+        # Two calls: XLA would drop a rounding inside of one.
+        return jnp.asarray(array, jnp.float16).astype(jnp.float32)
+    gguf = _gguf()
     type_ = gguf.GGMLQuantizationType.Q8_0
-    blocks = gguf.quants.quantize(np.ascontiguousarray(array.T), type_)
-    return np.ascontiguousarray(gguf.quants.dequantize(blocks, type_).T)
+    blocks = gguf.quants.quantize(np.ascontiguousarray(np.asarray(array).T), type_)
+    return jnp.asarray(gguf.quants.dequantize(blocks, type_).T)
 
 
 def read(path: pathlib.Path, like: ModelConfig) -> tuple[ModelConfig, Tree, Tree]:
