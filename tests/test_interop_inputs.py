@@ -16,6 +16,7 @@ from test_interop import (
     edit_config,
     make_run,
     notify,
+    their_falcon,
     their_llama,
 )
 
@@ -26,7 +27,7 @@ from vaani_jax.interop import hf, names
 from vaani_jax.interop import tokenizers as tokenizer_files
 from vaani_jax.interop.convert import export_model, import_model
 from vaani_jax.load import load_model
-from vaani_jax.model import init_variables
+from vaani_jax.model import init_variables, ternary_codes
 from vaani_jax.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer, from_json
 
 ODD = "\n\n  a  b\t\r\n\x00é ▁▁€😀\u200d\u0301  <unk> </s> [UNK] 's Ġ\u00a0\x85 end "
@@ -176,6 +177,43 @@ def test_the_commands_work_on_an_import(tmp_path, capsys):
     text.write_text("short", encoding="utf-8")
     assert main(["evaluate", "--workdir", back, f"--data={text}"]) == 1
     assert "longer text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["hf", "hf-packed", "falcon"])
+def test_an_import_can_be_packed(kind, tmp_path, capsys):
+    source, back, small = (str(tmp_path / n) for n in ("source", "back", "small"))
+    if kind == "falcon":
+        their_falcon(tmp_path / "source")
+    else:
+        run = make_run(tmp_path / "run", SMALL)
+        export_model(run, source, target=kind, notify=notify)
+    assert main(["import", "--from", source, "--workdir", back]) == 0
+    assert main(["pack", "--workdir", back, "--output", small]) == 0
+    assert "next:" in capsys.readouterr().out
+    # The scales are those that were imported, to the bit.
+    codes = load_model(back, notify=notify)
+    packed = load_model(small, notify=notify)
+    assert packed.packed
+    for name, (_, scale) in ternary_codes(
+        codes.config, codes.params, codes.quant
+    ).items():
+        node = packed.params
+        for key in name.split("/"):
+            node = node[key]
+        np.testing.assert_array_equal(node["kernel"].scale, scale)
+    ask = ["generate", "--prompt", "First", "--greedy", "--json", "--max-new-tokens=40"]
+    answers = []
+    for workdir in (back, small):
+        assert main([*ask, "--workdir", workdir]) == 0
+        answers.append(json.loads(capsys.readouterr().out)["samples"])
+    assert answers[0] == answers[1]
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    losses = []
+    for workdir in (back, small):
+        assert main(["evaluate", "--workdir", workdir, "--json", f"--data={text}"]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
 def test_an_import_is_not_trained_in_place(tmp_path):

@@ -142,6 +142,7 @@ def export_model(
     *,
     target: Format,
     gguf_type: str = "tq2_0",
+    embedding: gguf.Embedding = "float16",
     checkpoint: str = "best",
     shard_bytes: int = hf.SHARD_BYTES,
     notify: Notify = print,
@@ -154,6 +155,7 @@ def export_model(
         not at all.
       target: the format.
       gguf_type: of the kernels in GGUF, a key of `gguf.BLOCKS`.
+      embedding: type of the embedding in GGUF; folders have float32.
       checkpoint: see `load_model`.
       shard_bytes: largest file of a folder.
       notify: receives a line for what a person should know.
@@ -194,7 +196,7 @@ def export_model(
     gc.collect()  # reading the checkpoint left cycles that hold the arrays
     expected = before
     if target == "gguf":
-        _round(left, config, gguf_type)
+        _round(left, config, gguf_type, embedding)
         expected = np.array(_logits(config, _nested(left), quant, probe))
 
     def take(tensor: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
@@ -207,7 +209,15 @@ def export_model(
 
     with appearing(output, folder=target != "gguf") as temporary:
         if target == "gguf":
-            gguf.write(temporary, config, gguf_type, tokenizer, take, name=name)
+            gguf.write(
+                temporary,
+                config,
+                gguf_type,
+                tokenizer,
+                take,
+                name=name,
+                embedding=embedding,
+            )
             found, params, quant = gguf.read(temporary, config)
             gguf.check_vocabulary(temporary, tokenizer)
         else:
@@ -245,11 +255,13 @@ def export_model(
     return result
 
 
-def _round(left: Flat, config: ModelConfig, gguf_type: str) -> None:
+def _round(
+    left: Flat, config: ModelConfig, gguf_type: str, embedding: gguf.Embedding
+) -> None:
     """Rounds parameters in place as GGUF does; rounding them again changes nothing."""
     for tensor in tensors(config):
         left[tensor.path] = gguf.rounded(
-            tensor, left[tensor.path], gguf_type, ternary=config.quantize
+            tensor, left[tensor.path], gguf_type, embedding, ternary=config.quantize
         )
 
 
@@ -366,4 +378,6 @@ def as_flags(config: ModelConfig) -> str:
     """What to tell train.py so that ``--config.init_from`` fits a model."""
     keys = "dim n_layers n_heads n_kv_heads ffn_dim max_seq_len activation rope_theta"
     keys += " norm_eps tie_embeddings"
+    if config.quantize:  # a full-precision model gets sub-norms on the way
+        keys += " sub_norms"
     return " ".join(f"--config.model.{k}={getattr(config, k)}" for k in keys.split())
