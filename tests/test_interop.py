@@ -504,7 +504,9 @@ def test_ggufs_own_reader_finds_the_codes(kind, embedding, tmp_path):
     found = {t.name: t for t in reader.tensors}
     expected = {"token_embd.weight", "output_norm.weight"}
     rows = np.asarray(model.params["embedding"])
-    np.testing.assert_array_equal(found["token_embd.weight"].data, rows.astype(embedding))
+    np.testing.assert_array_equal(
+        found["token_embd.weight"].data, rows.astype(embedding)
+    )
     for ours, theirs in {
         "attn/q_proj": "attn_q",
         "attn/k_proj": "attn_k",

@@ -301,6 +301,8 @@ def test_truncated_weights(damaged):
         ("num_key_value_heads", 1, "config asks for"),
         ("vocab_size", 7, "config asks for|ids"),
         ("rms_norm_eps", float("nan"), "rms_norm_eps"),
+        ("rms_norm_eps", 10**400, "rms_norm_eps"),
+        ("initializer_range", float("inf"), "initializer_range"),
         ("hidden_act", "gelu", "silu or relu2"),
         ("hidden_act", ["silu"], "silu or relu2"),
         ("tie_word_embeddings", False, "no tensor lm_head"),
@@ -316,6 +318,11 @@ def test_truncated_weights(damaged):
             "quantization_config",
             {"quant_method": "bitnet", "use_rms_norm": True},
             "use_rms_norm",
+        ),
+        (
+            "quantization_config",
+            {"quant_method": "bitnet", "modules_to_not_convert": ["mlp.down_proj"]},
+            "full precision",
         ),
     ],
 )

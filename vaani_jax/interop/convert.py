@@ -120,7 +120,7 @@ def _check_holdable(
                 f"readers of masters take mean|W| for the scale, and this model has"
                 f" weight_scale = {config.weight_scale}: use --format hf-packed"
             )
-        for entry in ternary_kernels(quant_names(quant), quant):
+        for entry in ternary_kernels(_stand_ins(quant), quant):
             if float(entry.threshold) != 0.5:
                 raise VaaniError(
                     "readers of masters quantise with the threshold 0.5, and"
@@ -129,11 +129,11 @@ def _check_holdable(
                 )
 
 
-def quant_names(quant: Tree) -> Tree:
+def _stand_ins(quant: Tree) -> Tree:
     """Stand-ins for the parameters, where only thresholds are asked for."""
     if "weight_quantizer" in quant:
         return {"kernel": None}
-    return {k: quant_names(v) for k, v in quant.items() if isinstance(v, dict)}
+    return {k: _stand_ins(v) for k, v in quant.items() if isinstance(v, dict)}
 
 
 def export_model(
