@@ -1,7 +1,13 @@
-"""A character model that llama.cpp runs: widths in multiples of 256, SwiGLU, tied.
+"""A character model that llama.cpp runs as it was trained: SwiGLU, tied, rows of 256.
 
 python train.py --config=configs/gguf.py
 python -m vaani_jax export --workdir runs/gguf --format gguf --output gguf.gguf
+
+A row is one block of llama.cpp's ternary types, so that activations are rounded in one
+piece, as here; --embedding float32 makes the export exact. Two cores of an Intel Xeon
+with AMX, 2026-11-24: validation loss 1.691 on Tiny Shakespeare in 2 min 31 s (seed 0).
+With ffn_dim=768, where a row is three blocks: 1.653 in 3 min 36 s, 1.496 after 4000
+steps.
 """
 
 from configs import base
@@ -15,7 +21,7 @@ def get_config():
     config.model.dim = 256
     config.model.n_layers = 4
     config.model.n_heads = 4
-    config.model.ffn_dim = 768
+    config.model.ffn_dim = 256
     config.model.max_seq_len = 64
     config.optim.name = "muon"
     config.optim.adam_lr_ratio = 0.3

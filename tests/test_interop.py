@@ -24,7 +24,7 @@ from vaani_jax.generate import SamplerConfig, generate
 from vaani_jax.interop import gguf as gguf_files
 from vaani_jax.interop import hf
 from vaani_jax.interop import tokenizers as tokenizer_files
-from vaani_jax.interop.convert import export_model, import_model
+from vaani_jax.interop.convert import as_flags, export_model, import_model
 from vaani_jax.load import load_model
 from vaani_jax.model import (
     ModelConfig,
@@ -380,12 +380,12 @@ def their_llama(folder, **changes):
     return model
 
 
-def test_falcon_e_divides_by_its_scale(tmp_path):
-    # tiiuae/Falcon-E and onebitllms: a Llama, packed, class "bitlinear".
+def their_falcon(folder):
+    """As tiiuae/Falcon-E and onebitllms: a Llama, packed, class "bitlinear"."""
     from safetensors.numpy import load_file, save_file
 
-    their_llama(tmp_path / "theirs")
-    path = tmp_path / "theirs" / hf.SINGLE
+    their_llama(folder)
+    path = folder / hf.SINGLE
     weights = load_file(path)
     for name in [n for n in weights if "_proj" in n]:
         w = weights.pop(name)
@@ -394,12 +394,16 @@ def test_falcon_e_divides_by_its_scale(tmp_path):
         weights[f"{name}_scale"] = np.asarray([1 / gamma], np.float32)
     save_file(weights, path, metadata={"format": "pt"})
     edit_config(
-        tmp_path / "theirs",
+        folder,
         quantization_config={
             "quant_method": "bitnet",
             "modules_to_not_convert": ["lm_head"],
         },
     )
+
+
+def test_falcon_e_divides_by_its_scale(tmp_path):
+    their_falcon(tmp_path / "theirs")
     import_model(tmp_path / "theirs", tmp_path / "run", notify=notify)
     found = agreement(tmp_path / "run", tmp_path / "theirs")
     assert found["loss"] <= 1e-3
@@ -432,7 +436,7 @@ def train_from(folder, *flags):
     (folder / "text.txt").write_text(TEXT * 2, encoding="utf-8")
     root = pathlib.Path(__file__).parents[1]
     theirs = load_model(folder / "run", notify=notify).config
-    keys = "dim n_layers n_heads n_kv_heads ffn_dim activation tie_embeddings"
+    told = [f for f in as_flags(theirs).split() if "max_seq_len" not in f]
     done = subprocess.run(
         [
             sys.executable,
@@ -444,7 +448,7 @@ def train_from(folder, *flags):
             "--config.use_tuner=False",
             "--config.learning_rate=1e-4",
             "--config.num_steps=4",
-            *[f"--config.model.{k}={getattr(theirs, k)}" for k in keys.split()],
+            *told,
             *flags,
         ],
         cwd=root,
@@ -456,8 +460,12 @@ def train_from(folder, *flags):
     return done.stdout
 
 
-def test_a_packed_import_starts_a_run_where_it_was(runs, tmp_path):
-    export_model(runs("relu2-gqa-tied"), tmp_path / "out", target="hf-packed")
+@pytest.mark.parametrize("target", ["hf", "hf-packed", "falcon"])
+def test_a_ternary_import_starts_a_run_where_it_was(target, runs, tmp_path):
+    if target == "falcon":
+        their_falcon(tmp_path / "out")
+    else:
+        export_model(runs("relu2-gqa-tied"), tmp_path / "out", target=target)
     import_model(tmp_path / "out", tmp_path / "run", notify=notify)
     train_from(tmp_path)
     before = load_model(tmp_path / "run", notify=notify)
@@ -476,19 +484,29 @@ BLOCKY = dataclasses.replace(
 )
 
 
+@pytest.mark.parametrize("embedding", ["float16", "float32"])
 @pytest.mark.parametrize("kind", gguf_files.BLOCKS)
-def test_ggufs_own_reader_finds_the_codes(kind, tmp_path):
+def test_ggufs_own_reader_finds_the_codes(kind, embedding, tmp_path):
     import gguf
 
     run = make_run(tmp_path / "run", BLOCKY)
     path = tmp_path / "out.gguf"
-    result = export_model(run, path, target="gguf", gguf_type=kind, notify=notify)
-    assert 0 < result.median < result.largest
+    result = export_model(
+        run, path, target="gguf", gguf_type=kind, embedding=embedding, notify=notify
+    )
+    if embedding == "float16":
+        assert 0 < result.median < result.largest
+    else:
+        assert result.median <= 1e-6 * result.spread
     model = load_model(run, notify=notify)
     codes = ternary_codes(model.config, model.params, model.quant)
     reader = gguf.GGUFReader(path)
     found = {t.name: t for t in reader.tensors}
     expected = {"token_embd.weight", "output_norm.weight"}
+    rows = np.asarray(model.params["embedding"])
+    np.testing.assert_array_equal(
+        found["token_embd.weight"].data, rows.astype(embedding)
+    )
     for ours, theirs in {
         "attn/q_proj": "attn_q",
         "attn/k_proj": "attn_k",

@@ -16,6 +16,7 @@ from test_interop import (
     edit_config,
     make_run,
     notify,
+    their_falcon,
     their_llama,
 )
 
@@ -26,7 +27,7 @@ from vaani_jax.interop import hf, names
 from vaani_jax.interop import tokenizers as tokenizer_files
 from vaani_jax.interop.convert import export_model, import_model
 from vaani_jax.load import load_model
-from vaani_jax.model import init_variables
+from vaani_jax.model import init_variables, ternary_codes
 from vaani_jax.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer, from_json
 
 ODD = "\n\n  a  b\t\r\n\x00é ▁▁€😀\u200d\u0301  <unk> </s> [UNK] 's Ġ\u00a0\x85 end "
@@ -178,6 +179,43 @@ def test_the_commands_work_on_an_import(tmp_path, capsys):
     assert "longer text" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["hf", "hf-packed", "falcon"])
+def test_an_import_can_be_packed(kind, tmp_path, capsys):
+    source, back, small = (str(tmp_path / n) for n in ("source", "back", "small"))
+    if kind == "falcon":
+        their_falcon(tmp_path / "source")
+    else:
+        run = make_run(tmp_path / "run", SMALL)
+        export_model(run, source, target=kind, notify=notify)
+    assert main(["import", "--from", source, "--workdir", back]) == 0
+    assert main(["pack", "--workdir", back, "--output", small]) == 0
+    assert "next:" in capsys.readouterr().out
+    # The scales are those that were imported, to the bit.
+    codes = load_model(back, notify=notify)
+    packed = load_model(small, notify=notify)
+    assert packed.packed
+    for name, (_, scale) in ternary_codes(
+        codes.config, codes.params, codes.quant
+    ).items():
+        node = packed.params
+        for key in name.split("/"):
+            node = node[key]
+        np.testing.assert_array_equal(node["kernel"].scale, scale)
+    ask = ["generate", "--prompt", "First", "--greedy", "--json", "--max-new-tokens=40"]
+    answers = []
+    for workdir in (back, small):
+        assert main([*ask, "--workdir", workdir]) == 0
+        answers.append(json.loads(capsys.readouterr().out)["samples"])
+    assert answers[0] == answers[1]
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    losses = []
+    for workdir in (back, small):
+        assert main(["evaluate", "--workdir", workdir, "--json", f"--data={text}"]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
 def test_an_import_is_not_trained_in_place(tmp_path):
     from vaani_jax.config import Config
     from vaani_jax.trainer import train
@@ -263,6 +301,8 @@ def test_truncated_weights(damaged):
         ("num_key_value_heads", 1, "config asks for"),
         ("vocab_size", 7, "config asks for|ids"),
         ("rms_norm_eps", float("nan"), "rms_norm_eps"),
+        ("rms_norm_eps", 10**400, "rms_norm_eps"),
+        ("initializer_range", float("inf"), "initializer_range"),
         ("hidden_act", "gelu", "silu or relu2"),
         ("hidden_act", ["silu"], "silu or relu2"),
         ("tie_word_embeddings", False, "no tensor lm_head"),
@@ -278,6 +318,11 @@ def test_truncated_weights(damaged):
             "quantization_config",
             {"quant_method": "bitnet", "use_rms_norm": True},
             "use_rms_norm",
+        ),
+        (
+            "quantization_config",
+            {"quant_method": "bitnet", "modules_to_not_convert": ["mlp.down_proj"]},
+            "full precision",
         ),
     ],
 )
@@ -388,44 +433,46 @@ def mutate(rng, content):
     return bytes(content)
 
 
-def outcome(folder):
-    """What reading a folder comes to: a model, or its error."""
+def outcome(folder, workdir):
+    """What an import comes to: the config of a model, or its error."""
     try:
-        found = hf.Folder(folder)
-        return found.config, *found.variables()
+        return import_model(folder, workdir, notify=notify)
     except VaaniError as error:
         return error
 
 
 def test_a_thousand_mutated_files_give_a_model_or_one_line(folders, tmp_path):
     rng = random.Random(0)
-    read = refused = 0
+    target, workdir = tmp_path / "in", tmp_path / "run"
+    imported = refused = 0
     for name in ("packed", "sharded"):
         files = sorted(p for p in (folders / name).iterdir())
         for _ in range(500):
-            target = tmp_path / "in"
-            shutil.rmtree(target, ignore_errors=True)
             shutil.copytree(folders / name, target)
             file = target / rng.choice(files).name
             file.write_bytes(mutate(rng, file.read_bytes()))
-            found = outcome(target)
+            found = outcome(target, workdir)
+            shutil.rmtree(target)
             if isinstance(found, VaaniError):
                 assert "\n" not in str(found)
                 assert len(str(found)) < 500
+                assert not list(tmp_path.iterdir())  # nothing was written
                 refused += 1
                 continue
-            config, params, quant = found
-            read += 1
-            # What is read has the shapes that its config says.
+            # What was imported loads, with the shapes that its config says.
+            model = load_model(workdir, notify=notify)
+            shutil.rmtree(workdir)
+            assert model.config == found
             expected = jax.eval_shape(
-                lambda c=config: init_variables(c, jax.random.key(0))
+                lambda c=found: init_variables(c, jax.random.key(0))
             )
-            shapes = jax.tree.map(lambda x: x.shape, (params, quant))
+            variables = (model.params, model.quant)
+            shapes = jax.tree.map(lambda x: x.shape, variables)
             assert shapes == jax.tree.map(lambda x: x.shape, expected)
-            leaves = jax.tree.leaves((params, quant))
-            assert all(np.isfinite(leaf).all() for leaf in leaves)
+            assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
+            imported += 1
     assert refused > 300
-    assert read > 50
+    assert imported > 50
 
 
 def test_every_parameter_has_its_name():

@@ -248,6 +248,7 @@ def _export(options: argparse.Namespace) -> int:
         options.output,
         target=options.format,
         gguf_type=options.type,
+        embedding=options.embedding,
         checkpoint=options.checkpoint,
         notify=_notify,
     )
@@ -383,6 +384,12 @@ def make_parser() -> argparse.ArgumentParser:
         default="tq2_0",
         choices=["tq2_0", "tq1_0", "f16", "q8_0"],
         help="of the kernels in GGUF",
+    )
+    sub.add_argument(
+        "--embedding",
+        default="float16",
+        choices=["float16", "float32"],
+        help="in GGUF; float32 is nearer to the model, and twice as large",
     )
     sub.add_argument("--checkpoint", default="best", help="best, last or a step")
 

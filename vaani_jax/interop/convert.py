@@ -31,6 +31,7 @@ from vaani_jax.tokenizer import CharTokenizer
 
 Notify = Callable[[str], None]
 Tree = Any
+Flat = dict[tuple[str, ...], Any]  # arrays of a tree by their keys
 Format = Literal["hf", "hf-packed", "gguf"]
 
 PROBE_TOKENS = 64
@@ -119,7 +120,7 @@ def _check_holdable(
                 f"readers of masters take mean|W| for the scale, and this model has"
                 f" weight_scale = {config.weight_scale}: use --format hf-packed"
             )
-        for entry in ternary_kernels(quant_names(quant), quant):
+        for entry in ternary_kernels(_stand_ins(quant), quant):
             if float(entry.threshold) != 0.5:
                 raise VaaniError(
                     "readers of masters quantise with the threshold 0.5, and"
@@ -128,11 +129,11 @@ def _check_holdable(
                 )
 
 
-def quant_names(quant: Tree) -> Tree:
+def _stand_ins(quant: Tree) -> Tree:
     """Stand-ins for the parameters, where only thresholds are asked for."""
     if "weight_quantizer" in quant:
         return {"kernel": None}
-    return {k: quant_names(v) for k, v in quant.items() if isinstance(v, dict)}
+    return {k: _stand_ins(v) for k, v in quant.items() if isinstance(v, dict)}
 
 
 def export_model(
@@ -141,6 +142,7 @@ def export_model(
     *,
     target: Format,
     gguf_type: str = "tq2_0",
+    embedding: gguf.Embedding = "float16",
     checkpoint: str = "best",
     shard_bytes: int = hf.SHARD_BYTES,
     notify: Notify = print,
@@ -153,6 +155,7 @@ def export_model(
         not at all.
       target: the format.
       gguf_type: of the kernels in GGUF, a key of `gguf.BLOCKS`.
+      embedding: type of the embedding in GGUF; folders have float32.
       checkpoint: see `load_model`.
       shard_bytes: largest file of a folder.
       notify: receives a line for what a person should know.
@@ -185,17 +188,16 @@ def export_model(
     )
     # Copies: a view would keep what the call holds.
     before = np.array(_logits(config, params, quant, probe))
-    expected = before
-    if target == "gguf":
-        expected = np.asarray(
-            _logits(config, _rounded(config, params, gguf_type), quant, probe)
-        )
     codes = _codes(config, params, quant)
-    # Arrays leave here one by one, so that no second copy of the model builds up.
-    left = _flat(params)
     kernels = {e.name: (e.threshold, e.scale) for e in ternary_kernels(params, quant)}
+    # Arrays are replaced, and leave, one by one: no second copy of the model builds up.
+    left = _flat(params)
     del params
     gc.collect()  # reading the checkpoint left cycles that hold the arrays
+    expected = before
+    if target == "gguf":
+        _round(left, config, gguf_type, embedding)
+        expected = np.array(_logits(config, _nested(left), quant, probe))
 
     def take(tensor: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
         array = left.pop(tensor.path)
@@ -207,7 +209,15 @@ def export_model(
 
     with appearing(output, folder=target != "gguf") as temporary:
         if target == "gguf":
-            gguf.write(temporary, config, gguf_type, tokenizer, take, name=name)
+            gguf.write(
+                temporary,
+                config,
+                gguf_type,
+                tokenizer,
+                take,
+                name=name,
+                embedding=embedding,
+            )
             found, params, quant = gguf.read(temporary, config)
             gguf.check_vocabulary(temporary, tokenizer)
         else:
@@ -245,21 +255,26 @@ def export_model(
     return result
 
 
-def _rounded(config: ModelConfig, params: Tree, gguf_type: str) -> Tree:
-    """The parameters as GGUF rounds them; those it keeps are not copied."""
-    result: Tree = {}
-    left = _flat(params)
+def _round(
+    left: Flat, config: ModelConfig, gguf_type: str, embedding: gguf.Embedding
+) -> None:
+    """Rounds parameters in place as GGUF does; rounding them again changes nothing."""
     for tensor in tensors(config):
-        array = gguf.rounded(
-            tensor, left[tensor.path], gguf_type, ternary=config.quantize
+        left[tensor.path] = gguf.rounded(
+            tensor, left[tensor.path], gguf_type, embedding, ternary=config.quantize
         )
-        hf.put(result, tensor.path, jnp.asarray(array))
-    return result
 
 
-def _flat(params: Tree) -> dict[tuple[str, ...], Any]:
+def _flat(params: Tree) -> Flat:
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     return {tuple(entry.key for entry in path): leaf for path, leaf in leaves}
+
+
+def _nested(left: Flat) -> Tree:
+    result: Tree = {}
+    for path, leaf in left.items():
+        hf.put(result, path, leaf)
+    return result
 
 
 def _compare(before: np.ndarray, after: np.ndarray) -> Comparison:
@@ -363,4 +378,6 @@ def as_flags(config: ModelConfig) -> str:
     """What to tell train.py so that ``--config.init_from`` fits a model."""
     keys = "dim n_layers n_heads n_kv_heads ffn_dim max_seq_len activation rope_theta"
     keys += " norm_eps tie_embeddings"
+    if config.quantize:  # a full-precision model gets sub-norms on the way
+        keys += " sub_norms"
     return " ".join(f"--config.model.{k}={getattr(config, k)}" for k in keys.split())

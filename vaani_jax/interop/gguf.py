@@ -3,13 +3,19 @@
 Kernels are written as codes: blocks of +-1 and 0 whose own scale is 1, which each of
 the four types holds exactly, and a float32 ``.scale`` tensor [1] beside each, by which
 llama.cpp multiplies the product (`src/models/bitnet.cpp`). Norms are float32, the
-embedding, which is the head too, float16. Kernels of a full-precision model are written
-as they are, in float16 or Q8_0.
+embedding, which is the head too, float16 or float32. Kernels of a full-precision model
+are written as they are, in float16 or Q8_0.
+
+What llama.cpp computes is near the model, not the model: it rounds activations to 8
+bits per block of 256 inputs (TQ types) or 32 (Q8_0), not per token, or not at all
+(F16). Where rows are one block of 256, TQ types with a float32 embedding agree but for
+sums in another order; a float16 embedding moves some roundings of the first layer, and
+all that follows.
 """
 
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +28,7 @@ from vaani_jax.layers import ModelConfig
 from vaani_jax.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 
 Tree = dict[str, Any]
+Embedding = Literal["float16", "float32"]
 ARCHITECTURE = "bitnet"
 # Weights of a row that make a block.
 BLOCKS = {"tq2_0": 256, "tq1_0": 256, "f16": 1, "q8_0": 32}
@@ -87,6 +94,7 @@ def write(
     take: Callable[[Tensor], tuple[np.ndarray, np.ndarray | None]],
     *,
     name: str,
+    embedding: Embedding = "float16",
 ) -> None:
     """Writes a model.
 
@@ -98,6 +106,7 @@ def write(
       take: gives the array of a tensor as it is here, and a scale for kernels that are
         ternary (the array then holds codes); called once each, in order.
       name: of the model, for people.
+      embedding: type of the embedding.
     """
     gguf = _gguf()
     vocabulary = to_gguf(tokenizer, config.vocab_size)
@@ -146,7 +155,11 @@ def write(
         if tensor.kind == "linear":
             array = np.ascontiguousarray(array.T)
         if scale is None:
-            kept = chosen if kind == "q8_0" and tensor.kind == "linear" else types.F16
+            kept = types.F16
+            if tensor.kind == "embedding" and embedding == "float32":
+                kept = types.F32
+            elif tensor.kind == "linear" and kind == "q8_0":
+                kept = chosen
             writer.add_tensor(label, gguf.quants.quantize(array, kept), raw_dtype=kept)
             continue
         if kind == "q8_0":
@@ -167,23 +180,35 @@ def _ggml_key(key: str) -> str:
     )
 
 
-def rounded(tensor: Tensor, array: np.ndarray, kind: str, ternary: bool) -> np.ndarray:
-    """A tensor as it comes out of a file, for those that are not held exactly.
+def rounded(
+    tensor: Tensor, array: Any, kind: str, embedding: Embedding, *, ternary: bool
+) -> Any:
+    """A tensor as it comes out of a file; itself, where that holds it exactly.
+
+    Args:
+      tensor: which one.
+      array: float32, in its shape; a `jax.Array`, so that nothing is copied to round.
+      kind: of the kernels, a key of `BLOCKS`.
+      embedding: type of the embedding.
+      ternary: whether kernels are written as codes.
 
     Raises VaaniError for values that float16 can't hold.
     """
-    if tensor.kind == "norm" or (tensor.kind == "linear" and ternary):
+    exact = {"norm": True, "linear": ternary, "embedding": embedding == "float32"}
+    if exact[tensor.kind]:
         return array
-    gguf = _gguf()
-    if np.abs(array).max() > np.finfo(np.float16).max:
+    if max(float(array.max()), -float(array.min())) > np.finfo(np.float16).max:
         raise VaaniError(
-            f"{'/'.join(tensor.path)} holds values that float16 can't: use --format hf"
+            f"{'/'.join(tensor.path)} holds values that float16 can't: use"
+            + (" --embedding float32" if tensor.kind == "embedding" else " --format hf")
         )
     if kind != "q8_0" or tensor.kind != "linear":
-        return np.asarray(array).astype(np.float16).astype(np.float32)
+        # Two calls: XLA would drop a rounding inside of one.
+        return jnp.asarray(array, jnp.float16).astype(jnp.float32)
+    gguf = _gguf()
     type_ = gguf.GGMLQuantizationType.Q8_0
-    blocks = gguf.quants.quantize(np.ascontiguousarray(array.T), type_)
-    return np.ascontiguousarray(gguf.quants.dequantize(blocks, type_).T)
+    blocks = gguf.quants.quantize(np.ascontiguousarray(np.asarray(array).T), type_)
+    return jnp.asarray(gguf.quants.dequantize(blocks, type_).T)
 
 
 def read(path: pathlib.Path, like: ModelConfig) -> tuple[ModelConfig, Tree, Tree]:

@@ -8,7 +8,6 @@ Kernels are [in, out] here and [out, in] there.
 """
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 from vaani_jax.errors import VaaniError
@@ -296,6 +295,13 @@ def _storage(content: dict[str, Any]) -> Storage:
         raise VaaniError(
             "config.json has use_rms_norm: norms inside linear layers are not supported"
         )
+    kept = quantisation.get("modules_to_not_convert")
+    for name in kept if isinstance(kept, list) else []:
+        if any(part in str(name) for part in ("layers", "self_attn", "mlp", "_proj")):
+            raise VaaniError(
+                f"config.json keeps {_brief(name)} in full precision: all linear layers"
+                " of a block are ternary here, or none"
+            )
     linear = quantisation.get("linear_class", "bitlinear")
     mode = quantisation.get("quantization_mode", "offline")
     if linear not in ("bitlinear", "autobitlinear"):
@@ -319,7 +325,7 @@ def _integer(key: str, value: Any) -> int:
 
 def _number(key: str, value: Any, low: float, high: float) -> float:
     fits = isinstance(value, int | float) and not isinstance(value, bool)
-    if not fits or not math.isfinite(value) or not low <= value <= high:
+    if not fits or not low <= value <= high:  # which NaN is not, either
         raise VaaniError(
             f"config.json has {key} {_brief(value)}: it must be from {low} to {high}"
         )
