@@ -130,7 +130,12 @@ def _goodbye() -> None:
 
 
 def _end_at_once(*details: Any) -> None:
-    """Shows an error that nobody caught, as Python does, and leaves."""
+    """Shows an error that nobody caught, and leaves."""
+    if isinstance(details[1], jax.errors.JaxRuntimeError):
+        # Here, most often a connection that broke: no farewell, so that the last words
+        # follow.
+        print(_first_line(details[1]), file=sys.stderr, flush=True)
+        os._exit(1)
     sys.__excepthook__(*details)
     leave(1)
 
@@ -169,6 +174,11 @@ class Agreement:
             self._answer = bool(np.any(answers))
 
 
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:300].rstrip(".")
+
+
 def leave(status: int) -> None:
     """Ends a process of several at once after a failure; returns where it is alone.
 
@@ -179,8 +189,3 @@ def leave(status: int) -> None:
         sys.stderr.flush()
         _goodbye()
         os._exit(status)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:300].rstrip(".")

@@ -285,10 +285,12 @@ class Vaani(nn.Module):
                 mix=mix,
             )
             return logits.astype(jnp.float32)
+        # Cut along V first, which moves nothing; then only that part is gathered.
+        embedding = constrain(self.embedding.astype(x.dtype), "tensor", "fsdp")
         return jnp.einsum(
             "BTD,VD->BTV",
             x,
-            constrain(self.embedding.astype(x.dtype), "tensor", None),
+            constrain(embedding, "tensor", None),
             preferred_element_type=jnp.float32,
         )
 

@@ -74,6 +74,11 @@ def parse_rules(rules: Sequence[str]) -> list[tuple[re.Pattern[str], PartitionSp
     parsed = []
     for rule in rules:
         pattern, colon, axes = rule.rpartition(":")
+        if not colon:
+            raise VaaniError(
+                f"mesh rule {rule!r} has no colon: write 'pattern: axes', such as"
+                " 'q_proj/kernel$: fsdp, tensor'"
+            )
         entries: list[Any] = []
         for entry in axes.split(","):
             names = tuple(name.strip() for name in entry.split("+"))
@@ -87,8 +92,6 @@ def parse_rules(rules: Sequence[str]) -> list[tuple[re.Pattern[str], PartitionSp
                 )
             entries.append(names[0] if len(names) == 1 else names)
         try:
-            if not colon:
-                raise re.error("there is no colon in it")
             compiled = re.compile(pattern.strip())
         except re.error as error:
             raise VaaniError(f"mesh rule {rule!r}: {error}") from None
