@@ -50,11 +50,13 @@ def get_config() -> ConfigDict:
     model.weight_granularity = "tensor"  # or "channel": a scale per output
     model.activation_tracking = "token"  # or "ema": a tracked range
     model.activation_momentum = 0.99  # of the tracked range
-    model.operands = "auto"  # dtype of the forward integers; equal results
+    # Dtype of the forward integers, or "float32", "bfloat16", "int8"; equal results.
+    model.operands = "auto"
     model.attention = "auto"  # "library", or "explicit": faster on CPUs
     model.dtype = "float32"  # compute; or "bfloat16", with float32 masters
     model.scan_layers = False  # one traced block: compiles faster, same results
     model.remat = False  # recompute blocks backward: less memory, same results
+    model.remat_save = "nothing"  # of a block, or "products": less to recompute
 
     config.optim = optim = ConfigDict()
     optim.name = "adamw"  # or "muon" for the matrices, AdamW for the rest

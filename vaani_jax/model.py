@@ -27,6 +27,7 @@ import numpy as np
 from vaani_jax.errors import VaaniError
 from vaani_jax.kernels import rows_matmul, ternary_matmul
 from vaani_jax.layers import (
+    PRODUCT,
     BitLinear,
     ModelConfig,
     RMSNorm,
@@ -156,7 +157,13 @@ class Vaani(nn.Module):
         self.embedding = stored
         block: Any = TransformerBlock
         if c.remat:
-            block = nn.remat(block, prevent_cse=not c.scan_layers, static_argnums=(7,))
+            kept = (PRODUCT,) if c.remat_save == "products" else ()
+            block = nn.remat(
+                block,
+                prevent_cse=not c.scan_layers,
+                static_argnums=(7,),
+                policy=jax.checkpoint_policies.save_only_these_names(*kept),
+            )
         if c.scan_layers:
             self.layers = nn.scan(
                 block,
