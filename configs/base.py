@@ -66,6 +66,7 @@ def get_config() -> ConfigDict:
     optim.beta2 = 0.95
     optim.eps = 1e-8
     optim.momentum = 0.95  # of muon
+    optim.moment_dtype = "float32"  # first moment; or "bfloat16": less memory
     optim.clip_norm = 1.0  # largest global gradient norm
     optim.warmup_steps = 100
     optim.schedule = "linear"  # or "cosine", "constant", "two_stage" (b1.58)

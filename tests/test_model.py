@@ -15,6 +15,7 @@ from vaani_jax.model import (
     KVCache,
     ModelConfig,
     Vaani,
+    flops_per_token,
     init_variables,
     model_size,
     stack_layers,
@@ -626,3 +627,44 @@ def test_initial_weights_have_the_documented_spread():
         std = 0.05 / np.sqrt(2 * 3) if output else 0.05
         assert float(w.std()) == pytest.approx(std, rel=0.06), name
         assert abs(float(w.mean())) < 0.1 * std, name
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("kv_heads", [0, 2])
+def test_flops_counted_by_hand(tie, kv_heads):
+    config = ModelConfig(
+        vocab_size=1000,
+        dim=64,
+        n_layers=3,
+        n_heads=8,
+        n_kv_heads=kv_heads,
+        ffn_dim=96,
+        tie_embeddings=tie,
+    )
+    keys = (kv_heads or 8) * 8
+    layer = 64 * 64 * 2 + 64 * keys * 2 + 3 * 64 * 96
+    for seq_len in (1, 128):
+        # Scores and their sums: each query with seq_len keys, heads x 8 numbers.
+        attention = 2 * 2 * seq_len * 8 * 8
+        forward = 3 * (2 * layer + attention) + 2 * 64 * 1000
+        for changes in ({}, {"quantize": False}, {"scan_layers": True, "remat": True}):
+            assert flops_per_token(change(config, **changes), seq_len) == 3 * forward
+
+
+@quantized_or_not
+@pytest.mark.parametrize("tie", [True, False])
+def test_flops_are_those_that_the_compiler_counts(config, tie):
+    length = 64
+    shape = {"dim": 128, "ffn_dim": 320, "vocab_size": 256, "max_seq_len": length}
+    config = change(config, tie_embeddings=tie, operands="float32", **shape)
+    shapes = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
+    tokens = jax.ShapeDtypeStruct((4, length), jnp.int32)
+
+    def loss(params, quant, tokens):
+        variables = {"params": params, "quant": quant}
+        return jnp.mean(jnp.square(Vaani(config).apply(variables, tokens, train=True)))
+
+    step = jax.jit(jax.value_and_grad(loss))
+    counted = step.lower(*shapes, tokens).compile().cost_analysis()["flops"]
+    ratio = counted / (4 * length * flops_per_token(config, length))
+    assert 1.0 <= ratio < 1.05  # element-wise work is on top
