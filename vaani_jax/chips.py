@@ -1,8 +1,8 @@
 """What accelerators can do, by their makers' data sheets.
 
-Peaks are of dense products; rates in powers of ten, per device as JAX counts devices (a
-TPU v4 or v5p chip with its two cores is one). They are what to measure against, not what
-a program gets.
+Peaks are of dense products; figures in powers of ten, per device as JAX counts devices
+(a TPU v4 or v5p chip with its two cores is one). They are what to measure against, not
+what a program gets.
 """
 
 import dataclasses
