@@ -56,12 +56,14 @@ def get_config() -> ConfigDict:
     model.weight_granularity = "tensor"  # or "channel": a scale per output
     model.activation_tracking = "token"  # or "ema": a tracked range
     model.activation_momentum = 0.99  # of the tracked range
-    model.operands = "auto"  # dtype of the forward integers; equal results
+    # Dtype of the forward integers, or "float32", "bfloat16", "int8"; equal results.
+    model.operands = "auto"
     model.wire = "2bit"  # or "int8", "float": how cut kernels travel; equal results
     model.attention = "auto"  # "library", or "explicit": faster on CPUs
     model.dtype = "float32"  # compute; or "bfloat16", with float32 masters
     model.scan_layers = False  # one traced block: compiles faster, same results
     model.remat = False  # recompute blocks backward: less memory, same results
+    model.remat_save = "nothing"  # of a block, or "products": less to recompute
 
     config.optim = optim = ConfigDict()
     optim.name = "adamw"  # or "muon" for the matrices, AdamW for the rest
@@ -71,6 +73,7 @@ def get_config() -> ConfigDict:
     optim.beta2 = 0.95
     optim.eps = 1e-8
     optim.momentum = 0.95  # of muon
+    optim.moment_dtype = "float32"  # first moment; or "bfloat16": less memory
     optim.clip_norm = 1.0  # largest global gradient norm
     optim.warmup_steps = 100
     optim.schedule = "linear"  # or "cosine", "constant", "two_stage" (b1.58)

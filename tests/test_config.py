@@ -16,9 +16,10 @@ from vaani_jax.config import (
     from_config_dict,
     from_dict,
 )
-from vaani_jax.data import DataConfig
+from vaani_jax.data import Corpus, DataConfig, load_corpus, make_tokenizer
 from vaani_jax.errors import VaaniError
 from vaani_jax.model import model_size
+from vaani_jax.optim import Schedule
 
 # ml_collections still imports files in the way of Python 3.11.
 pytestmark = pytest.mark.filterwarnings(
@@ -126,6 +127,72 @@ def test_shapes(read, name, vocab_size, shape, millions):
     assert size.parameters == _parameters(model, vocab_size)
     if millions is not None:
         assert size.parameters / 1e6 == pytest.approx(millions, rel=5e-3)
+
+
+LARGE = {
+    # dim, layers, heads, key-value heads, ffn, context, vocabulary; sequences; rate
+    "b700m": ((1536, 24, 24, 24, 4096, 2048, 32_000), 512, 1.5e-3, 0.729e9),
+    "b1_3b": ((2048, 24, 32, 32, 5460, 2048, 32_000), 512, 1.2e-3, 1.27e9),
+    "b3b": ((3200, 26, 32, 32, 8640, 2048, 32_000), 512, 1.2e-3, 3.32e9),
+    "b2b4t": ((2560, 30, 20, 5, 6912, 4096, 128_256), 256, 1.2e-3, 2.41e9),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_ones_have_the_shapes_and_schedules_of_their_papers(read, name):
+    shape, batch_size, peak, parameters = LARGE[name]
+    config = read(f"--config={ROOT}/configs/{name}.py")[0]
+    model, optim = config.model, config.optim
+    assert shape == (
+        model.dim,
+        model.n_layers,
+        model.n_heads,
+        model.kv_heads,
+        model.ffn_dim,
+        model.max_seq_len,
+        model.vocab_size,
+    )
+    dim, layers, heads, kv_heads, ffn, context, vocab_size = shape
+    matrices = 2 * dim * dim * (1 + kv_heads / heads) + 3 * dim * ffn
+    norms = 3 * dim + ffn
+    size = model_size(model)
+    assert size.parameters == layers * (matrices + norms) + vocab_size * dim + dim
+    assert size.ternary == layers * matrices
+    assert size.parameters == pytest.approx(parameters, rel=0.005)
+    assert model.activation == ("relu2" if name == "b2b4t" else "swiglu")
+    assert model.rope_theta == (5e5 if name == "b2b4t" else 1e4)
+    assert model.tie_embeddings
+    assert model.sub_norms
+    assert model.quantize
+    assert not model.ternary_head
+    assert model.dtype == "bfloat16"
+    assert model.scan_layers
+    assert model.remat
+
+    assert config.batch_size == batch_size
+    assert batch_size * context == 2**20
+    assert config.num_steps * 2**20 == pytest.approx(100e9, rel=1e-5)
+    assert batch_size % optim.accumulation_steps == 0
+    assert not config.use_tuner
+    assert (optim.name, optim.beta1, optim.beta2) == ("adamw", 0.9, 0.95)
+    schedule = Schedule(optim, config.learning_rate, config.num_steps)
+    half = (config.num_steps + 1) // 2
+    rates = [float(schedule.learning_rate(s)) for s in (374, half - 1, half)]
+    assert rates[0] == pytest.approx(peak)
+    assert rates[2] / rates[1] == pytest.approx(2 / 3, rel=1e-3)
+    decays = [float(schedule.weight_decay(s)) for s in (half - 1, half)]
+    assert decays == [pytest.approx(0.1), 0.0]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_ones_need_a_text_and_a_tokenizer(read, name, tmp_path, monkeypatch):
+    """They don't fall back on Tiny Shakespeare, or on its characters."""
+    config = read(f"--config={ROOT}/configs/{name}.py")[0]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(VaaniError, match="corpus"):
+        load_corpus(config.data)
+    with pytest.raises(VaaniError, match=r"tokenizer\.json"):
+        make_tokenizer(config.data, Corpus.of("text", "here"))
 
 
 def test_small_keeps_to_its_budget(read):

@@ -13,7 +13,7 @@ PACKAGE = "vaani_jax"
 # Lowest first: a module imports from lower lines only, or as SAME_LINE says.
 LINES = (
     ("__init__", "errors"),
-    ("files", "memory", "sharding", "distributed"),
+    ("files", "memory", "chips", "sharding", "distributed"),
     ("quant", "norm"),
     ("pack",),
     ("kernels",),

@@ -15,6 +15,7 @@ from vaani_jax.model import (
     KVCache,
     ModelConfig,
     Vaani,
+    flops_per_token,
     init_variables,
     model_size,
     stack_layers,
@@ -429,6 +430,93 @@ def test_scanned_and_recomputed_layers_change_nothing(layout):
     assert_trees_close(results, other_results, rtol=1e-4, atol=1e-5)
 
 
+def products_of_a_gradient(config):
+    """Products in the jaxpr of a gradient: of linear layers and head, of attention."""
+    params, quant = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
+
+    def loss(params, quant):
+        variables = {"params": params, "quant": quant}
+        return jnp.sum(jnp.sin(Vaani(config).apply(variables, TOKENS, train=True)))
+
+    plain, batched = 0, 0
+
+    def visit(jaxpr):
+        nonlocal plain, batched
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                batch = equation.params["dimension_numbers"][1][0]
+                plain, batched = plain + (not batch), batched + bool(batch)
+            for value in equation.params.values():
+                for inner in value if isinstance(value, list | tuple) else [value]:
+                    inner = getattr(inner, "jaxpr", inner)
+                    if hasattr(inner, "eqns"):
+                        visit(inner)
+
+    visit(jax.make_jaxpr(jax.grad(loss))(params, quant).jaxpr)
+    return plain, batched
+
+
+@quantized_or_not
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["loop", "scan"])
+@pytest.mark.parametrize("operands", ["bfloat16", "int8"])
+def test_saved_products_are_not_done_twice(config, scan_layers, operands):
+    config = change(config, scan_layers=scan_layers, operands=operands)
+    blocks = 1 if scan_layers else config.n_layers  # in the text of the program
+    # Seven products forward and twice as many backward; two and four of attention.
+    head = (3, 0)
+    expected = {
+        "": (21, 6),
+        "nothing": (21 + 6, 6 + 2),  # what comes last is not needed
+        "products": (21, 6 + 2),
+    }
+    for save, (plain, batched) in expected.items():
+        how = {"remat": True, "remat_save": save} if save else {}
+        found = products_of_a_gradient(change(config, attention="explicit", **how))
+        assert found == (blocks * plain + head[0], blocks * batched)
+
+
+@quantized_or_not
+def test_recomputing_takes_less_memory_and_saving_products_part_of_it(config):
+    """In bytes of temporaries, as the compiler counts them."""
+    shape = {"dim": 64, "n_kv_heads": 0, "ffn_dim": 192, "max_seq_len": 64}
+    config = change(config, scan_layers=True, n_layers=4, **shape)
+    tokens = jnp.zeros((4, 64), jnp.int32)
+
+    def temporaries(**how):
+        model = change(config, **how)
+        shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+
+        def loss(params, quant):
+            variables = {"params": params, "quant": quant}
+            return jnp.sum(Vaani(model).apply(variables, tokens, train=True))
+
+        compiled = jax.jit(jax.grad(loss)).lower(*shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    everything = temporaries()
+    nothing = temporaries(remat=True)
+    products = temporaries(remat=True, remat_save="products")
+    assert nothing < products < everything
+    # q, k, v, o, gate and up. (In bfloat16 a CPU's compiler makes float32 of them.)
+    kept = 4 * tokens.size * (4 * 64 + 2 * 192) * 4
+    assert products - nothing == pytest.approx(kept, rel=0.2)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["loop", "scan"])
+def test_operands_and_what_is_saved_change_nothing(scan_layers):
+    """Forward to the bit; backward, compilers order float sums as they like."""
+    base = change(scan_layers=scan_layers, activation_tracking="ema", remat=True)
+    _, results = initial_variables_and_one_step(change(base, operands="float32"))
+    for changes in (
+        {"operands": "int8"},
+        {"operands": "int8", "remat_save": "products"},
+        {"operands": "bfloat16", "remat_save": "products"},
+    ):
+        _, others = initial_variables_and_one_step(change(base, **changes))
+        assert_trees_close(results[0], others[0], rtol=0, atol=0)
+        assert_trees_close(results[1], others[1], rtol=1e-5, atol=1e-6)
+
+
 def test_every_parameter_learns():
     config = change(n_layers=1, tie_embeddings=False, ternary_head=True)
     variables = variables_of(config)
@@ -539,3 +627,44 @@ def test_initial_weights_have_the_documented_spread():
         std = 0.05 / np.sqrt(2 * 3) if output else 0.05
         assert float(w.std()) == pytest.approx(std, rel=0.06), name
         assert abs(float(w.mean())) < 0.1 * std, name
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("kv_heads", [0, 2])
+def test_flops_counted_by_hand(tie, kv_heads):
+    config = ModelConfig(
+        vocab_size=1000,
+        dim=64,
+        n_layers=3,
+        n_heads=8,
+        n_kv_heads=kv_heads,
+        ffn_dim=96,
+        tie_embeddings=tie,
+    )
+    keys = (kv_heads or 8) * 8
+    layer = 64 * 64 * 2 + 64 * keys * 2 + 3 * 64 * 96
+    for seq_len in (1, 128):
+        # Scores and their sums: each query with seq_len keys, heads x 8 numbers.
+        attention = 2 * 2 * seq_len * 8 * 8
+        forward = 3 * (2 * layer + attention) + 2 * 64 * 1000
+        for changes in ({}, {"quantize": False}, {"scan_layers": True, "remat": True}):
+            assert flops_per_token(change(config, **changes), seq_len) == 3 * forward
+
+
+@quantized_or_not
+@pytest.mark.parametrize("tie", [True, False])
+def test_flops_are_those_that_the_compiler_counts(config, tie):
+    length = 64
+    shape = {"dim": 128, "ffn_dim": 320, "vocab_size": 256, "max_seq_len": length}
+    config = change(config, tie_embeddings=tie, operands="float32", **shape)
+    shapes = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
+    tokens = jax.ShapeDtypeStruct((4, length), jnp.int32)
+
+    def loss(params, quant, tokens):
+        variables = {"params": params, "quant": quant}
+        return jnp.mean(jnp.square(Vaani(config).apply(variables, tokens, train=True)))
+
+    step = jax.jit(jax.value_and_grad(loss))
+    counted = step.lower(*shapes, tokens).compile().cost_analysis()["flops"]
+    ratio = counted / (4 * length * flops_per_token(config, length))
+    assert 1.0 <= ratio < 1.05  # element-wise work is on top

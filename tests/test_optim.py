@@ -239,6 +239,35 @@ def test_the_state_begins_with_the_numbers_of_the_config():
     assert {v.dtype for v in state.hyperparams.values()} == {jnp.dtype("float32")}
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_first_moment_may_be_kept_in_bfloat16(name):
+    params, grads = _tree(0), [_tree(i) for i in range(1, 6)]
+    results, dtypes = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        config = OptimConfig(name=name, moment_dtype=dtype, weight_decay=0.0)
+        init, step = _jitted(config)
+        state = start = init(params)
+        after = params
+        numbers = {"learning_rate": jnp.float32(PEAK)}
+        for g in grads:
+            after, state = step(after, state, g, numbers)
+        for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(state), strict=True):
+            assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        results[dtype] = _leaves(after)
+        dtypes[dtype] = {}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+            if leaf.ndim and "ns_coeffs" not in (names := jax.tree_util.keystr(path)):
+                dtypes[dtype].setdefault("mu" if ".mu" in names else "nu", set()).add(
+                    leaf.dtype.name
+                )
+    assert dtypes["float32"] == {"mu": {"float32"}, "nu": {"float32"}}
+    assert dtypes["bfloat16"] == {"mu": {"bfloat16"}, "nu": {"float32"}}
+    for key, before in _leaves(params).items():
+        moved, other = (results[d][key] - before for d in ("float32", "bfloat16"))
+        assert 0 < np.abs(moved - other).max() < 0.05 * np.abs(moved).max()
+        assert results["bfloat16"][key].dtype == np.float32
+
+
 def test_masks_know_stacked_and_unrolled_names():
     for params in (_tree(0), _stacked(_tree(0))):
         for name, decays in _leaves(optim.decay_mask(params)).items():

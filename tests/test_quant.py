@@ -20,6 +20,7 @@ from vaani_jax.quant import (
 
 SCALES, GRANULARITIES = ("absmean", "least_squares"), ("tensor", "channel")
 SPECS = {f"{s}-{g}": TernarySpec(s, g) for s in SCALES for g in GRANULARITIES}
+OPERANDS = ("float32", "bfloat16", "int8")
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 every_range = pytest.mark.parametrize("bound", [None, 1.25], ids=["token", "range"])
 
@@ -192,7 +193,7 @@ def product(x, w, tau, bound, spec):
 
 @every_spec
 @every_range
-@pytest.mark.parametrize("operands", ["float32", "bfloat16"])
+@pytest.mark.parametrize("operands", OPERANDS)
 def test_product_is_the_integer_product_to_the_bit(spec, bound, operands):
     # A kernel of multiples of 1/256: float32 holds their sum, in whatever order they
     # are added, so that the scale, too, is known to the bit.
@@ -206,7 +207,7 @@ def test_product_is_the_integer_product_to_the_bit(spec, bound, operands):
         assert_same_bits(product(rounded, *rest), expected)
 
 
-@pytest.mark.parametrize("operands", ["float32", "bfloat16"])
+@pytest.mark.parametrize("operands", OPERANDS)
 @pytest.mark.parametrize("k", [4096, 131_072])
 def test_product_is_exact_at_the_extremes(operands, k):
     """Every code is 127 times +-1: one sum is 127 K, the largest there is."""
@@ -218,6 +219,103 @@ def test_product_is_exact_at_the_extremes(operands, k):
     (y,) = ternary_dot(jnp.asarray(x), [jnp.asarray(w)], [scalar(0.5)], spec=spec)
     assert_same_bits(y, integer_product(x, w, 0.5, spec, None))
     assert np.asarray(y)[0, 0] == np.float32(127 * k) * np.float32(1 / 127)
+
+
+def test_int8_sums_round_once_where_float32_sums_would_on_the_way():
+    rng = np.random.default_rng(9)
+    k = 300_000
+    x, w = rng.choice([-1.0, 1.0], (3, k)), rng.choice([-1.0, 1.0], (k, 2))
+    w[:, 0] = x[0] * rng.choice([-1.0, 1.0], k, p=[0.001, 0.999])
+    x, w = x.astype(np.float32), w.astype(np.float32)
+    spec = TernarySpec(operands="int8")
+    y = product(*map(jnp.asarray, (x, w)), scalar(0.5), None, spec)
+    assert_same_bits(y, integer_product(x, w, 0.5, spec, None))
+    assert np.abs(x.astype(np.int64) @ w.astype(np.int64)).max() * 127 > 2**24
+
+
+def scanned(f):
+    return lambda x, w: jax.lax.scan(lambda _, x: (None, f(x, w)), None, x)[1]
+
+
+WAYS = {
+    "plain": lambda f: f,
+    "remat": jax.checkpoint,
+    "vmap": lambda f: jax.vmap(f, in_axes=(0, None)),
+    "scan": scanned,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("granularity", "bound", "dtype"),
+    [
+        ("tensor", None, jnp.float32),
+        ("tensor", None, jnp.bfloat16),
+        ("channel", 1.25, jnp.float32),
+        ("channel", None, jnp.bfloat16),
+        ("tensor", 1.25, jnp.bfloat16),
+    ],
+)
+def test_operands_of_any_dtype_give_the_same_bits_and_gradients(
+    way, dtype, granularity, bound
+):
+    for batch, length, k, widths in [(3, 4, 64, (24, 8)), (2, 1, 300, (33,))]:
+        x = jnp.asarray(gaussian(batch, length, k, seed=k), dtype)
+        kernels = tuple(jnp.asarray(gaussian(k, n, seed=n)) for n in widths)
+        taus = [scalar(0.5)] * len(widths)
+        found = {}
+        for operands in OPERANDS:
+            spec = TernarySpec("absmean", granularity, operands)
+            run = WAYS[way](
+                lambda x, w, spec=spec, taus=taus: ternary_dot(
+                    x, w, taus, spec=spec, activation_range=scalar(bound)
+                )
+            )
+
+            @jax.jit
+            def both(x, w, run=run):
+                y, vjp = jax.vjp(run, x, w)
+                return y, vjp(jax.tree.map(jnp.sin, y))
+
+            found[operands] = jax.tree.leaves(both(x, kernels))
+            sums = "int32" if operands == "int8" else "float32"
+            jaxpr = str(jax.make_jaxpr(run)(x, kernels))
+            assert f"preferred_element_type={sums}" in jaxpr
+        for operands in ("bfloat16", "int8"):
+            for a, b in zip(found["float32"], found[operands], strict=True):
+                assert_same_bits(a, b)
+
+
+def test_int8_operands_are_what_the_backward_pass_keeps():
+    x, w = jnp.asarray(gaussian(5, 64)), jnp.asarray(gaussian(64, 12))
+
+    def kept(operands, mix=None):
+        spec = TernarySpec(operands=operands)
+        _, vjp = jax.vjp(
+            lambda x, w: ternary_dot(x, [w], [scalar(0.5)], spec=spec, mix=mix), x, w
+        )
+        return {(leaf.dtype.name, leaf.shape) for leaf in jax.tree.leaves(vjp)}
+
+    assert {("int8", (5, 64)), ("int8", (64, 12))} <= kept("int8")
+    assert {("bfloat16", (5, 64)), ("bfloat16", (64, 12))} <= kept("bfloat16")
+    assert "int8" not in {name for name, _ in kept("int8", scalar(0.5))}  # a mix
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("operands", OPERANDS)
+def test_what_is_not_finite_stays_so(operands, bad):
+    """An integer can't be NaN: the scales carry it."""
+    spec = TernarySpec(operands=operands)
+    x, w = gaussian(3, 16), gaussian(16, 4)
+    dirty = x.copy()
+    dirty[1, 2] = bad
+    y = np.asarray(product(jnp.asarray(dirty), jnp.asarray(w), scalar(0.5), None, spec))
+    assert not np.isfinite(y[1]).any()
+    assert np.isfinite(y[[0, 2]]).all()
+    dirty = w.copy()
+    dirty[5, 1] = bad
+    y = product(jnp.asarray(x), jnp.asarray(dirty), scalar(0.5), None, spec)
+    assert not np.isfinite(np.asarray(y)).any()
 
 
 @every_spec

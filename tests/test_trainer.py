@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -235,6 +236,19 @@ def test_signals_save_and_leave_with_exit_0(text, tmp_path, number):
     model = load_model(workdir, checkpoint="last")
     assert model.step == stopped
     assert (workdir / "training_curves.png").exists()
+
+
+def test_moments_in_bfloat16_train_alike_and_stay_so(text, uninterrupted, tmp_path):
+    config = make_config(text, optim={"moment_dtype": "bfloat16"})
+    result = run(config, tmp_path / "run")
+    assert result.loss == pytest.approx(uninterrupted[1].loss, rel=0.01)
+    whole = final_state(tmp_path / "run")
+    assert whole != final_state(uninterrupted[0])
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_24")
+    run(config, tmp_path / "run")
+    assert final_state(tmp_path / "run") == whole
+    with pytest.raises(VaaniError, match=r"optim\.moment_dtype"):
+        run(make_config(text), tmp_path / "run")
 
 
 def test_damaged_newest_checkpoint_is_passed_over(text, uninterrupted, tmp_path):

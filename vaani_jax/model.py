@@ -27,6 +27,7 @@ import numpy as np
 from vaani_jax.errors import VaaniError
 from vaani_jax.kernels import rows_matmul, ternary_matmul
 from vaani_jax.layers import (
+    PRODUCT,
     BitLinear,
     ModelConfig,
     RMSNorm,
@@ -157,7 +158,13 @@ class Vaani(nn.Module):
         self.embedding = stored
         block: Any = TransformerBlock
         if c.remat:
-            block = nn.remat(block, prevent_cse=not c.scan_layers, static_argnums=(7,))
+            kept = (PRODUCT,) if c.remat_save == "products" else ()
+            block = nn.remat(
+                block,
+                prevent_cse=not c.scan_layers,
+                static_argnums=(7,),
+                policy=jax.checkpoint_policies.save_only_these_names(*kept),
+            )
         if c.scan_layers:
             self.layers = nn.scan(
                 block,
@@ -431,3 +438,25 @@ def model_size(config: ModelConfig) -> ModelSize:
         bytes_fp16=2 * total,
         bytes_2bit=2 * (total - ternary) + (ternary + 3) // 4 + 4 * scales,
     )
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> int:
+    """Floating-point operations of a training step per token, as everyone counts them.
+
+    PaLM (arXiv:2204.02311), appendix B: 6 for each parameter that is multiplied (2
+    forward, 4 backward), and 12 D T per layer for the two products of attention, not
+    halved for causality. The head counts once, tied or not; a look-up in the embedding,
+    norms, quantisers and what rematerialisation computes again count nothing. So the
+    utilisation of a chip (MFU) is tokens per second x this / the chip's peak.
+
+    Args:
+      config: the model, with its vocabulary; the twin counts the same.
+      seq_len: T, tokens of a training sequence.
+    """
+    params, _ = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
+    multiplied = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = path[-1].key
+        if name == "kernel" or (name == "embedding" and config.tie_embeddings):
+            multiplied += int(np.prod(leaf.shape))
+    return 6 * multiplied + 12 * config.n_layers * config.dim * seq_len

@@ -34,6 +34,9 @@ class OptimConfig:
         embedding, head; not on norms).
       beta1, beta2, eps: of Adam.
       momentum: of Muon.
+      moment_dtype: in which the first moment (Muon's momentum) is kept between steps;
+        "bfloat16" saves two bytes a parameter. Updates are computed in float32, and
+        Adam's second moment stays there.
       clip_norm: largest global gradient norm.
       warmup_steps: linear ramp from 0 to the peak.
       schedule: after it, "linear" or "cosine" to ``final_ratio`` of the peak,
@@ -52,6 +55,7 @@ class OptimConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     momentum: float = 0.95
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
     clip_norm: float = 1.0
     warmup_steps: int = 100
     schedule: Literal["linear", "cosine", "constant", "two_stage"] = "linear"
@@ -169,6 +173,8 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     float32 scalars: write them before each update.
     """
 
+    moment_dtype = jnp.dtype(config.moment_dtype)
+
     def build(
         learning_rate: Any, weight_decay: Any, clip_norm: Any
     ) -> optax.GradientTransformation:
@@ -178,6 +184,7 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
                 b1=config.beta1,
                 b2=config.beta2,
                 eps=config.eps,
+                mu_dtype=moment_dtype,
                 weight_decay=weight_decay,
                 mask=decay_mask,
             )
@@ -190,6 +197,7 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
                     "muon": optax.chain(
                         contrib.scale_by_muon(
                             beta=config.momentum,
+                            mu_dtype=moment_dtype,
                             weight_dimension_numbers=_muon_dimensions,
                         ),
                         _scale_by_shape(),

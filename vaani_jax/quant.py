@@ -14,7 +14,9 @@ kernel ``W [K, N]`` and activations ``x [..., K]``:
 ``q`` and ``T`` are small integers that ride in floats. Their products summed over K
 inputs stay below ``127 * K``: float32 accumulation is exact for ``K < 132,000`` and
 bfloat16 holds every operand exactly, so ``q @ T`` is, bit for bit, what an
-int8 x ternary integer kernel computes, whatever the dtype of the operands.
+int8 x ternary integer kernel computes, whatever the dtype of the operands. Beyond that
+K, float32 sums round on the way; int8 operands sum exactly in int32 (up to K of
+16 million) and round once, when the sum becomes a float32.
 
 Straight through: the gradient passes both quantisers unchanged and unmasked,
 ``dL/dx = g @ (gamma T)^T`` and ``dL/dW = (s q)^T @ g``.
@@ -45,7 +47,7 @@ ACTIVATION_MIN = -128.0
 
 WeightScale = Literal["absmean", "least_squares", "stored"]
 Granularity = Literal["tensor", "channel"]
-OperandDtype = Literal["auto", "bfloat16", "float32"]
+OperandDtype = Literal["auto", "bfloat16", "float32", "int8"]
 Wire = Literal["2bit", "int8", "float"]
 Split = Literal["out", "in"]
 
@@ -58,8 +60,10 @@ class TernarySpec:
       scale: "absmean" (b1.58), "least_squares" (arXiv:1605.04711), or "stored": a
         number kept beside the kernel, for weights that came as codes and a scale.
       granularity: one scale per "tensor" or per output "channel".
-      operands: dtype in which the integers of the forward product ride. The result
-        is the same to the bit; "auto" takes the faster one (see `operand_dtype`).
+      operands: dtype in which the integers of the forward product ride, and in which
+        the backward pass keeps them: "float32", "bfloat16", "int8" (summed in int32).
+        The result is the same to the bit; "auto" takes the fastest one that has been
+        measured (see `operand_dtype`). With a ``mix`` they ride in float32.
       wire: what devices send each other of a kernel that is cut over them: codes of
         2 or of 8 bits, or the operands. The result is the same to the bit.
     """
@@ -87,7 +91,10 @@ def operand_dtype(choice: OperandDtype) -> Any:
     """The dtype of the forward product's operands on the default backend.
 
     Accelerators multiply bfloat16 at full speed and so do CPUs with AVX-512 BF16 or
-    AMX; elsewhere float32 is faster.
+    AMX; elsewhere float32 is faster. "auto" never takes int8: the matrix units of GPUs
+    and most TPUs are twice as fast in it on paper, but no one has measured it here yet
+    (``benchmarks/train_step.py --accelerator`` would). It does halve what the backward
+    pass keeps of the operands. XLA's CPU code multiplies int8 slowly.
     """
     if choice == "auto":
         fast = jax.default_backend() != "cpu" or _cpu_multiplies_bfloat16()
@@ -320,7 +327,9 @@ def _ternary_dot_fwd(
 ) -> tuple[tuple[Array, ...], Any]:
     bound = activation_bound(x, activation_range)
     q, s = quantize_activations(x, bound)
-    dtype = operand_dtype(spec.operands) if mix is None else jnp.float32
+    # A mix is no integer.
+    dtype = operand_dtype(spec.operands) if mix is None else jnp.dtype(jnp.float32)
+    total = jnp.int32 if dtype == jnp.int8 else jnp.float32
     rest = None if mix is None else 1.0 - mix.astype(jnp.float32)
     if rest is not None:
         # In units of the scale, so that lambda = 1 leaves exactly the integers.
@@ -335,9 +344,8 @@ def _ternary_dot_fwd(
             wire = "float"
         sent = _sent(t, dtype, wire, split)
         t = _received(sent, dtype, split)
-        sums = jnp.dot(
-            q, t, precision="highest", preferred_element_type=jnp.float32
-        ).reshape(*x.shape[:-1], t.shape[-1])
+        sums = jnp.dot(q, t, precision="highest", preferred_element_type=total)
+        sums = sums.astype(jnp.float32).reshape(*x.shape[:-1], t.shape[-1])
         outputs.append((sums * output_scale(bound, scale, x.ndim)).astype(x.dtype))
         quantised.append((sent, scale))  # cut, so that no kernel is kept whole
     rest_of_arguments = (thresholds, stored, activation_range, mix)
