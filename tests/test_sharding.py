@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,9 @@ MODEL = ModelConfig(
     max_seq_len=32,
     scan_layers=True,
 )
+
+# Only compiled: as in models of any use, most of its weights are in ternary kernels.
+WIDER = dataclasses.replace(MODEL, dim=256, ffn_dim=768)
 
 
 # -- Runs, in a process with eight devices ------------------------------------------
@@ -116,6 +120,33 @@ def run(
     return {"losses": losses, "gradient": gradient, "marks": marks}
 
 
+def gathered(model: ModelConfig) -> list[tuple[str, int]]:
+    """Element type and number of elements of each float or code that a step gathers."""
+    config = MeshConfig(1, DEVICES, 1)
+    optim = OptimConfig()
+    optimizer = make_optimizer(optim)
+    # Layers one by one, so that the program's text holds each gather once.
+    model = dataclasses.replace(model, scan_layers=False, dtype="bfloat16")
+    shapes = jax.eval_shape(functools.partial(init_state, model, optimizer, 0, None))
+    mesh = make_mesh(config)
+    shardings = state_shardings(shapes, mesh, config)
+    train_step = make_train_step(model, optimizer, Schedule(optim, PEAK, STEPS))
+    with jax.set_mesh(mesh):
+        step = jax.jit(
+            train_step,
+            in_shardings=(shardings, NamedSharding(mesh, P(BATCH))),
+            out_shardings=(shardings, replicated(mesh)),
+        )
+        tokens = jax.ShapeDtypeStruct((64, 33), jnp.int32)
+        text = step.lower(shapes, tokens).compile().as_text()
+    found = re.findall(r"= (\w+)\[([\d,]+)\]\S* all-gather\(", text)
+    return [
+        (kind, int(np.prod([int(n) for n in shape.split(",")])))
+        for kind, shape in found
+        if kind not in ("s32", "pred")  # token ids, and masks of them
+    ]
+
+
 def moved(source: pathlib.Path, config: MeshConfig) -> dict:
     """Fingerprints of the parameters of a checkpoint, read onto a mesh."""
     mesh = make_mesh(config)
@@ -141,6 +172,14 @@ def moved(source: pathlib.Path, config: MeshConfig) -> dict:
 def report(quantize: bool) -> None:
     model = dataclasses.replace(MODEL, quantize=quantize)
     result: dict = {"curves": {}, "gradients": {}, "moves": {}}
+    if quantize:
+        result["gathered"] = {
+            wire: gathered(dataclasses.replace(WIDER, wire=wire))
+            for wire in ("2bit", "int8", "float")
+        }
+        result["gathered"]["twin"] = gathered(
+            dataclasses.replace(WIDER, quantize=False)
+        )
     one = run(model, MeshConfig(1, 1, 1))
     norm = np.linalg.norm(one["gradient"])
     with tempfile.TemporaryDirectory() as root:
@@ -203,6 +242,29 @@ def test_a_checkpoint_moves_between_any_two_meshes(runs):
     if quantize:
         assert len(result["moves"]) == len(MESHES) ** 2
     assert all(result["moves"].values()), result["moves"]
+
+
+def weight_bytes(gathers) -> float:
+    """Bytes, with floats at 16 bits: a CPU's collectives widen them to 32."""
+    return sum(n * (1 if kind in ("u8", "s8") else 2) for kind, n in gathers)
+
+
+def test_kernels_cross_the_wire_as_codes(runs):
+    quantize, result = runs
+    if not quantize:
+        return
+    head = WIDER.vocab_size * WIDER.dim  # not ternary, here as in b1.58
+    sent = result["gathered"]
+    for wire, kind in (("2bit", "u8"), ("int8", "s8")):
+        others = [n for k, n in sent[wire] if k != kind]
+        assert len(sent[wire]) - len(others) >= 7 * WIDER.n_layers
+        assert sum(others) <= head, sent[wire]
+    # The twin keeps whole kernels for the backward pass, codes are gathered for it
+    # again: 2 x 2 bits against 16, and the head in both.
+    baseline = weight_bytes(sent["twin"])
+    assert weight_bytes(sent["2bit"]) <= 0.3 * baseline, sent
+    assert weight_bytes(sent["int8"]) > 0.3 * baseline
+    assert weight_bytes(sent["float"]) > 0.3 * baseline
 
 
 # -- Rules --------------------------------------------------------------------------
