@@ -74,6 +74,11 @@ def join(
             "--coordinator=HOST:PORT, --num_processes=N and --process_id=I come"
             " together, unless a scheduler sets them"
         )
+    if whole and not 0 <= process_id < num_processes:  # type: ignore[operator]
+        raise VaaniError(
+            f"--process_id={process_id} must be at least 0 and below"
+            f" --num_processes={num_processes}"
+        )
     if coordinator and not re.search(r":\d+$", coordinator):
         raise VaaniError(f"--coordinator={coordinator} must be HOST:PORT")
     if num_processes is None and launcher == "Open MPI":
