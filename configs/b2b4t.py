@@ -14,18 +14,12 @@ Not run yet: no time, no memory and no score. Parameters, moments and two gradie
 20 bytes a parameter, 48 GB, and the logits of one sequence 2 GB.
 """
 
-from configs import base
+from configs import b3b
 
 
 def get_config():
-    config = base.get_config()
-    config.num_steps = 95_367  # x 1,048,576 tokens: 100 billion
+    config = b3b.get_config()
     config.batch_size = 256  # x 4096 tokens: 1M a step
-    config.learning_rate = 1.2e-3  # of the 3B model
-    config.use_tuner = False
-    config.eval_interval = 1000
-    config.save_interval = 1000
-    config.sample_interval = 5000
     config.model.vocab_size = 128_256  # of the LLaMA 3 tokenizer
     config.model.dim = 2560
     config.model.n_layers = 30
@@ -34,14 +28,6 @@ def get_config():
     config.model.ffn_dim = 6912
     config.model.max_seq_len = 4096
     config.model.activation = "relu2"
-    config.model.dtype = "bfloat16"
-    config.model.scan_layers = True
-    config.model.remat = True
-    config.optim.schedule = "two_stage"  # and no weight decay in the second half
-    config.optim.warmup_steps = 375
+    config.model.rope_theta = 500_000.0
     config.optim.accumulation_steps = 32  # 8 sequences at a time, on all devices
-    config.data.path = "corpus/*.txt"
-    config.data.tokenizer_file = "tokenizer.json"
-    config.data.fallback = False
-    config.data.validation_fraction = 1e-4
     return config

@@ -12,33 +12,15 @@ twin 10.04. Parameters, moments and two gradients take 20 bytes a parameter, 66 
 several devices.
 """
 
-from configs import base
+from configs import b700m
 
 
 def get_config():
-    config = base.get_config()
-    config.num_steps = 95_367  # x 1,048,576 tokens: 100 billion
-    config.batch_size = 512  # x 2048 tokens: 1M a step
+    config = b700m.get_config()
     config.learning_rate = 1.2e-3
-    config.use_tuner = False
-    config.eval_interval = 1000
-    config.save_interval = 1000
-    config.sample_interval = 5000
-    config.model.vocab_size = 32_000  # of the LLaMA tokenizer
     config.model.dim = 3200
     config.model.n_layers = 26
     config.model.n_heads = 32
     config.model.ffn_dim = 8640
-    config.model.max_seq_len = 2048
-    config.model.rope_theta = 10_000.0  # as LLaMA
-    config.model.dtype = "bfloat16"
-    config.model.scan_layers = True
-    config.model.remat = True
-    config.optim.schedule = "two_stage"  # and no weight decay in the second half
-    config.optim.warmup_steps = 375
     config.optim.accumulation_steps = 16  # 32 sequences at a time, on all devices
-    config.data.path = "corpus/*.txt"
-    config.data.tokenizer_file = "tokenizer.json"
-    config.data.fallback = False
-    config.data.validation_fraction = 1e-4
     return config

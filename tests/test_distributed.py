@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -102,13 +103,9 @@ def test_two_processes_do_what_one_does(text, tmp_path):
 
 def test_a_lost_process_ends_the_other_and_one_goes_on(text, tmp_path):
     workdir = tmp_path / "run"
+    keys: dict = {"num_steps": 100_000, "optim.schedule": "constant"}
     # In full precision, where hundreds of steps stay alike in sums of another order.
-    keys = {
-        "model.quantize": False,
-        "num_steps": 100_000,
-        "save_interval": 20,
-        "eval_interval": 100_000,
-    }
+    keys |= {"model.quantize": False, "save_interval": 20, "eval_interval": 100_000}
     processes = start(text, workdir, 2, **keys)
     try:
         deadline = time.monotonic() + 200
@@ -124,7 +121,7 @@ def test_a_lost_process_ends_the_other_and_one_goes_on(text, tmp_path):
         for process in processes:
             process.kill()
     deadline = time.monotonic() + 10  # its last words come after it
-    while "error: process 0 of 2 was ended" not in said(text, "run-2-0"):
+    while "another process of the job is lost" not in said(text, "run-2-0"):
         assert time.monotonic() < deadline, said(text, "run-2-0")[-2000:]
         time.sleep(0.2)
     folder = workdir / "checkpoints"
@@ -138,7 +135,7 @@ def test_a_lost_process_ends_the_other_and_one_goes_on(text, tmp_path):
     steps = range(1, saved + 11)
     assert sorted(resumed) == list(steps)
     np.testing.assert_allclose(
-        [resumed[s] for s in steps], [alone[s] for s in steps], rtol=5e-2, atol=5e-2
+        [resumed[s] for s in steps], [alone[s] for s in steps], rtol=1e-2
     )
 
 
@@ -162,6 +159,7 @@ def test_who_started_several_processes(environment, launcher):
 
 def test_alone_there_is_nobody_to_join():
     join()
+    assert not jax.distributed.is_initialized()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -74,7 +75,7 @@ def join(
             "--coordinator=HOST:PORT, --num_processes=N and --process_id=I come"
             " together, unless a scheduler sets them"
         )
-    if whole and not 0 <= process_id < num_processes:  # type: ignore[operator]
+    if process_id is not None and process_id not in range(num_processes or sys.maxsize):
         raise VaaniError(
             f"--process_id={process_id} must be at least 0 and below"
             f" --num_processes={num_processes}"
@@ -108,6 +109,16 @@ _READER = "import sys; sys.stdin.read() or sys.stderr.write(sys.argv[1])"
 _reader: subprocess.Popen[bytes] | None = None
 
 
+_LOST = (
+    "another process of the job is lost. What was saved is whole: start the job again,"
+    " with any number of processes, to go on from the last checkpoint"
+)
+
+
+def _whoami() -> str:
+    return f"process {jax.process_index()} of {jax.process_count()}"
+
+
 def _leave_last_words() -> None:
     """Has a line printed if this process ends in a way that lets it say nothing.
 
@@ -115,12 +126,7 @@ def _leave_last_words() -> None:
     a stack trace. The line after it says what to do.
     """
     global _reader
-    line = (
-        f"error: process {jax.process_index()} of {jax.process_count()} was ended: it"
-        " was killed, or another process of the job is lost. What was saved is whole:"
-        " start the job again, with any number of processes, to go on from the last"
-        " checkpoint\n"
-    )
+    line = f"error: {_whoami()} was ended: it was killed, or {_LOST}\n"
     _reader = subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", _READER, line],
         stdin=subprocess.PIPE,
@@ -136,11 +142,6 @@ def _goodbye() -> None:
 
 def _end_at_once(*details: Any) -> None:
     """Shows an error that nobody caught, and leaves."""
-    if isinstance(details[1], jax.errors.JaxRuntimeError):
-        # Here, most often a connection that broke: no farewell, so that the last words
-        # follow.
-        print(_first_line(details[1]), file=sys.stderr, flush=True)
-        os._exit(1)
     sys.__excepthook__(*details)
     leave(1)
 
@@ -182,6 +183,33 @@ class Agreement:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:300].rstrip(".")
+
+
+def is_peer_error(error: BaseException) -> bool:
+    """Whether an error may come of the loss of another process.
+
+    It shows as a collective that fails or, where orbax waits for all, as a time-out.
+    """
+    several = jax.process_count() > 1
+    return several and isinstance(error, jax.errors.JaxRuntimeError | TimeoutError)
+
+
+@contextmanager
+def peers() -> Iterator[None]:
+    """Makes one line of the errors that a lost process causes in the others.
+
+    Raises:
+      VaaniError: for what `is_peer_error` tells.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_peer_error(error):
+            raise
+        raise VaaniError(
+            f"{_whoami()} can't go on: {_first_line(error)}. If that names no cause,"
+            f" {_LOST}"
+        ) from None
 
 
 def leave(status: int) -> None:

@@ -222,22 +222,30 @@ def _as_rows(x: Array) -> Array:
 # The axes of a kernel's dimensions, as stored and where it is multiplied.
 _STORED = {"out": ("fsdp", "tensor"), "in": ("tensor", "fsdp")}
 _MULTIPLIED = {"out": (None, "tensor"), "in": ("tensor", None)}
+_PACKED = {"out": 1, "in": 0}  # the dimension along which codes share a byte
+
+
+def _shifts(axis: int) -> Array:
+    """Bits to shift the four codes of a byte by, along ``axis + 1`` of three."""
+    shift = jnp.arange(0, 8, 2, dtype=jnp.uint8)
+    return shift.reshape(4, 1) if axis == 0 else shift
 
 
 def _sent(t: Array, dtype: Any, wire: Wire, split: Split) -> Array:
     """Operands [K, N] as they cross the wire: each device codes its own part.
 
-    2-bit codes [K / 4, N] are ``t + 1``, those of four rows in a byte, the lowest bits
-    first. Where K can't be cut so, codes have 8 bits.
+    2-bit codes are ``t + 1``, four neighbours in a byte, the lowest bits first, along
+    the dimension that ``fsdp`` leaves whole: [K, N / 4] or, split "in", [K / 4, N].
+    Where ``tensor`` cuts it so that four don't stay together, codes have 8 bits.
     """
     if shards("fsdp") == 1 or wire == "float":
         return t.astype(dtype)
-    rows, columns = t.shape
-    if wire == "int8" or rows % (4 * shards(_STORED[split][0])):
+    axis = _PACKED[split]
+    if wire == "int8" or t.shape[axis] % (4 * shards("tensor")):
         return t.astype(jnp.int8)
-    codes = (t + 1).astype(jnp.uint8).reshape(rows // 4, 4, columns)
-    shift = jnp.arange(0, 8, 2, dtype=jnp.uint8)[:, None]
-    return jnp.sum(codes << shift, axis=1, dtype=jnp.uint8)
+    codes = (t + 1).astype(jnp.uint8)
+    codes = codes.reshape(*t.shape[:axis], -1, 4, *t.shape[axis + 1 :])
+    return jnp.sum(codes << _shifts(axis), axis=axis + 1, dtype=jnp.uint8)
 
 
 def _received(sent: Array, dtype: Any, split: Split) -> Array:
@@ -248,10 +256,11 @@ def _received(sent: Array, dtype: Any, split: Split) -> Array:
     sent = constrain(sent, *_MULTIPLIED[split])
     if sent.dtype != jnp.uint8:
         return sent.astype(dtype)
-    shift = jnp.arange(0, 8, 2, dtype=jnp.uint8)[:, None]
-    codes = (sent[:, None, :] >> shift) & 3
-    t = codes.astype(jnp.int8) - 1
-    return t.reshape(-1, sent.shape[-1]).astype(dtype)
+    axis = _PACKED[split]
+    codes = (jnp.expand_dims(sent, axis + 1) >> _shifts(axis)) & 3
+    shape = list(sent.shape)
+    shape[axis] *= 4
+    return (codes.astype(jnp.int8) - 1).reshape(shape).astype(dtype)
 
 
 def whole_kernel(w: Array, dtype: Any, split: Split) -> Array:

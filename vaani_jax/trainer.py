@@ -180,6 +180,7 @@ def train(
         _stop_signals() as signalled,
         jax.set_mesh(mesh),
         contextlib.ExitStack() as stack,
+        distributed.peers(),
     ):
         output = workdir
         if not distributed.is_first():
@@ -498,8 +499,9 @@ class Trainer:
         if self.mesh.size > 1 or self.mesh.size < len(jax.devices()):
             cut = " x ".join(f"{axis} {n}" for axis, n in self.mesh.shape.items())
             idle = len(jax.devices()) - self.mesh.size
+            processes = jax.process_count()
             self.say(
-                f"mesh    {cut}, {jax.process_count()} processes"
+                f"mesh    {cut}, {processes} process{'es' if processes > 1 else ''}"
                 + (f"; {idle} devices are not used" if idle else "")
             )
         if resumed:
@@ -870,6 +872,8 @@ class Trainer:
         try:
             yield
         except Exception as error:  # orbax and tensorstore raise many types
+            if distributed.is_peer_error(error):
+                raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise VaaniError(
                 f"can't write a checkpoint to {self.checkpoints.directory}:"
