@@ -12,6 +12,7 @@ from vaani_jax.quant import (
     ActivationQuantizer,
     TernaryQuantizer,
     TernarySpec,
+    exact_sum,
     quantize_activations,
     straight_through,
     ternarize,
@@ -115,6 +116,41 @@ def test_least_squares_scale_is_the_optimum(tau):
             grid = np.linspace(0.5 * found, 1.5 * found, 201)
             errors = [np.sum((target - a * t[:, 0]) ** 2) for a in grid]
             assert np.argmin(errors) == 100
+
+
+# -- Sums ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 0.02, 1e20])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (64, 64), (257, 129), (64, 70_000)])
+def test_sums_are_those_of_float64_in_any_order(shape, scale, axis):
+    rng = np.random.default_rng(0)
+    terms = np.abs(gaussian(*shape, scale=scale))
+    found = exact_sum(jnp.asarray(terms), axis)
+    wanted = terms.sum(axis=axis, keepdims=True, dtype=np.float64)
+    np.testing.assert_allclose(found, wanted, rtol=5e-7)
+    assert_same_bits(found, jax.jit(exact_sum, static_argnums=1)(terms, axis))
+    for _ in range(3):
+        terms = rng.permutation(terms)
+        if axis is None:
+            terms = rng.permutation(terms, axis=1)
+        assert_same_bits(found, exact_sum(jnp.asarray(terms), axis))
+
+
+def test_sums_of_a_million_rows_do_not_overflow():
+    ones = jnp.ones((2**20 - 1, 2), jnp.float32)
+    np.testing.assert_array_equal(exact_sum(ones), [[2.0**21 - 2]])
+    np.testing.assert_array_equal(exact_sum(ones, 0), [[2.0**20 - 1] * 2])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_sum_with_a_term_that_is_not_finite_is_not_a_number(bad):
+    terms = np.ones((4, 4), np.float32)
+    terms[1, 2] = bad
+    assert np.isnan(exact_sum(jnp.asarray(terms))).all()
+    nan = np.isnan(exact_sum(jnp.asarray(terms), 0))
+    np.testing.assert_array_equal(nan, [[False, False, True, False]])
 
 
 @pytest.mark.parametrize(("tau", "zeros"), [(0.5, 0.310), (0.7, 0.424), (1.0, 0.575)])
