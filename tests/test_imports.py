@@ -13,7 +13,7 @@ PACKAGE = "vaani_jax"
 # Lowest first: a module imports from lower lines only, or as SAME_LINE says.
 LINES = (
     ("__init__", "errors"),
-    ("files", "memory", "chips", "sharding", "distributed"),
+    ("files", "memory", "chips", "hlo", "sharding", "distributed"),
     ("quant", "norm"),
     ("pack",),
     ("kernels",),
@@ -22,8 +22,8 @@ LINES = (
     ("model", "optim", "tuner", "tokenizer", "metrics"),
     ("step", "evaluate", "generate", "data", "checkpoint", "plots", "journal"),
     ("config",),
-    ("load",),
-    ("trainer",),
+    ("load", "program"),
+    ("trainer", "plan"),
     ("interop",),
     ("cli",),
     ("__main__",),

@@ -278,6 +278,42 @@ def _import(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace) -> int:
+    import dataclasses
+
+    import jax
+
+    # Before anything asks for devices: no accelerator is touched.
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", options.devices)
+
+    from vaani_jax.chips import CHIPS
+    from vaani_jax.config import config_from_flags
+    from vaani_jax.data import load_corpus, make_tokenizer
+    from vaani_jax.plan import as_dict, as_text, make_plan
+
+    unknown = [name for name in options.chip if name not in CHIPS]
+    if unknown:
+        raise VaaniError(
+            f"no data of a chip named {unknown[0]!r}: there are {', '.join(CHIPS)}"
+        )
+    chips = [CHIPS[name] for name in options.chip or CHIPS]
+    config = config_from_flags(options.flags).config
+    if not config.model.vocab_size:
+        data = config.data
+        characters = not data.tokenizer_file and data.tokenizer == "char"
+        corpus = load_corpus(data, _notify) if characters else None
+        tokenizer = make_tokenizer(data, corpus)
+        model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
+        config = dataclasses.replace(config, model=model)
+    plan = make_plan(config, notify=_notify)
+    if options.json:
+        print(json.dumps(as_dict(plan, chips, options.utilisation)))
+    else:
+        print(as_text(plan, chips, options.utilisation))
+    return 0
+
+
 def _plot(options: argparse.Namespace) -> int:
     from vaani_jax.journal import read_events
     from vaani_jax.metrics import read_rows
@@ -311,6 +347,17 @@ def _sparsity_band(workdir: pathlib.Path) -> tuple[float, float] | None:
     return None if low is None else (low, high)
 
 
+def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    parse.__name__ = kind.__name__  # what argparse says of text that is no number
+    return parse
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m vaani_jax", description="Ternary language models in JAX."
@@ -325,7 +372,8 @@ def make_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         sub.set_defaults(function=function)
-        sub.add_argument("--workdir", required=True, help="of the run, or packed")
+        if function is not _plan:
+            sub.add_argument("--workdir", required=True, help="of the run, or packed")
         return sub
 
     sub = command("generate", _generate, "Continue a prompt.")
@@ -399,11 +447,33 @@ def make_parser() -> argparse.ArgumentParser:
         "--max-seq-len", type=int, default=0, help="context; 0: the model's, up to 4096"
     )
 
+    sub = command("plan", _plan, "Say what a training step will take, before it runs.")
+    sub.epilog = "--config=FILE and --config.KEY=VALUE are those of train.py."
+    sub.add_argument(
+        "--devices", type=_positive(int), default=1, help="that the run would have"
+    )
+    sub.add_argument(
+        "--chip", action="append", default=[], help="to estimate; all if not given"
+    )
+    sub.add_argument(
+        "--utilisation",
+        type=_positive(float),
+        default=0.5,
+        help="assumed, of a chip's bfloat16 peak, by executed FLOPs",
+    )
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
     sub = command("plot", _plot, "Draw the training curves of a run.")
     sub.add_argument("--output", default="", help="PNG; in the workdir if not given")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = make_parser().parse_args(arguments)
+    parser = make_parser()
+    options, flags = parser.parse_known_args(arguments)
+    options.flags = flags  # of a config: argparse does not know them
+    if options.function is _plan:
+        flags = [flag for flag in flags if not flag.startswith("--config")]
+    if flags:
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
     return run_guarded(options.function, options)

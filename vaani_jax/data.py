@@ -273,8 +273,11 @@ def _standard_library() -> Corpus:
     )
 
 
-def make_tokenizer(config: DataConfig, corpus: Corpus) -> Tokenizer:
-    """The tokenizer that a config names, made for a corpus."""
+def make_tokenizer(config: DataConfig, corpus: Corpus | None) -> Tokenizer:
+    """The tokenizer that a config names, made for a corpus.
+
+    None will do for one where characters are not the tokens.
+    """
     if config.tokenizer_file:
         path = pathlib.Path(config.tokenizer_file).expanduser()
         try:
@@ -283,6 +286,7 @@ def make_tokenizer(config: DataConfig, corpus: Corpus) -> Tokenizer:
             raise VaaniError(f"{path} is not UTF-8 text") from None
     if config.tokenizer == "byte":
         return ByteTokenizer()
+    assert corpus is not None
     return CharTokenizer.from_text(corpus.text)
 
 

@@ -144,12 +144,12 @@ def exact_sum(x: Array, axis: int | None = None) -> Array:
     terms = terms.reshape(parts, -1, x.shape[1])
     high = jnp.sum(terms >> _DIGIT, axis=1)
     low = jnp.sum(terms & (2**_DIGIT - 1), axis=1)
-    digits = _digits(high + (low >> _DIGIT))
-    digits = [low & (2**_DIGIT - 1), *digits]
+    high, low = high + (low >> _DIGIT), low & (2**_DIGIT - 1)
+    digits = jnp.stack([low, *_digits(high)])
     if axis is None:
-        digits = [jnp.sum(digit, keepdims=True) for digit in digits]
-    total = jnp.zeros_like(digits[0], jnp.float32)
-    for digit in reversed(digits):
+        digits = jnp.sum(digits, axis=(1, 2), keepdims=True)
+    total = jnp.zeros(digits.shape[1:], jnp.float32)
+    for digit in digits[::-1]:
         total = total * 2.0**_DIGIT + digit.astype(jnp.float32)
     total = total * _power_of_two(-shift)
     infinite = (2 * _FLOAT32_BIAS + 1) << _FLOAT32_MANTISSA

@@ -41,27 +41,16 @@ from vaani_jax.model import (
     model_size,
     stack_layers,
 )
-from vaani_jax.optim import USUAL_LEARNING_RATES, Schedule, make_optimizer
+from vaani_jax.program import make_program
 from vaani_jax.sharding import (
-    BATCH,
     Mesh,
-    NamedSharding,
-    PartitionSpec,
     batch_parts,
-    check_batch,
     make_mesh,
     place,
     place_parts,
-    replicated,
-    state_shardings,
 )
 from vaani_jax.step import (
     TrainState,
-    init_state,
-    make_adjust_step,
-    make_eval_step,
-    make_report_step,
-    make_train_step,
 )
 from vaani_jax.tokenizer import Tokenizer
 from vaani_jax.tuner import (
@@ -71,7 +60,6 @@ from vaani_jax.tuner import (
     LOST,
     RECENT,
     STUCK,
-    HyperparameterTuner,
     Verdict,
     layer_labels,
     pick_learning_rate,
@@ -274,50 +262,16 @@ class Trainer:
             batch_size=config.batch_size,
             seed=config.seed,
         )
-        check_batch(self.mesh, config.batch_size, config.optim.accumulation_steps)
-        self.batch_sharding = NamedSharding(self.mesh, PartitionSpec(BATCH))
-        self.everywhere = replicated(self.mesh)
         self.validation = validation_set(
             config, split, self.tokenizer, batch_parts(self.mesh)
         )
         steps = config.num_steps
         self.num_steps = steps or config.num_epochs * self.batches.steps_per_epoch
         self.tokens_per_step = config.batch_size * model.max_seq_len
-        optimizer = make_optimizer(config.optim)
-        peak = config.learning_rate
-        if peak == "auto":
-            peak = USUAL_LEARNING_RATES[config.optim.name]
-        schedule = Schedule(config.optim, peak, self.num_steps)
-        self.tuner = None
-        if config.use_tuner:
-            self.tuner = HyperparameterTuner(
-                config.tuner,
-                learning_rate=peak,
-                warmup_steps=schedule.warmup_steps,
-                clip_norm=config.optim.clip_norm,
-                momentum=(
-                    model.activation_momentum
-                    if model.activation_tracking == "ema"
-                    else None
-                ),
-                band=config.sparsity_band,
-                aggressive=config.aggressive_tuning,
-            )
-        self.make_state = make_state = functools.partial(
-            init_state, model, optimizer, config.seed, self.tuner
-        )
-        shapes = jax.eval_shape(make_state)
-        self.shardings = state_shardings(shapes, self.mesh, config.mesh)
+        self.program = program = make_program(config, self.mesh, self.num_steps)
+        self.tuner = program.tuner
         # What a checkpoint is read as, on whatever mesh it was written.
-        self.target = _items(
-            jax.tree.map(
-                lambda leaf, sharding: jax.ShapeDtypeStruct(
-                    leaf.shape, leaf.dtype, sharding=sharding
-                ),
-                shapes,
-                self.shardings,
-            )
-        )
+        self.target = _items(program.shapes)
         self.elapsed = 0.0
         self.best: dict[str, float] | None = None
         # Metrics of the steps since the last report, on the device or fetched.
@@ -338,38 +292,11 @@ class Trainer:
         else:
             self.state = self._first_state(source)
             self.start = 0
-        # Every step leaves the state cut as it was, and what it tells in every process.
-        outputs = (self.shardings, self.everywhere)
-        self.train_step = jax.jit(
-            make_train_step(
-                model,
-                optimizer,
-                schedule,
-                accumulation_steps=config.optim.accumulation_steps,
-                mix_steps=config.quantize_steps,
-                tuner=self.tuner,
-            ),
-            donate_argnums=0,
-            out_shardings=outputs,
-        )
         # What the tuner made of steps already dispatched, on the device.
         self.pending: list[tuple[int, Any]] = []
         if self.tuner is not None:
-            self.adjust_step = jax.jit(
-                make_adjust_step(model, self.tuner, mix_steps=config.quantize_steps),
-                donate_argnums=0,
-                out_shardings=outputs,
-            )
-            self.see_evaluation = jax.jit(
-                self.tuner.see_evaluation,
-                out_shardings=(self.shardings.tuner, self.everywhere),
-            )
             self.journal = Journal(self.output, self.start, self.say)
             self.layers = layer_labels(self.state.tuner.layer_norms)
-        self.report_step = jax.jit(
-            make_report_step(model), donate_argnums=0, out_shardings=outputs
-        )
-        self.eval_step = jax.jit(make_eval_step(model), out_shardings=self.everywhere)
         self.writer = MetricWriter(self.output, self.start)
         self._announce(len(split.train), restored is not None)
 
@@ -417,7 +344,7 @@ class Trainer:
 
     def _first_state(self, source: LoadedModel | None) -> TrainState:
         """The state before the first step, with the weights of ``source`` if any."""
-        state = jax.jit(self.make_state, out_shardings=self.shardings)()
+        state = self.program.first_state()
         if source is None:
             return state
         if source.packed:
@@ -454,13 +381,10 @@ class Trainer:
         params = jax.tree.map(
             lambda leaf, sharding: place(np.asarray(leaf), sharding),
             params,
-            self.shardings.params,
+            self.program.shardings.params,
         )
         state = dataclasses.replace(state, params=params)
-        state, _ = jax.jit(
-            make_report_step(self.config.model),
-            out_shardings=(self.shardings, self.everywhere),
-        )(state)
+        state, _ = self.program.report_step(state)
         if self.tuner is not None:
             codes = jax.tree.map(jnp.copy, state.codes)
             state = dataclasses.replace(state, tuner=state.tuner.replace(codes=codes))
@@ -546,7 +470,7 @@ class Trainer:
                     waiting = None
                 if step % config.log_interval == 0 or step == self.num_steps:
                     self.stop.settle()
-                    self.state, stats = self.report_step(self.state)
+                    self.state, stats = self.program.report_step(self.state)
                     waiting = _Report(step, self.window, stats)
                     self.window = []
                 due = step == self.num_steps
@@ -575,7 +499,7 @@ class Trainer:
         """Starts the next step; returns its metrics, on the device."""
         tokens = self._batch(step)
         began = time.perf_counter()
-        self.state, metrics = self.train_step(self.state, tokens)
+        self.state, metrics = self.program.train_step(self.state, tokens)
         if not self._compiled:
             self._compiled = True
             metrics["train/loss"].block_until_ready()
@@ -586,24 +510,24 @@ class Trainer:
         if self.tuner is not None:
             self.pending.append((step + 1, metrics.pop("verdict")))
             if adjust and (step + 1) % self.tuner.config.interval == 0:
-                self.state, adjustment = self.adjust_step(self.state)
+                self.state, adjustment = self.program.adjust_step(self.state)
                 self.pending.append((step + 1, adjustment))
         return metrics
 
     def _batch(self, step: int) -> jax.Array:
         """The tokens of a step; each process reads the rows of its own devices."""
         if jax.process_count() == 1:
-            return jax.device_put(self.batches.batch_at(step), self.batch_sharding)
+            return jax.device_put(self.batches.batch_at(step), self.program.batch)
         shape = (self.config.batch_size, self.config.model.max_seq_len + 1)
         return place_parts(
             shape,
-            self.batch_sharding,
+            self.program.batch,
             lambda index: self.batches.batch_at(step, index[0]),
         )
 
     def _number(self, value: float) -> jax.Array:
         """A float32 scalar on every device."""
-        return place(np.float32(value), self.everywhere)
+        return place(np.float32(value), self.program.everywhere)
 
     # -- The tuner ----------------------------------------------------------------
 
@@ -804,11 +728,11 @@ class Trainer:
 
     def _evaluate(self, step: int) -> Evaluation | None:
         result = self.validation.evaluate(
-            self.eval_step,
+            self.program.eval_step,
             self.state.params,
             self.state.quant,
             self.stop,
-            functools.partial(place, sharding=self.batch_sharding),
+            functools.partial(place, sharding=self.program.batch),
         )
         if result is None:
             return None
@@ -823,7 +747,7 @@ class Trainer:
             return self._evaluate(step)
         self._last_eval = (step, result)
         if self.journal is not None:
-            tuned, change = self.see_evaluation(
+            tuned, change = self.program.see_evaluation(
                 self.state.tuner, self._number(result.loss)
             )
             self.state = dataclasses.replace(self.state, tuner=tuned)

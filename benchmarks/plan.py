@@ -1,0 +1,124 @@
+"""The planner's memory beside what the training step really takes, on this CPU.
+
+    python benchmarks/plan.py
+
+``medium`` as it is, ``large`` with a batch of 8, each on one device and cut over four
+virtual ones (mesh.fsdp=4). Each is measured in a process of its own: the step is
+compiled, what the compiler took goes back to the system, and from there the resident
+memory is followed while the state is made and two steps run, as `train.py` runs them:
+the peak is that of the second.
+The plan is that of all devices together: "compiler" as the compiler counts, "planned"
+with the scratch of libraries (`vaani_jax.plan.Memory.scratch`). The tuner is on; its
+range test, which holds a second state, is not run.
+"""
+
+import argparse
+import ctypes
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# A config, its batch and the number of devices.
+CASES = (("medium", 0, 1), ("medium", 0, 4), ("large", 8, 1), ("large", 8, 4))
+
+
+def resident(key: str) -> int:
+    """Bytes of memory of this process: VmRSS, or VmHWM for its peak."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(f"{key}:"))
+    return 1024 * int(line.split()[1])
+
+
+def measure(name: str, batch: int, devices: int) -> None:
+    """The worker: prints the planned and the measured bytes as JSON."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
+    import numpy as np
+
+    from vaani_jax.config import config_from_flags
+    from vaani_jax.memory import keep_freed_memory
+    from vaani_jax.plan import compile_step, make_plan
+    from vaani_jax.program import make_program
+    from vaani_jax.sharding import make_mesh, place
+
+    keep_freed_memory()
+    path = ROOT / "configs" / f"{name}.py"
+    config = config_from_flags([f"--config={path}"]).config
+    model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or 256)
+    config = dataclasses.replace(
+        config,
+        model=model,
+        batch_size=batch or config.batch_size,
+        num_steps=1000,
+        mesh=dataclasses.replace(config.mesh, fsdp=devices),
+    )
+    plan = make_plan(config)
+    mesh = make_mesh(config.mesh)
+    program = make_program(config, mesh, config.num_steps)
+    step = compile_step(program, config, mesh)
+    rng = np.random.default_rng(0)
+    shape = (config.batch_size, model.max_seq_len + 1)
+    tokens = rng.integers(0, model.vocab_size, shape, dtype=np.int32)
+    with jax.set_mesh(mesh):
+        make = program.first_state.lower().compile()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        before = resident("VmRSS")
+        state, held = make(), place(tokens, program.batch)
+        state, metrics = step(state, held)
+        assert np.isfinite(float(metrics["train/loss"]))
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        state, metrics = step(state, held)
+        metrics["train/loss"].block_until_ready()
+    row = {
+        "compiler": devices * plan.memory.step,
+        "planned": devices * plan.memory.cpu_step,
+        "measured": resident("VmHWM") - before,
+    }
+    print(json.dumps(row))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        name, batch, devices = options.worker
+        measure(name, int(batch), int(devices))
+        return
+    rows: list[dict[str, Any]] = []
+    for case in CASES:
+        print(f"measuring {case[0]} on {case[2]} devices", file=sys.stderr)
+        done = subprocess.run(
+            [sys.executable, __file__, "--worker", *map(str, case)],
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise SystemExit(f"the worker failed:\n{done.stderr[-2000:]}")
+        row = json.loads(done.stdout.splitlines()[-1])
+        name, batch, devices = case
+        rows.append({"config": name, "batch": batch, "devices": devices, **row})
+    if options.json:
+        print(json.dumps(rows))
+        return
+    titles = "compiler", "planned", "measured", "ratio"
+    print(f"{'MB, all devices':24}" + "".join(f"{title:>10}" for title in titles))
+    for row in rows:
+        title = f"{row['config']}, {row['devices']} device(s)"
+        print(
+            f"{title:24}{row['compiler'] / 1e6:10.0f}{row['planned'] / 1e6:10.0f}"
+            f"{row['measured'] / 1e6:10.0f}{row['planned'] / row['measured']:10.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
