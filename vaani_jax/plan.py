@@ -10,13 +10,12 @@ run would have, from shapes alone: nothing is allocated, no accelerator is touch
   compiler's back: `Memory.scratch` estimates it.
 * **Communication** is read from the compiled program (`hlo.py`). CPU code sends
   bfloat16 as float32, and sums gradients everywhere before each device takes its part:
-  up to twice what a GPU or a TPU sends, never less.
+  of either, a GPU or a TPU sends half.
 * **Time** is arithmetic, not a measurement: executed FLOPs at an assumed utilisation of
   the chip's bfloat16 peak, beside communication at the speed of its links, and after
   both the state read and written once from its memory.
 
-Only the training step is planned: evaluation and sampling take less, checkpoints pass
-through the memory of the hosts.
+Only the training step is planned, not evaluation, sampling or checkpoints.
 """
 
 import dataclasses
@@ -265,7 +264,7 @@ def as_text(plan: Plan, chips: Sequence[Chip], utilisation: float) -> str:
     for chip in chips:
         spent = plan.time(chip, utilisation)
         share = memory.peak / chip.memory_bytes
-        fits = f"{share:.0%}" if share <= 1 else f"{share:.1f} x too little"
+        fits = f"{share:.0%}" if share <= 1 else f"no, {share:.1f} x"
         lines.append(
             f"  {chip.name:10} {fits:>16} {spent.step:8.3g}"
             f" {plan.tokens / spent.step:12,.0f} {plan.mfu(chip, utilisation):5.0%}"
@@ -317,7 +316,9 @@ def _memory(program: Program, config: Config, mesh: Mesh, compiled: Any) -> Memo
     model, rows = config.model, config.batch_size // config.optim.accumulation_steps
     scores = rows * model.n_heads * model.max_seq_len**2 * 4 // mesh.size
     second = 0
-    if program.tuner is not None and program.tuner.probe_rates(config.num_steps or 1):
+    # A run that is given in epochs may well be long enough for a range test.
+    steps, tuner = config.num_steps, program.tuner
+    if tuner is not None and (not steps or tuner.probe_rates(steps)):
         second = params + optimizer + other
     return Memory(
         params=params,
