@@ -499,7 +499,8 @@ def test_recomputing_takes_less_memory_and_saving_products_part_of_it(config):
     assert nothing < products < everything
     # q, k, v, o, gate and up. (In bfloat16 a CPU's compiler makes float32 of them.)
     kept = 4 * tokens.size * (4 * 64 + 2 * 192) * 4
-    assert products - nothing == pytest.approx(kept, rel=0.2)
+    # Without them, those of the layer that is being recomputed may be there as well.
+    assert 0.7 * kept <= products - nothing <= 1.2 * kept
 
 
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["loop", "scan"])
