@@ -123,7 +123,7 @@ def test_least_squares_scale_is_the_optimum(tau):
 
 @pytest.mark.parametrize("axis", [None, 0])
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 0.02, 1e20])
-@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (64, 64), (257, 129), (64, 70_000)])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (64, 64), (257, 129), (64, 7_000)])
 def test_sums_are_those_of_float64_in_any_order(shape, scale, axis):
     rng = np.random.default_rng(0)
     terms = np.abs(gaussian(*shape, scale=scale))
