@@ -30,6 +30,7 @@ import numpy as np
 
 from vaani_jax.chips import Chip
 from vaani_jax.config import Config
+from vaani_jax.errors import VaaniError
 from vaani_jax.hlo import Collective, collectives
 from vaani_jax.metrics import size
 from vaani_jax.model import flops_per_token, model_size
@@ -183,7 +184,8 @@ def make_plan(
       notify: is told what takes long.
 
     Raises:
-      VaaniError: the mesh, the batch or a parameter doesn't fit the devices.
+      VaaniError: the mesh, the batch or a parameter doesn't fit the devices; or the
+        compiled step sends something that `hlo.py` can't read.
     """
     devices = list(jax.devices() if devices is None else devices)
     mesh = make_mesh(config.mesh, devices)
@@ -193,6 +195,10 @@ def make_plan(
     start = time.perf_counter()
     compiled = compile_step(program, config, mesh)
     seconds = time.perf_counter() - start
+    try:
+        exchanges = tuple(collectives(compiled.as_text()))
+    except ValueError as error:
+        raise VaaniError(f"can't read what the compiled step sends: {error}") from error
     model = config.model
     tokens = config.batch_size * model.max_seq_len
     flops = tokens * flops_per_token(model, model.max_seq_len)
@@ -211,7 +217,7 @@ def make_plan(
         flops=flops,
         executed=executed,
         memory=_memory(program, config, mesh, compiled),
-        exchanges=tuple(collectives(compiled.as_text())),
+        exchanges=exchanges,
         compilation=seconds,
     )
 

@@ -37,10 +37,7 @@ from vaani_jax.journal import Journal
 from vaani_jax.load import LoadedModel, load_model, run_config
 from vaani_jax.memory import keep_freed_memory
 from vaani_jax.metrics import Display, MetricWriter, Row, duration, size
-from vaani_jax.model import (
-    model_size,
-    stack_layers,
-)
+from vaani_jax.model import model_size, stack_layers
 from vaani_jax.program import make_program
 from vaani_jax.sharding import (
     Mesh,
@@ -49,9 +46,7 @@ from vaani_jax.sharding import (
     place,
     place_parts,
 )
-from vaani_jax.step import (
-    TrainState,
-)
+from vaani_jax.step import TrainState
 from vaani_jax.tokenizer import Tokenizer
 from vaani_jax.tuner import (
     ACCEPTED,
