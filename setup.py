@@ -10,8 +10,8 @@ from setuptools import Extension, setup
 setup(
     ext_modules=[
         Extension(
-            "vaani_jax.kernels._cpu",
-            sources=["vaani_jax/kernels/cpu.cc"],
+            "vaani_jax.kernels.cpu._cpu",
+            sources=["vaani_jax/kernels/cpu/kernels.cc"],
             include_dirs=[jax.ffi.include_dir()],
             language="c++",
             optional=True,

@@ -24,9 +24,9 @@ from vaani_jax.cli import run_guarded
 
 def main(arguments: list[str]) -> int:
     # These imports take seconds: here, Ctrl-C already ends in one line.
-    from vaani_jax.config import config_from_flags
-    from vaani_jax.distributed import join
-    from vaani_jax.trainer import train
+    from vaani_jax.cli.flags import config_from_flags
+    from vaani_jax.devices.processes import join
+    from vaani_jax.train.loop import train
 
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__.strip())
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     status = run_guarded(main, sys.argv[1:])
     if status:
-        from vaani_jax.distributed import leave
+        from vaani_jax.devices.processes import leave
 
         leave(status)
     sys.exit(status)

@@ -70,11 +70,11 @@ def embedding(shape: str) -> Any:
 def write_vaani(shape: str, folder: pathlib.Path) -> None:
     import jax.numpy as jnp
 
-    from vaani_jax.config import Config
-    from vaani_jax.load import LoadedModel, save_packed
-    from vaani_jax.model import ModelConfig
-    from vaani_jax.pack import pack, pack_rows
-    from vaani_jax.tokenizer import ByteTokenizer
+    from vaani_jax.inference.model import LoadedModel, save_packed
+    from vaani_jax.model.config import ModelConfig
+    from vaani_jax.quant.packed import pack, pack_rows
+    from vaani_jax.text.tokenizers import ByteTokenizer
+    from vaani_jax.train.config import Config
 
     layers, d, f, heads, v = SHAPES[shape]
     config = ModelConfig(
@@ -164,10 +164,11 @@ def measure_vaani(path: pathlib.Path) -> dict[str, Any]:
 
     jax.jit(lambda x: x + 1)(jnp.ones(8)).block_until_ready()
     runtime = peak()
-    from vaani_jax.generate import SamplerConfig, decode, prefill
+    from vaani_jax.inference.generate import decode, prefill
+    from vaani_jax.inference.model import load_packed
+    from vaani_jax.inference.sampling import SamplerConfig
     from vaani_jax.kernels import backend
-    from vaani_jax.load import load_packed
-    from vaani_jax.model import KVCache
+    from vaani_jax.model.cache import KVCache
 
     model = load_packed(path)
     greedy, key = SamplerConfig(temperature=0.0), jax.random.key(0)

@@ -27,13 +27,15 @@ import tempfile
 import jax
 import numpy as np
 
-from vaani_jax.data import load_corpus, split_tokens, validation_windows
-from vaani_jax.evaluate import ValidationSet
-from vaani_jax.generate import SamplerConfig, generate
+from vaani_jax.data.batches import validation_windows
+from vaani_jax.data.corpus import split_tokens
+from vaani_jax.data.sources import load_corpus
+from vaani_jax.evaluate.loss import ValidationSet, make_eval_step
+from vaani_jax.inference.generate import generate
+from vaani_jax.inference.model import load_model
+from vaani_jax.inference.sampling import SamplerConfig
 from vaani_jax.interop.convert import export_model
-from vaani_jax.load import load_model
-from vaani_jax.model import Vaani
-from vaani_jax.step import make_eval_step
+from vaani_jax.model.transformer import Vaani
 
 PROMPT, NEW = 16, 32
 

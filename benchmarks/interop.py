@@ -38,10 +38,11 @@ sys.exit(status)
 MAKE = """
 import pathlib, sys
 import jax
-from vaani_jax.checkpoint import Checkpoints
-from vaani_jax.config import Config
-from vaani_jax.model import ModelConfig, init_variables
-from vaani_jax.tokenizer import ByteTokenizer
+from vaani_jax.runs.checkpoints import Checkpoints
+from vaani_jax.train.config import Config
+from vaani_jax.model.config import ModelConfig
+from vaani_jax.model.transformer import init_variables
+from vaani_jax.text.tokenizers import ByteTokenizer
 
 small = sys.argv[2] == "small"
 config = ModelConfig(

@@ -43,11 +43,11 @@ def measure(name: str, batch: int, devices: int) -> None:
     jax.config.update("jax_num_cpu_devices", devices)
     import numpy as np
 
-    from vaani_jax.config import config_from_flags
-    from vaani_jax.memory import keep_freed_memory
+    from vaani_jax.cli.flags import config_from_flags
+    from vaani_jax.devices.memory import keep_freed_memory
+    from vaani_jax.devices.mesh import make_mesh, place
     from vaani_jax.plan import compile_step, make_plan
-    from vaani_jax.program import make_program
-    from vaani_jax.sharding import make_mesh, place
+    from vaani_jax.train.program import make_program
 
     keep_freed_memory()
     path = ROOT / "configs" / f"{name}.py"

@@ -66,7 +66,7 @@ OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "MemoryError", "Out of memory")
 def load_config(path: str, overrides: list[str]) -> Any:
     import dataclasses
 
-    from vaani_jax.config import config_from_flags
+    from vaani_jax.cli.flags import config_from_flags
 
     config = config_from_flags([f"--config={path}", *overrides]).config
     optim = dataclasses.replace(config.optim, name="adamw")
@@ -88,10 +88,12 @@ def vaani_step(config: Any, quantize: bool, tuned: bool) -> Callable[[int], floa
     import jax
     import numpy as np
 
-    from vaani_jax.memory import keep_freed_memory
-    from vaani_jax.optim import Schedule, make_optimizer
-    from vaani_jax.step import init_state, make_adjust_step, make_train_step
-    from vaani_jax.tuner import HyperparameterTuner
+    from vaani_jax.devices.memory import keep_freed_memory
+    from vaani_jax.train.optimizers import make_optimizer
+    from vaani_jax.train.schedules import Schedule
+    from vaani_jax.train.state import init_state
+    from vaani_jax.train.steps import make_adjust_step, make_train_step
+    from vaani_jax.train.tuner import HyperparameterTuner
 
     keep_freed_memory()
     model = dataclasses.replace(config.model, quantize=quantize)
@@ -212,8 +214,8 @@ def measure(options: argparse.Namespace, path: str, overrides: list[str]) -> Non
 
     import jax
 
-    from vaani_jax.chips import chip_of
-    from vaani_jax.model import flops_per_token, model_size
+    from vaani_jax.devices.chips import chip_of
+    from vaani_jax.model.size import flops_per_token, model_size
 
     config, (batch,) = load_config(path, overrides), options.batch
     model = dataclasses.replace(

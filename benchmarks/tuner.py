@@ -57,7 +57,8 @@ Job = dict[str, Any]
 
 def load_config(job: Job) -> Any:
     """The config of a job."""
-    from vaani_jax.config import config_from_flags, from_dict
+    from vaani_jax.cli.flags import config_from_flags
+    from vaani_jax.train.config import from_dict
 
     path = str(ROOT / "configs" / "small.py")
     sys.argv = ["train.py", f"--config={path}"]
@@ -96,8 +97,8 @@ def accident(kind: str, steps: int) -> Iterator[None]:
     """Makes something go wrong in the middle of a run."""
     import jax.numpy as jnp
 
-    from vaani_jax import trainer
-    from vaani_jax.data import Batches
+    from vaani_jax.data.batches import Batches
+    from vaani_jax.train import loop as trainer
 
     middle = steps // 2
 
@@ -127,7 +128,7 @@ def run_vaani(job: Job) -> dict[str, Any]:
     from rich.console import Console
 
     from vaani_jax.errors import VaaniError
-    from vaani_jax.trainer import train
+    from vaani_jax.train.loop import train
 
     config = load_config(job)
     with (
@@ -176,11 +177,15 @@ def run_other(job: Job) -> dict[str, Any]:
     import optax
     from optax import contrib
 
-    from vaani_jax.data import Batches, load_corpus, make_tokenizer, split_tokens
-    from vaani_jax.memory import keep_freed_memory
-    from vaani_jax.optim import Schedule
-    from vaani_jax.step import init_state, make_eval_step, make_train_step
-    from vaani_jax.trainer import validation_set
+    from vaani_jax.data.batches import Batches
+    from vaani_jax.data.corpus import make_tokenizer, split_tokens
+    from vaani_jax.data.sources import load_corpus
+    from vaani_jax.devices.memory import keep_freed_memory
+    from vaani_jax.evaluate.loss import make_eval_step
+    from vaani_jax.train.loop import validation_set
+    from vaani_jax.train.schedules import Schedule
+    from vaani_jax.train.state import init_state
+    from vaani_jax.train.steps import make_train_step
 
     keep_freed_memory()
     config, name = load_config(job), job["optimizer"]

@@ -9,8 +9,9 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from vaani_jax.load import load_model
-from vaani_jax.model import KVCache, Vaani
+from vaani_jax.inference.model import load_model
+from vaani_jax.model.cache import KVCache
+from vaani_jax.model.transformer import Vaani
 
 model = load_model(sys.argv[1])
 prompt = sys.argv[2] if len(sys.argv) > 2 else "\n"

@@ -1,4 +1,4 @@
-"""Imports run downward only, and stay where DESIGN puts them."""
+"""Imports run downward only, floors are folders, and there is no circle."""
 
 import ast
 import pathlib
@@ -10,50 +10,53 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = "vaani_jax"
 
-# Lowest first: a module imports from lower lines only, or as SAME_LINE says.
-LINES = (
-    ("__init__", "errors"),
-    ("files", "memory", "chips", "hlo", "sharding", "distributed"),
-    ("quant", "norm"),
-    ("pack",),
-    ("kernels",),
-    ("attention",),
-    ("layers",),
-    ("model", "optim", "tuner", "tokenizer", "metrics"),
-    ("step", "evaluate", "generate", "data", "checkpoint", "plots", "journal"),
-    ("config",),
-    ("load", "program"),
-    ("trainer", "plan"),
-    ("interop",),
-    ("cli",),
-    ("__main__",),
+# Lowest first: a module imports from lower floors, or from its own folder.
+FLOORS = (
+    "__init__",
+    "errors",
+    "files",
+    "words",
+    "devices",
+    "quant",
+    "kernels",
+    "model",
+    "text",
+    "data",
+    "runs",
+    "inference",
+    "evaluate",
+    "train",
+    "interop",
+    "plan",
+    "cli",
+    "__main__",
 )
-SAME_LINE = {("evaluate", "data")}
-RANK = {module: rank for rank, line in enumerate(LINES) for module in line}
 
-# What may be imported from outside only where DESIGN says.
+# What may be imported from outside in one place only: whoever knows it knows it alone.
 CONFINED = {
-    "ml_collections": {"config"},
-    "absl": {"config"},
-    "orbax": {"checkpoint"},
-    "grain": {"data"},
-    "tensorboardX": {"metrics"},
-    "matplotlib": {"plots"},
-    "safetensors": {"interop"},
-    "gguf": {"interop"},
-    "tokenizers": {"tokenizer"},
+    "ml_collections": {"cli.flags"},
+    "absl": {"cli.flags"},
+    "orbax": {"runs.checkpoints"},
+    "grain": {"data.batches"},
+    "tensorboardX": {"runs.metrics"},
+    "matplotlib": {"runs.curves"},
+    "safetensors": {"interop.formats.hf"},
+    "gguf": {"interop.formats.gguf"},
+    "tokenizers": {"text.tokenizers"},
 }
 FORBIDDEN = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "joblib"}
 FORBIDDEN |= {"marshal", "torch", "tensorflow", "transformers"}
 
-FILES = {file.stem: file for file in (ROOT / PACKAGE).glob("*.py")}
-# A folder counts as one module.
-FOLDERS = {
-    folder.name: sorted(folder.glob("*.py"))
-    for folder in (ROOT / PACKAGE).iterdir()
-    if (folder / "__init__.py").exists()
-}
-MODULES = {**{module: [file] for module, file in FILES.items()}, **FOLDERS}
+
+def _name(file: pathlib.Path) -> str:
+    """``model.norm``; a folder's ``__init__.py`` has the folder's name."""
+    parts = file.relative_to(ROOT / PACKAGE).with_suffix("").parts
+    if parts[-1] == "__init__" and len(parts) > 1:
+        parts = parts[:-1]
+    return ".".join(parts)
+
+
+FILES = {_name(file): file for file in sorted((ROOT / PACKAGE).rglob("*.py"))}
 
 
 def _tree(file: pathlib.Path) -> ast.AST:
@@ -78,72 +81,70 @@ def _modules(file: pathlib.Path) -> set[str]:
     for name in _imported(file):
         top, _, rest = name.partition(".")
         if top == PACKAGE:
-            module = rest.partition(".")[0]
-            found.add(module if module in MODULES else "__init__")
+            while rest and rest not in FILES:  # an object: its module
+                rest = rest.rpartition(".")[0]
+            found.add(rest or "__init__")
     return found
 
 
-def _users(package: str) -> set[str]:
-    return {
-        module
-        for module, files in MODULES.items()
-        for file in files
-        if package in {name.partition(".")[0] for name in _imported(file)}
-    }
+def _floor(module: str) -> int:
+    return FLOORS.index(module.partition(".")[0])
 
 
-def test_every_module_has_its_line():
-    assert set(MODULES) == set(RANK), "give a new module its place in LINES"
-    assert len(RANK) == sum(map(len, LINES))
+def test_every_folder_has_its_floor():
+    assert {module.partition(".")[0] for module in FILES} == set(FLOORS)
 
 
 def test_the_walk_sees_imports():
-    assert _modules(FILES["trainer"]) >= {"__init__", "plots", "step", "checkpoint"}
-    assert "trainer" in _modules(FILES["cli"])  # it is imported within a function
+    assert _modules(FILES["train.program"]) >= {"train.steps", "devices.mesh"}
+    # Imported within a function.
+    assert "interop.convert" in {m for f in FILES for m in _modules(FILES[f])}
 
 
-@pytest.mark.parametrize("module", sorted(MODULES.keys() & RANK))
+@pytest.mark.parametrize("module", sorted(FILES))
 def test_imports_run_downward(module):
+    own = module.partition(".")[0]
     upward = {
         other
-        for file in MODULES[module]
-        for other in _modules(file) - ({module} if module in FOLDERS else set())
-        if RANK.get(other, 99) >= RANK[module] and (module, other) not in SAME_LINE
+        for other in _modules(FILES[module])
+        if other.partition(".")[0] != own and _floor(other) >= _floor(module)
     }
     assert not upward
 
 
-def test_exceptions_are_used_and_run_one_way():
-    for module, other in SAME_LINE:
-        assert RANK[module] == RANK[other]
-        assert other in _modules(FILES[module])
-    # No module stands on both sides: no path, so no cycle.
-    assert not {a for a, _ in SAME_LINE} & {b for _, b in SAME_LINE}
+def test_there_is_no_circle():
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path, module))
+        if module in done:
+            return
+        for other in _modules(FILES[module]) - {module}:
+            visit(other, (*path, module))
+        done.add(module)
+
+    for module in FILES:
+        visit(module, ())
+    assert done == set(FILES)
 
 
-def test_checkpoint_knows_pytrees_and_json_only():
-    assert _modules(FILES["checkpoint"]) <= {"errors", "distributed"}
-
-
-def test_the_tuner_knows_no_model():
-    assert _modules(FILES["tuner"]) <= {"errors"}
-    outside = {name.partition(".")[0] for name in _imported(FILES["tuner"])}
-    third = outside - set(sys.stdlib_module_names) - {PACKAGE}
-    assert third == {"flax", "jax"}
+def test_checkpoints_know_pytrees_and_json_only():
+    floors = {m.partition(".")[0] for m in _modules(FILES["runs.checkpoints"])}
+    assert floors <= {"errors", "devices", "files", "words", "runs"}
 
 
 @pytest.mark.parametrize("package", sorted(CONFINED))
 def test_packages_stay_where_they_belong(package):
-    assert _users(package) == CONFINED[package]
+    users = {
+        module
+        for module, file in FILES.items()
+        if package in {name.partition(".")[0] for name in _imported(file)}
+    }
+    assert users == CONFINED[package]
 
 
 def test_no_pickle_anywhere():
-    files = [
-        *(file for files in MODULES.values() for file in files),
-        ROOT / "train.py",
-        *(ROOT / "configs").glob("*.py"),
-    ]
-    for file in files:
+    for file in [*FILES.values(), ROOT / "train.py", *(ROOT / "configs").glob("*.py")]:
         tops = {name.partition(".")[0] for name in _imported(file)}
         assert not tops & FORBIDDEN, file.name
         keywords = {n.arg for n in ast.walk(_tree(file)) if isinstance(n, ast.keyword)}

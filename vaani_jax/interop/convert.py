@@ -17,25 +17,38 @@ import jax.numpy as jnp
 import numpy as np
 
 from vaani_jax import __version__
-from vaani_jax.checkpoint import Checkpoints
-from vaani_jax.config import Config
+from vaani_jax.devices.memory import return_freed_memory
 from vaani_jax.errors import VaaniError
 from vaani_jax.files import appearing
-from vaani_jax.interop import gguf, hf
+from vaani_jax.inference.model import load_model
+from vaani_jax.interop.formats import gguf, hf
 from vaani_jax.interop.names import Storage, Tensor, architecture_of, tensors
-from vaani_jax.load import load_model
-from vaani_jax.memory import return_freed_memory
-from vaani_jax.model import ModelConfig, Vaani, ternary_kernels
-from vaani_jax.quant import ternarize
-from vaani_jax.tokenizer import CharTokenizer
+from vaani_jax.model.config import ModelConfig
+from vaani_jax.model.names import ternary_kernels
+from vaani_jax.model.transformer import Vaani
+from vaani_jax.quant.weights import ternarize
+from vaani_jax.runs.checkpoints import Checkpoints
+from vaani_jax.text.tokenizers import CharTokenizer
+from vaani_jax.train.config import Config
+
+Tree = Any
+
 
 Notify = Callable[[str], None]
-Tree = Any
+
+
 Flat = dict[tuple[str, ...], Any]  # arrays of a tree by their keys
+
+
 Format = Literal["hf", "hf-packed", "gguf"]
 
+
 PROBE_TOKENS = 64
+
+
 CONTEXT = 4096  # the longest that an import takes over unless told to
+
+
 # Largest median of |logit difference|, in units of the logits' standard deviation,
 # from a model whose embedding is rounded as the format rounds it: the arithmetic is the
 # same, but for sums that compiled code may take in another order.

@@ -11,12 +11,15 @@ import dataclasses
 from typing import Any, Literal
 
 from vaani_jax.errors import VaaniError
-from vaani_jax.layers import ModelConfig
+from vaani_jax.model.config import ModelConfig
 
 Kind = Literal["embedding", "norm", "linear", "head"]
+
+
 # How the kernels of a folder are stored: masters that the reader quantises; codes whose
 # product is multiplied, or divided, by the scale beside them; or plain weights.
 Storage = Literal["masters", "multiply", "divide", "full"]
+
 
 LARGEST = 2**31 - 1  # of any integer setting: what int32 indices can count
 
@@ -37,6 +40,8 @@ OUTSIDE = (
     Row("final_norm/scale", "model.norm", "output_norm", "norm", "D"),
     Row("lm_head/kernel", "lm_head", "output", "head", "DV"),
 )
+
+
 BLOCK = (
     Row("attn_norm/scale", "input_layernorm", "attn_norm", "norm", "D"),
     Row("attn/q_proj/kernel", "self_attn.q_proj", "attn_q", "linear", "DD"),
@@ -138,6 +143,7 @@ ARCHITECTURES = (
     ),
 )
 
+
 # Ours, that of config.json, and the method of gguf's writer with the key it writes.
 SETTINGS = (
     ("vocab_size", "vocab_size", "vocab_size"),
@@ -150,6 +156,8 @@ SETTINGS = (
     ("norm_eps", "rms_norm_eps", "attention.layer_norm_rms_epsilon"),
     ("rope_theta", "rope_theta", "rope.freq_base"),
 )
+
+
 ACTIVATIONS = {"swiglu": "silu", "relu2": "relu2"}
 
 

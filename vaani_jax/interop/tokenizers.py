@@ -14,9 +14,15 @@ from typing import Any
 
 from vaani_jax.errors import VaaniError
 from vaani_jax.interop.files import read_json, read_text
-from vaani_jax.tokenizer import ByteTokenizer, CharTokenizer, HFTokenizer, Tokenizer
+from vaani_jax.text.tokenizers import (
+    ByteTokenizer,
+    CharTokenizer,
+    HFTokenizer,
+    Tokenizer,
+)
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+
 
 # Regular expressions that llama.cpp knows by a name, as the files of the original
 # models spell them (convert_hf_to_gguf.py, llama-vocab.cpp).

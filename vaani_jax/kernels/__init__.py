@@ -25,21 +25,24 @@ import jax.numpy as jnp
 
 from vaani_jax.errors import VaaniError
 from vaani_jax.kernels import cpu
-from vaani_jax.norm import rms_norm
-from vaani_jax.pack import Layout, PackedRows, PackedTernary, unpack
-from vaani_jax.quant import (
-    activation_bound,
-    operand_dtype,
-    output_scale,
-    quantize_activations,
-)
+from vaani_jax.kernels.reference import reference
+from vaani_jax.quant.norm import rms_norm
+from vaani_jax.quant.packed import Layout, PackedRows, PackedTernary
 
 Array = jax.Array
+
+
 Norm = tuple[Array, float]
+
+
 Backend = Literal["reference", "cpu", "gpu", "tpu"]
+
+
 BACKENDS: tuple[Backend, ...] = ("reference", "cpu", "gpu", "tpu")
 
+
 FEW_ROWS = 4
+
 
 log = logging.getLogger("vaani_jax")
 
@@ -162,25 +165,6 @@ def ternary_matmul(
 
         outputs = pallas.ternary_matmul(flat, kernels, activation_range, platform=name)
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]).astype(x.dtype) for y in outputs)
-
-
-def reference(
-    x: Array, packed: tuple[PackedTernary, ...], activation_range: Array | None
-) -> list[Array]:
-    """`ternary_matmul` in plain JAX: x [M, K] float32, outputs [M, N] float32."""
-    bound = activation_bound(x, activation_range)
-    q, _ = quantize_activations(x, bound)
-    dtype = operand_dtype("auto")
-    outputs = []
-    for kernel in packed:
-        sums = jnp.dot(
-            q.astype(dtype),
-            unpack(kernel, dtype),
-            precision="highest",
-            preferred_element_type=jnp.float32,
-        )
-        outputs.append(sums * output_scale(bound, kernel.scale, 2))
-    return outputs
 
 
 def rows_matmul(x: Array, rows: PackedRows, *, using: Backend | None = None) -> Array:

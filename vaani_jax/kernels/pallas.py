@@ -19,13 +19,19 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from vaani_jax.pack import PackedTernary, relayout
-from vaani_jax.quant import activation_bound, output_scale, quantize_activations
+from vaani_jax.quant.activations import activation_bound, quantize_activations
+from vaani_jax.quant.packed import PackedTernary, relayout
+from vaani_jax.quant.product import output_scale
 
 Array = jax.Array
+
+
 Platform = Literal["gpu", "tpu"]
 
+
 DEPTH = 64  # bytes of codes along K at a time: 256 weights
+
+
 WIDTH = 128  # outputs of a program
 
 

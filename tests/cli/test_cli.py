@@ -1,0 +1,242 @@
+"""The command lines: results on standard output, one line and a status for errors."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from vaani_jax import cli
+from vaani_jax.train.config import from_dict
+from vaani_jax.train.loop import train
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    text = folder / "text.txt"
+    text.write_text("abcd efgh\n" * 300, encoding="utf-8")
+    config = from_dict(
+        {
+            "num_steps": 30,
+            "batch_size": 8,
+            "learning_rate": 1e-2,
+            "eval_interval": 10,
+            "data": {"path": str(text)},
+            "model": {"dim": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 20},
+            "optim": {"warmup_steps": 2},
+            "sample": {"max_new_tokens": 10},
+        }
+    )
+    with open(os.devnull, "w") as sink:
+        train(config, folder / "run", console=Console(file=sink))
+    return folder / "run"
+
+
+def test_evaluate_json(workdir, capsys):
+    assert cli.main(["evaluate", "--workdir", str(workdir), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result) == {"loss", "perplexity", "bits_per_byte", "tokens"}
+    assert result["tokens"] == 20 * ((300 - 1) // 20)
+    summary = json.loads((workdir / "run.json").read_text())
+    assert result["loss"] == pytest.approx(summary["best"]["loss"], rel=1e-6)
+
+
+def test_generate_streams_and_repeats(workdir, capsys):
+    arguments = ["generate", "--workdir", str(workdir), "--prompt", "abc"]
+    assert cli.main([*arguments, "--max-new-tokens", "50"]) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("abc")
+    assert len(first) == 3 + 50 + 1
+    cli.main([*arguments, "--max-new-tokens", "50"])
+    assert capsys.readouterr().out == first
+    cli.main([*arguments, "--max-new-tokens", "50", "--seed", "1"])
+    assert capsys.readouterr().out != first
+
+
+def test_generate_json_with_several_samples(workdir, capsys):
+    cli.main(
+        [
+            *("generate", "--workdir", str(workdir), "--prompt", "a", "--json"),
+            *("--num-samples", "3", "--max-new-tokens", "7", "--temperature", "1.5"),
+        ]
+    )
+    result = json.loads(capsys.readouterr().out)
+    assert result["prompt"] == "a"
+    assert [len(s) for s in result["samples"]] == [7, 7, 7]
+    assert len(set(result["samples"])) > 1
+
+
+def test_generate_continues_several_prompts(workdir, tmp_path, capsys):
+    """As each alone: from flags or from a file, as text or as JSON."""
+    command = ["generate", "--workdir", str(workdir), "--max-new-tokens", "25"]
+    prompts, texts = ["abcd", "h", "efgh abcd efgh"], []
+    for prompt in prompts:
+        assert cli.main([*command, "--prompt", prompt]) == 0
+        texts.append(capsys.readouterr().out.removesuffix("\n"))
+    several = [word for prompt in prompts for word in ("--prompt", prompt)]
+    assert cli.main([*command, *several]) == 0
+    out = capsys.readouterr().out
+    assert out == "".join(f"--- prompt {i + 1}\n{t}\n" for i, t in enumerate(texts))
+
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    several = ["--prompts-file", str(file), "--num-samples", "2"]
+    assert cli.main([*command, *several, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result) == {"results", "checkpoint", "seed"}
+    assert [r["prompt"] for r in result["results"]] == prompts
+    samples = [r["samples"] for r in result["results"]]
+    assert [[len(s) for s in pair] for pair in samples] == [[25, 25]] * 3
+    assert [p + pair[0] for p, pair in zip(prompts, samples, strict=True)] == texts
+    assert cli.main([*command, *several]) == 0
+    assert "\n--- prompt 2, sample 1\nh" in capsys.readouterr().out
+
+    file.write_text("abcd", encoding="utf-8")  # one line is a list of one
+    assert cli.main([*command, "--prompts-file", str(file), "--json"]) == 0
+    (only,) = json.loads(capsys.readouterr().out)["results"]
+    assert only == {"prompt": "abcd", "samples": [samples[0][0]]}
+
+
+def test_generate_with_another_cache_and_other_segments(workdir, capsys):
+    command = ["generate", "--workdir", str(workdir), "--prompt", "abcd", "--greedy"]
+    assert cli.main([*command, "--max-new-tokens", "30"]) == 0
+    expected = capsys.readouterr().out
+    for more in (["--kv-dtype", "float32"], ["--segment", "7"]):
+        assert cli.main([*command, "--max-new-tokens", "30", *more]) == 0
+        assert capsys.readouterr().out == expected
+    for dtype in ("bfloat16", "int8"):
+        more = ["--kv-dtype", dtype]
+        assert cli.main([*command, "--max-new-tokens", "30", *more]) == 0
+        assert len(capsys.readouterr().out) == len(expected)
+
+
+def test_prompt_files_that_cannot_be_read(workdir, tmp_path, capsys):
+    file = tmp_path / "prompts.txt"
+    for content, message in (
+        (b"abc\n\nab\n", "prompt 2 is empty"),
+        (b"", "the prompt is empty"),
+        (b"abc\nxyz\n", "prompt 2: character 'x'"),
+        (b"abc\n\xff\n", "is no UTF-8 text"),
+        (None, "prompts.txt"),
+    ):
+        file.unlink(missing_ok=True)
+        if content is not None:
+            file.write_bytes(content)
+        command = ["generate", "--workdir", str(workdir), "--prompts-file", str(file)]
+        assert cli.main(command) == 1
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert message in captured.err.splitlines()[-1]
+
+
+def test_plot(workdir, tmp_path, capsys):
+    output = tmp_path / "curves.png"
+    cli.main(["plot", "--workdir", str(workdir), "--output", str(output)])
+    assert capsys.readouterr().out.strip() == str(output)
+    assert output.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--prompt", "aé"], "character 'é' (U+00E9, at position 1)"),
+        (["generate", "--prompt", ""], "the prompt is empty"),
+        (["generate", "--prompt", "a", "--prompt", "?"], "prompt 2: character '?'"),
+        (["generate", "--top-p", "0"], "top-p must be in (0, 1]"),
+        (["generate", "--checkpoint", "7"], "no checkpoint of step 7; it has"),
+        (["generate", "--checkpoint", "x"], "choose best, last or a step number"),
+        (["evaluate", "--workdir", "/nonexistent"], "holds no run"),
+        (["plot", "--workdir", "/nonexistent"], "no metrics.jsonl"),
+    ],
+)
+def test_errors_are_one_line(workdir, capsys, arguments, message):
+    if "--workdir" not in arguments:
+        arguments = [*arguments, "--workdir", str(workdir)]
+    assert cli.main(arguments) == 1
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert captured.out == ""
+
+
+def run_script(*command, **environment):
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/none.py"], "no config file at configs/none.py"),
+        (["--workdir=x"], "which config?"),
+        (
+            ["--config=configs/debug.py", "--config.model.dimm=3"],
+            "unknown config key model.dimm; did you mean model.dim?",
+        ),
+        (["--config=configs/debug.py", "--config.model.dim=x"], "model.dim"),
+        (["--config=configs/debug.py", "--nope=1"], "nope"),
+        (
+            ["--config=configs/debug.py", "--config.data.path=/nonexistent"],
+            "no file at --config.data.path=/nonexistent",
+        ),
+    ],
+)
+def test_train_errors_leave_nothing_behind(tmp_path, arguments, message):
+    result = run_script("train.py", *arguments, f"--workdir={tmp_path / 'run'}")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_network_falls_back_with_a_notice(tmp_path):
+    """Trains anywhere; a proxy that refuses connections stands for no network."""
+    proxy = "http://127.0.0.1:9"
+    flags = ["--config=configs/debug.py", "--config.num_steps=2"]
+    flags += [f"--workdir={tmp_path / 'run'}", f"--config.data.data_dir={tmp_path}"]
+    flags += ["--config.data.download_attempts=1"]
+    result = run_script("train.py", *flags, https_proxy=proxy, HTTPS_PROXY=proxy)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("NOTICE: could not download Tiny Shakespeare") == 1
+    corpus = json.loads((tmp_path / "run" / "run.json").read_text())["corpus"]
+    assert "standard library" in corpus["source"]
+    strict = [*flags, "--config.data.fallback=False", f"--workdir={tmp_path / 'b'}"]
+    result = run_script("train.py", *strict, https_proxy=proxy, HTTPS_PROXY=proxy)
+    assert result.returncode == 1
+    assert "could not download Tiny Shakespeare" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_example_runs(workdir):
+    result = run_script(
+        "examples/inference.py", str(workdir), "abc", PYTHONPATH=str(ROOT)
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("abc")
+    assert len(result.stdout.rstrip("\n")) >= 18
+
+
+def test_unwritable_workdir_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    flags = ["--config=configs/debug.py", f"--workdir={tmp_path / 'file' / 'run'}"]
+    text = tmp_path / "t.txt"
+    text.write_text("some text to train on\n" * 100)
+    result = run_script("train.py", *flags, f"--config.data.path={text}")
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert result.stderr.startswith("error: ")

@@ -1,0 +1,132 @@
+"""Evaluation against float64, over every window, whatever the batch size."""
+
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from vaani_jax.evaluate.loss import Evaluation, ValidationSet, make_eval_step
+from vaani_jax.model.config import ModelConfig
+from vaani_jax.model.transformer import Vaani, init_variables
+from vaani_jax.text.tokenizers import ByteTokenizer, CharTokenizer
+
+# Most of the time here is spent in LLVM: what it optimises is not what is tested.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+SEQ_LEN = 6
+ALPHABET = "abcdefghijk"
+MODEL = ModelConfig(
+    vocab_size=11, dim=16, n_layers=1, n_heads=2, ffn_dim=32, max_seq_len=SEQ_LEN
+)
+# 7 whole windows and 3 tokens that fill none.
+TOKENS = np.random.default_rng(0).integers(11, size=7 * SEQ_LEN + 1 + 3)
+TOKENS = TOKENS.astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    # Larger weights than usual, for logits that differ.
+    params, quant = jit(lambda: init_variables(MODEL, jax.random.key(0)))()
+    return jax.tree.map(lambda w: 4 * w, params), quant
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """Mean loss in float64: window after window, token after token."""
+    params, quant = model
+    forward = jit(lambda x: Vaani(MODEL).apply({"params": params, "quant": quant}, x))
+    losses = []
+    for start in range(0, 7 * SEQ_LEN, SEQ_LEN):
+        logits = np.float64(forward(TOKENS[None, start : start + SEQ_LEN])[0])
+        for row, target in zip(
+            logits, TOKENS[start + 1 : start + SEQ_LEN + 1], strict=True
+        ):
+            losses.append(math.log(np.exp(row).sum()) - row[target])
+    assert len(losses) == 42
+    assert np.std(losses) > 0.1
+    return math.fsum(losses) / 42
+
+
+@pytest.fixture(scope="module")
+def eval_step():
+    return jit(make_eval_step(MODEL))
+
+
+def _set(tokens=TOKENS, tokenizer=None, *, batch_size, seq_len=SEQ_LEN):
+    tokenizer = tokenizer or CharTokenizer(ALPHABET)
+    return ValidationSet(tokens, tokenizer, seq_len=seq_len, batch_size=batch_size)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+def test_equals_float64_for_every_batch_size(model, expected, eval_step, batch_size):
+    validation = _set(batch_size=batch_size)
+    result = validation.evaluate(eval_step, *model)
+    assert result.loss == pytest.approx(expected, rel=1e-6)
+    assert result.tokens == 42
+    assert result.bytes == 42
+    assert result.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(expected / math.log(2), rel=1e-6)
+    assert set(result.as_dict()) == {"loss", "perplexity", "bits_per_byte", "tokens"}
+    # One shape: one compilation.
+    shapes = {(w.shape, v.shape) for w, v in validation.batches}
+    rows = min(batch_size, 7)
+    assert shapes == {((rows, SEQ_LEN + 1), (rows,))}
+    assert sum(float(v.sum()) for _, v in validation.batches) == 7
+
+
+def _uniform(vocab_size):
+    """An evaluation step that gives every token the same probability."""
+
+    def step(params, quant, tokens, weights):
+        del params, quant
+        return (weights * (tokens.shape[1] - 1)).sum() * np.float32(np.log(vocab_size))
+
+    return step
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["plain ascii, nothing else. " * 4, "वाणी का अर्थ है भाषा " * 4, "a€👩é" * 9],
+    ids=["ascii", "hindi", "mixed"],
+)
+def test_bits_per_byte_of_characters(text):
+    tokenizer = CharTokenizer(text)
+    validation = _set(tokenizer.encode(text), tokenizer, batch_size=4)
+    result = validation.evaluate(_uniform(tokenizer.vocab_size), None, None)
+    characters = (len(text) - 1) // SEQ_LEN * SEQ_LEN
+    length = len(text[1 : 1 + characters].encode())
+    assert result.tokens == characters
+    assert result.bytes == length
+    bits = math.log2(tokenizer.vocab_size) * characters / length
+    assert result.bits_per_byte == pytest.approx(bits, rel=1e-6)
+
+
+@pytest.mark.parametrize("text", ["plain ascii. " * 4, "a" + "é" * 20, "ab" + "€c" * 6])
+def test_bits_per_byte_of_bytes(text):
+    tokenizer = ByteTokenizer()
+    validation = _set(tokenizer.encode(text), tokenizer, batch_size=4, seq_len=4)
+    result = validation.evaluate(_uniform(256), None, None)
+    assert result.bytes == result.tokens
+    assert result.bits_per_byte == pytest.approx(8.0, rel=1e-6)
+
+
+def test_measures():
+    result = Evaluation(loss=2.0, tokens=30, bytes=40)
+    assert result.perplexity == pytest.approx(7.389056, rel=1e-6)
+    assert result.bits_per_byte == pytest.approx(2.0 / 0.6931472 * 0.75, rel=1e-6)
+    assert math.isfinite(Evaluation(loss=1e6, tokens=1, bytes=1).perplexity)
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3, 4])
+def test_stop_is_asked_between_batches(after):
+    answers = iter([False] * after + [True] * 9)
+    steps = []
+
+    def step(params, quant, tokens, weights):
+        steps.append(len(tokens))
+        return weights.sum()
+
+    result = _set(batch_size=2).evaluate(step, None, None, lambda: next(answers))
+    assert (result is None) == (after < 4)
+    assert steps == [2] * after

@@ -1,0 +1,393 @@
+"""Text from a model: decoding against no cache at all, samplers against numpy."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vaani_jax.errors import VaaniError
+from vaani_jax.inference import generate as generate_module
+from vaani_jax.inference.generate import SEGMENT, decode, generate, prefill, stream
+from vaani_jax.inference.sampling import SamplerConfig, sample_token
+from vaani_jax.model.config import ModelConfig
+from vaani_jax.model.transformer import Vaani, init_variables, unrolled
+from vaani_jax.train.config import SampleConfig
+
+CONTEXT = 24
+CONFIG = ModelConfig(
+    vocab_size=17,
+    dim=16,
+    n_layers=1,
+    n_heads=2,
+    ffn_dim=16,
+    max_seq_len=CONTEXT,
+    init_std=0.5,
+    tie_embeddings=False,  # a tied model of random weights repeats itself
+)
+TWIN = dataclasses.replace(CONFIG, quantize=False)
+GREEDY = SamplerConfig(temperature=0.0)
+WARM = SamplerConfig(temperature=1.0)
+
+
+@functools.cache
+def variables_of(config):
+    """A model whose greedy text is no cycle of a few tokens."""
+    return init_variables(config, jax.random.key(2))
+
+
+@functools.cache
+def forward(config):
+    return jax.jit(Vaani(config).apply)
+
+
+def prompt_of(length):
+    return np.random.default_rng(length).integers(0, 17, length, dtype=np.int32)
+
+
+def generate_by_hand(config, prompt, max_new_tokens):
+    """Greedy tokens from the full forward over all that the context holds."""
+    params, quant = variables_of(config)
+    variables = {"params": params, "quant": quant}
+    window, drawn = list(prompt), []
+    while len(drawn) < max_new_tokens:
+        if len(window) >= CONTEXT:  # full: its newest half stays
+            window = window[-(CONTEXT // 2) :]
+        # Padding comes after, where a causal model doesn't see it.
+        padded = np.zeros((1, CONTEXT), np.int32)
+        padded[0, : len(window)] = window
+        logits = forward(config)(variables, jnp.asarray(padded))
+        drawn.append(int(jnp.argmax(logits[0, len(window) - 1])))
+        window.append(drawn[-1])
+    return drawn
+
+
+@pytest.mark.parametrize("config", [CONFIG, TWIN], ids=["bit", "fp"])
+def test_greedy_text_equals_a_loop_without_a_cache(config):
+    """At the edges of the buckets (16, 24), of the context, and sliding past it."""
+    for length in (1, 2, 15, 16, 17, 23, 24, 25, 60):
+        prompt = prompt_of(length)
+        found = generate(
+            config,
+            *variables_of(config),
+            prompt,
+            max_new_tokens=45,
+            sampler=GREEDY,
+            num_samples=2,
+        )
+        assert found.shape == (2, 45)
+        assert found.dtype == np.int32
+        expected = generate_by_hand(config, prompt, 45)
+        assert len(set(expected)) > 4  # a loop of one token would prove little
+        np.testing.assert_array_equal(found, [expected, expected])
+
+
+RAGGED = (5, 1, 17, 23, 24, 60)  # of all buckets; full contexts slide at once
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"quantize": False}, {"n_kv_heads": 1, "attention": "library"}],
+    ids=["bit", "fp", "gqa"],
+)
+def test_prompts_of_a_batch_continue_as_each_alone(changes):
+    """Past the end of the context too, which each row reaches at its own time."""
+    config = dataclasses.replace(CONFIG, **changes)
+    prompts = [prompt_of(length) for length in RAGGED]
+    found = generate(
+        config, *variables_of(config), prompts, max_new_tokens=45, sampler=GREEDY
+    )
+    assert found.shape == (len(RAGGED), 45)
+    for row, prompt in zip(found, prompts, strict=True):
+        np.testing.assert_array_equal(row, generate_by_hand(config, prompt, 45))
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "bfloat16", "int8"])
+def test_samples_of_a_prompt_are_the_same_in_any_batch(kv_dtype):
+    def draw(prompt):
+        return generate(
+            TWIN,
+            *variables_of(TWIN),
+            prompt,
+            max_new_tokens=30,
+            sampler=WARM,
+            num_samples=2,
+            seed=5,
+            kv_dtype=kv_dtype,
+        )
+
+    prompts = [prompt_of(4), prompt_of(9), prompt_of(4)]
+    found = draw(prompts)
+    assert found.shape == (6, 30)
+    for i, prompt in enumerate(prompts):
+        np.testing.assert_array_equal(found[2 * i : 2 * i + 2], draw(prompt))
+    assert np.mean(found[0] != found[1]) > 0.3
+    assert np.mean(found[0] != found[2]) > 0.3
+    same = np.stack([prompt_of(9), prompt_of(9)])  # rows of a matrix are prompts
+    np.testing.assert_array_equal(draw(same)[:2], found[2:4])
+
+
+def test_the_cache_has_room_for_what_is_asked(monkeypatch):
+    config = dataclasses.replace(TWIN, max_seq_len=300)
+    capacities, bytes_of = [], []
+
+    def spy(*args, **options):
+        logits, cache = prefill(*args, **options)
+        capacities.append(cache.capacity)
+        bytes_of.append(cache.nbytes)
+        return logits, cache
+
+    monkeypatch.setattr(generate_module, "prefill", spy)
+
+    def run(lengths, new, **options):
+        prompts = [prompt_of(length) for length in lengths]
+        found = generate(
+            config, *variables_of(config), prompts, max_new_tokens=new, **options
+        )
+        assert found.shape == (len(lengths), new)
+
+    run([3], 1)
+    run([16], 16)
+    run([17], 16)
+    run([3, 16], 17)
+    run([290], 3)
+    assert capacities == [32, 32, 64, 64, 300]
+    capacities.clear()
+    run([3], 1, segment=64)  # the surplus of a segment has room too
+    assert capacities == [128]
+    run([3], 1, kv_dtype="int8")
+    assert bytes_of[-1] < 0.4 * bytes_of[0]  # H = 8
+
+
+def test_equal_seeds_draw_equal_tokens_wherever_segments_end():
+    def draw(max_new_tokens, seed=3, segment=SEGMENT):
+        return generate(
+            TWIN,
+            *variables_of(TWIN),
+            prompt_of(5),
+            max_new_tokens=max_new_tokens,
+            sampler=WARM,
+            seed=seed,
+            num_samples=2,
+            segment=segment,
+        )
+
+    longest = draw(50)
+    for length in (1, SEGMENT - 1, SEGMENT, SEGMENT + 1, 19, 20, 33):
+        np.testing.assert_array_equal(draw(length), longest[:, :length])
+    for segment in (1, 5, 30):  # 30 is more than the context holds
+        np.testing.assert_array_equal(draw(50, segment=segment), longest)
+    assert np.mean(draw(50, seed=4) != longest) > 0.3
+
+
+def test_samples_differ_but_greedy_ones_do_not():
+    run = functools.partial(
+        generate, TWIN, *variables_of(TWIN), prompt_of(5), max_new_tokens=30
+    )
+    warm = run(num_samples=2, sampler=WARM)
+    assert warm.shape == (2, 30)
+    assert np.mean(warm[0] != warm[1]) > 0.3
+    greedy = run(num_samples=2, sampler=GREEDY)
+    np.testing.assert_array_equal(greedy[0], greedy[1])
+
+
+@pytest.mark.parametrize("length", [1, 16, 17, 40, 61])
+def test_a_stream_yields_what_was_asked_for(length):
+    segments = list(
+        stream(TWIN, *variables_of(TWIN), prompt_of(3), max_new_tokens=length)
+    )
+    assert all(1 <= s.shape[1] <= SEGMENT and s.shape[0] == 1 for s in segments)
+    assert sum(s.shape[1] for s in segments) == length
+    tokens = np.concatenate(segments, axis=1)
+    assert tokens.min() >= 0
+    assert tokens.max() < 17
+
+
+def test_a_new_prompt_length_in_a_bucket_does_not_recompile():
+    config = dataclasses.replace(TWIN, max_seq_len=64)  # compiled by no other test
+
+    def compiled(*lengths):
+        before = prefill._cache_size(), decode._cache_size()
+        for length in lengths:
+            generate(
+                config,
+                *variables_of(config),
+                prompt_of(length),
+                max_new_tokens=20,
+                sampler=WARM,
+                seed=length,
+            )
+        return prefill._cache_size() - before[0], decode._cache_size() - before[1]
+
+    assert compiled(5) == (1, 1)
+    assert compiled(1, 7, 15, 16) == (0, 0)
+    assert compiled(17) == (1, 0)  # the next bucket; decoding stays as it is
+    assert compiled(18, 23, 24) == (0, 0)
+
+
+def test_new_lengths_in_a_batch_do_not_recompile():
+    config = dataclasses.replace(TWIN, max_seq_len=65)  # compiled by no other test
+
+    def compiled(*lengths, seed=0):
+        before = prefill._cache_size(), decode._cache_size()
+        generate(
+            config,
+            *variables_of(config),
+            [prompt_of(length) for length in lengths],
+            max_new_tokens=20,
+            sampler=WARM,
+            seed=seed,
+        )
+        return prefill._cache_size() - before[0], decode._cache_size() - before[1]
+
+    assert compiled(5, 9, 1) == (1, 1)
+    assert compiled(16, 2, 3) == (0, 0)
+    assert compiled(7, 7, 7, seed=1) == (0, 0)
+    assert compiled(5, 9) == (1, 1)  # another batch
+
+
+def test_a_prompt_alone_is_padded_on_the_right_only(monkeypatch):
+    seen = []
+
+    def spy(*args, **options):
+        seen.append([np.asarray(x) for x in args[3:6]])
+        return prefill(*args, **options)
+
+    monkeypatch.setattr(generate_module, "prefill", spy)
+    prompts = [prompt_of(5), prompt_of(5)[::-1]]
+    generate(TWIN, *variables_of(TWIN), prompts, max_new_tokens=1)
+    (tokens, length, start), *rest = seen
+    assert not rest
+    assert length == 5
+    np.testing.assert_array_equal(start, [0, 0])
+    np.testing.assert_array_equal(tokens[:, :5], prompts)
+    assert tokens.shape == (2, 16)
+
+
+def test_scanned_layers_unroll_to_the_same_model():
+    config = dataclasses.replace(CONFIG, n_layers=2, scan_layers=True)
+    plain = dataclasses.replace(config, scan_layers=False)
+    params, quant = variables_of(config)
+    found, *trees = unrolled(config, params, quant)
+    assert found == plain
+    expected = list(variables_of(plain))
+    assert jax.tree.structure(trees) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(trees), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+    same, same_params, _ = unrolled(plain, *expected)
+    assert same is plain
+    assert same_params is expected[0]
+
+
+# Samplers.
+
+
+def reference_probabilities(logits, sampler):
+    """Of one row, in float64: temperature, then top-k, top-p and min-p."""
+    logits = logits.astype(np.float64) / sampler.temperature
+    p = np.exp(logits - logits.max())
+    p /= p.sum()
+    order = np.argsort(-p)
+    if sampler.top_k:
+        p[order[sampler.top_k :]] = 0
+        p /= p.sum()
+    if sampler.top_p < 1:
+        size = 1 + int(np.searchsorted(np.cumsum(p[order]), sampler.top_p))
+        p[order[size:]] = 0
+        p /= p.sum()
+    p[p < sampler.min_p * p.max()] = 0
+    return p / p.sum()
+
+
+SAMPLERS = [
+    SamplerConfig(1.0),
+    SamplerConfig(0.5),
+    SamplerConfig(2.0),
+    SamplerConfig(1.0, top_k=1),
+    SamplerConfig(1.0, top_k=4),
+    SamplerConfig(1.0, top_k=100),
+    SamplerConfig(1.0, top_p=0.05),
+    SamplerConfig(1.0, top_p=0.6),
+    SamplerConfig(1.5, top_p=0.9),
+    SamplerConfig(1.0, min_p=0.2),
+    SamplerConfig(0.7, min_p=1.0),
+    SamplerConfig(1.5, top_k=7, top_p=0.8, min_p=0.3),
+]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_samplers_draw_from_the_reference_distribution(sampler):
+    rows, draws, vocab = 4, 2000, 11
+    logits = np.random.default_rng(1).normal(0, 1, (rows, vocab)).astype(np.float32)
+    tiled = jnp.asarray(np.repeat(logits, draws, axis=0))
+    ids = sample_token(tiled, jax.random.key(0), sampler)
+    assert ids.shape == (rows * draws,)
+    assert ids.dtype == jnp.int32
+    # In groups, each row draws as the group does alone.
+    group = sample_token(tiled[: 2 * draws], jax.random.key(0), sampler, draws)
+    alone = sample_token(tiled[draws : 2 * draws], jax.random.key(0), sampler)
+    np.testing.assert_array_equal(group[draws:], alone)
+    for row, drawn in zip(logits, np.asarray(ids).reshape(rows, draws), strict=True):
+        found = np.bincount(drawn, minlength=vocab) / draws
+        expected = reference_probabilities(row, sampler)
+        np.testing.assert_array_equal(found[expected == 0], 0)
+        likely = expected > 0.01
+        assert (found[likely] > 0).all()
+        np.testing.assert_allclose(found, expected, atol=0.04)
+
+
+def test_temperature_zero_takes_the_likeliest_whatever_the_filters():
+    logits = np.random.default_rng(2).normal(size=(50, 9)).astype(np.float32)
+    for sampler in (GREEDY, SamplerConfig(0.0, top_k=3, top_p=0.2, min_p=0.5)):
+        ids = sample_token(jnp.asarray(logits), jax.random.key(0), sampler)
+        np.testing.assert_array_equal(ids, logits.argmax(axis=-1))
+        assert ids.dtype == jnp.int32
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompt": np.zeros(0, np.int32)}, "prompt is empty"),
+        ({"prompt": []}, "prompt is empty"),
+        ({"prompt": [prompt_of(3), prompt_of(0)]}, "prompt 2 is empty"),
+        ({"segment": 0}, "segment has at least one token"),
+        ({"kv_dtype": "int4"}, "float32, bfloat16 or int8, not int4"),
+        ({"max_new_tokens": 0}, "at least one token"),
+        ({"num_samples": 0}, "one sample"),
+        ({"config": dataclasses.replace(TWIN, max_seq_len=1)}, "context of one token"),
+    ],
+)
+def test_impossible_requests_are_refused(changes, words):
+    options = {"config": TWIN, "prompt": prompt_of(3), "max_new_tokens": 4, **changes}
+    params, quant = variables_of(TWIN)
+    with pytest.raises(VaaniError, match=words):
+        generate(params=params, quant=quant, **options)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("temperature", -0.1),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+    ],
+)
+def test_impossible_samplers_are_refused_by_name(key, value):
+    for kind in (SamplerConfig, SampleConfig):
+        with pytest.raises(VaaniError, match=key.replace("_", "-")):
+            kind(**{key: value})
+
+
+def test_sample_settings_become_a_sampler():
+    config = SampleConfig(temperature=0.3, top_k=5, top_p=0.7, min_p=0.1)
+    assert config.sampler == SamplerConfig(0.3, 5, 0.7, 0.1)
+    with pytest.raises(VaaniError, match="max_new_tokens"):
+        SampleConfig(max_new_tokens=0)

@@ -1,0 +1,602 @@
+"""Exports and imports, against transformers, torch and gguf's own reader."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # eager: compiling would take minutes
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from vaani_jax.errors import VaaniError
+from vaani_jax.evaluate.loss import ValidationSet, make_eval_step
+from vaani_jax.inference.generate import generate
+from vaani_jax.inference.model import load_model
+from vaani_jax.inference.sampling import SamplerConfig
+from vaani_jax.interop import tokenizers as tokenizer_files
+from vaani_jax.interop.convert import as_flags, export_model, import_model
+from vaani_jax.interop.formats import gguf as gguf_files
+from vaani_jax.interop.formats import hf
+from vaani_jax.model.config import ModelConfig
+from vaani_jax.model.names import ternary_codes
+from vaani_jax.model.transformer import Vaani, init_variables
+from vaani_jax.runs.checkpoints import Checkpoints
+from vaani_jax.text.tokenizers import CharTokenizer
+from vaani_jax.train.config import Config
+
+TEXT = (
+    "First Citizen:\nBefore we proceed any further, hear me speak.\n\n"
+    "All:\nSpeak, speak.\n\tThe naïve café — 'twas \\x41 ▁ {ok}; über €5!\n"
+) * 12
+CHARACTERS = CharTokenizer.from_text(TEXT)
+SMALL = ModelConfig(
+    vocab_size=CHARACTERS.vocab_size,
+    dim=64,
+    n_layers=2,
+    n_heads=4,
+    ffn_dim=96,
+    max_seq_len=64,
+    init_std=0.3,
+)
+VARIANTS = {
+    "swiglu-mha-tied": SMALL,
+    "relu2-gqa-tied": dataclasses.replace(SMALL, activation="relu2", n_kv_heads=2),
+    "swiglu-gqa-untied": dataclasses.replace(
+        SMALL, n_kv_heads=1, tie_embeddings=False, rope_theta=10_000.0
+    ),
+    "relu2-mha-untied": dataclasses.replace(
+        SMALL, activation="relu2", tie_embeddings=False, norm_eps=1e-6
+    ),
+}
+notify = lambda line: None  # noqa: E731
+
+
+def random_variables(config, seed=0):
+    """Weights of a shape that training gives: norms and embedding off their start."""
+    params, quant = init_variables(config, jax.random.key(seed))
+    rng = np.random.default_rng(seed)
+
+    def moved(path, leaf):
+        if path[-1].key == "scale":
+            factors = np.exp(0.3 * rng.standard_normal(leaf.shape))
+            return leaf * factors.astype(np.float32)
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(moved, params), quant
+
+
+def make_run(workdir, config, *, tokenizer=CHARACTERS, params=None, quant=None):
+    """A workdir as training leaves it, as far as loading a model goes."""
+    if params is None:
+        params, quant = random_variables(config)
+    meta = {
+        "version": "test",
+        "config": Config(model=config).to_dict(),
+        "tokenizer": tokenizer.to_json(),
+        "corpus": {"source": "a test", "sha256": "", "characters": 0},
+        "elapsed_seconds": 0.0,
+        "best": None,
+        "window": [],
+    }
+    checkpoints = Checkpoints(pathlib.Path(workdir) / "checkpoints")
+    checkpoints.save(1, {"model": {"params": params, "quant": quant}}, meta)
+    checkpoints.wait()
+    checkpoints.close()
+    return pathlib.Path(workdir)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    made = {}
+
+    def run(name, config=None):
+        if name not in made:
+            made[name] = make_run(folder / name, config or VARIANTS[name])
+        return made[name]
+
+    return run
+
+
+def transformers_model(folder):
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32
+        )
+    return model.eval()
+
+
+def agreement(workdir, folder):
+    """How a folder in transformers compares with a run here."""
+    model = load_model(workdir, notify=notify)
+    theirs = transformers_model(folder)
+    assert sum(p.dtype == torch.float32 for p in theirs.parameters())
+    ids = model.tokenizer.encode(TEXT)
+    length = model.config.max_seq_len
+    held = ValidationSet(ids, model.tokenizer, seq_len=length, batch_size=8)
+    ours = held.evaluate(
+        jax.jit(make_eval_step(model.config)), model.params, model.quant
+    )
+    windows = np.concatenate([w[weights > 0] for w, weights in held.batches])
+    inputs = torch.tensor(windows[:, :-1], dtype=torch.long)
+    with torch.no_grad():
+        logits = theirs(inputs).logits.float()
+    loss = torch.nn.functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]).double(),
+        torch.tensor(windows[:, 1:].reshape(-1), dtype=torch.long),
+    )
+    expected = Vaani(model.config).apply(
+        {"params": model.params, "quant": model.quant}, jnp.asarray(windows[:, :-1])
+    )
+    difference = np.abs(np.asarray(expected) - logits.numpy())
+    same = 0
+    for start in range(10):
+        prompt = ids[7 * start : 7 * start + 12]
+        mine = generate(
+            model.config,
+            model.params,
+            model.quant,
+            prompt,
+            max_new_tokens=32,
+            sampler=SamplerConfig(temperature=0.0),
+        )[0]
+        with torch.no_grad():
+            output = theirs.generate(
+                torch.tensor(prompt[None], dtype=torch.long),
+                attention_mask=torch.ones((1, len(prompt)), dtype=torch.long),
+                do_sample=False,
+                max_new_tokens=32,
+                pad_token_id=0,
+            )
+        same += int((output[0, len(prompt) :].numpy() == mine).all())
+    # A rounding of 8 bits that falls the other way moves the logits of its position
+    # and of those after it; count the positions, so that no error hides behind them.
+    flipped = float(np.mean(difference.max(axis=-1) > 1e-3))
+    return {
+        "loss": abs(ours.loss - float(loss)),
+        "median": float(np.median(difference)),
+        "same": same,
+        "flipped": flipped,
+        "spread": float(np.asarray(expected).std()),
+    }
+
+
+@pytest.mark.parametrize("target", ["hf", "hf-packed"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_transformers_computes_what_we_compute(variant, target, runs, tmp_path):
+    export_model(runs(variant), tmp_path / "out", target=target, notify=notify)
+    found = agreement(runs(variant), tmp_path / "out")
+    assert found["spread"] > 0.5
+    assert found["loss"] <= 1e-3
+    assert found["median"] <= 1e-3
+    assert found["same"] >= 9
+    assert found["flipped"] <= 0.1  # measured: 0.01 to 0.04
+
+
+def test_the_comparison_sees_a_wrong_scale(runs, tmp_path):
+    # The 0.69 trap: masters that are quantised already.
+    export_model(runs("swiglu-mha-tied"), tmp_path / "out", target="hf", notify=notify)
+    from safetensors.numpy import load_file, save_file
+
+    path = tmp_path / "out" / hf.SINGLE
+    weights = load_file(path)
+    key = "model.layers.0.self_attn.q_proj.weight"
+    w = weights[key]
+    gamma = np.abs(w).mean()
+    weights[key] = (gamma * np.clip(np.round(w / gamma), -1, 1)).astype(np.float32)
+    save_file(weights, path, metadata={"format": "pt"})
+    found = agreement(runs("swiglu-mha-tied"), tmp_path / "out")
+    assert found["median"] > 1e-3
+    assert found["flipped"] > 0.9
+
+
+# -- Round trips ------------------------------------------------------------------
+
+
+def leaves(tree):
+    found = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in found}
+
+
+def assert_same_arrays(a, b):
+    a, b = leaves(a), leaves(b)
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_masters_come_back_as_they_were(variant, runs, tmp_path):
+    export_model(runs(variant), tmp_path / "out", target="hf", notify=notify)
+    import_model(tmp_path / "out", tmp_path / "back", notify=notify)
+    before = load_model(runs(variant), notify=notify)
+    after = load_model(tmp_path / "back", notify=notify)
+    assert_same_arrays(before.params, after.params)
+    assert_same_arrays(before.quant, after.quant)
+    assert after.tokenizer.to_json() == before.tokenizer.to_json()
+    same = dataclasses.replace(
+        after.config, n_kv_heads=before.config.n_kv_heads, ffn_dim=before.config.ffn_dim
+    )
+    assert same == before.config
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"weight_scale": "least_squares"},
+        {"threshold": 0.9, "activation": "relu2", "n_kv_heads": 2},
+        {"scan_layers": True},
+    ],
+)
+def test_codes_and_scales_come_back_exactly(change, tmp_path):
+    config = dataclasses.replace(SMALL, **change)
+    run = make_run(tmp_path / "run", config)
+    export_model(run, tmp_path / "out", target="hf-packed", notify=notify)
+    import_model(tmp_path / "out", tmp_path / "back", notify=notify)
+    before = load_model(run, notify=notify)
+    after = load_model(tmp_path / "back", notify=notify)
+    ours = ternary_codes(before.config, before.params, before.quant)
+    theirs = ternary_codes(after.config, after.params, after.quant)
+    assert ours.keys() == theirs.keys()
+    for name, (codes, scale) in ours.items():
+        np.testing.assert_array_equal(codes, theirs[name][0])
+        # The one rounding is that of the mean, which compiled code sums otherwise.
+        np.testing.assert_allclose(scale, theirs[name][1], rtol=3e-7)
+    # Again: now every bit stays.
+    export_model(tmp_path / "back", tmp_path / "again", target="hf-packed")
+    for file in ("config.json", hf.SINGLE, "tokenizer.json"):
+        a, b = (tmp_path / d / file for d in ("out", "again"))
+        assert a.read_bytes() == b.read_bytes()
+    # As masters, the weights of an import have the codes and the scale at tau 0.5.
+    plain = dataclasses.replace(after.config, weight_scale="absmean")
+    for name, (codes, scale) in ternary_codes(plain, after.params, after.quant).items():
+        np.testing.assert_array_equal(codes, theirs[name][0])
+        np.testing.assert_allclose(scale, theirs[name][1], rtol=1e-5)
+
+
+def test_packing_is_that_of_transformers():
+    from transformers.integrations.bitnet import pack_weights
+
+    codes = np.random.default_rng(0).integers(-1, 2, (64, 24)).astype(np.int8)
+    packed = pack_weights(torch.tensor(codes.astype(np.int32))).numpy()
+    np.testing.assert_array_equal(hf.pack(codes), packed)
+    np.testing.assert_array_equal(hf.unpack(packed), codes)
+
+
+def test_a_large_model_is_sharded(runs, tmp_path):
+    run = runs("swiglu-gqa-untied")
+    export_model(run, tmp_path / "out", target="hf", shard_bytes=30_000, notify=notify)
+    index = json.loads((tmp_path / "out" / hf.INDEX).read_text())
+    files = {p.name for p in (tmp_path / "out").glob("*.safetensors")}
+    assert files == set(index["weight_map"].values())
+    assert len(files) > 3
+    assert not (tmp_path / "out" / hf.SINGLE).exists()
+    import_model(tmp_path / "out", tmp_path / "back", notify=notify)
+    before, after = load_model(run), load_model(tmp_path / "back")
+    assert_same_arrays(before.params, after.params)
+    expected = transformers_model(tmp_path / "out").state_dict()
+    kernel = np.asarray(before.params["layers_1"]["ffn"]["down_proj"]["kernel"])
+    name = "model.layers.1.mlp.down_proj.weight"
+    np.testing.assert_array_equal(expected[name].numpy().T, kernel)
+
+
+def test_a_full_precision_model_goes_out_and_in(tmp_path):
+    config = dataclasses.replace(SMALL, quantize=False, n_kv_heads=2)
+    run = make_run(tmp_path / "run", config)
+    export_model(run, tmp_path / "out", target="hf", notify=notify)
+    found = agreement(run, tmp_path / "out")
+    assert found["loss"] <= 1e-5
+    assert found["flipped"] == 0
+    assert found["same"] == 10
+
+
+# -- Models of others -------------------------------------------------------------
+
+
+def save_theirs(folder, model):
+    """Saves a model of transformers with our character tokenizer beside it."""
+    model.save_pretrained(folder)
+    serialized, settings = tokenizer_files.to_hf(CHARACTERS)
+    (folder / "tokenizer.json").write_text(serialized)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def their_bitnet(folder, **changes):
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": CHARACTERS.vocab_size,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        **changes,
+    }
+    model = transformers.BitNetForCausalLM(transformers.BitNetConfig(**settings))
+    save_theirs(folder, model)
+    online = {"linear_class": "autobitlinear", "quantization_mode": "online"}
+    edit_config(folder, quantization_config={"quant_method": "bitnet", **online})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_word_embeddings": True},
+        {"hidden_act": "silu", "num_key_value_heads": 4},
+    ],
+)
+def test_a_model_of_theirs_computes_the_same_here(changes, tmp_path):
+    their_bitnet(tmp_path / "theirs", **changes)
+    import_model(tmp_path / "theirs", tmp_path / "run", notify=notify)
+    found = agreement(tmp_path / "run", tmp_path / "theirs")
+    assert found["spread"] > 0.5
+    assert found["loss"] <= 1e-3
+    assert found["median"] <= 1e-3
+    assert found["same"] >= 9
+    assert found["flipped"] <= 0.1
+
+
+def their_llama(folder, **changes):
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": CHARACTERS.vocab_size,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        **changes,
+    }
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
+    save_theirs(folder, model)
+    return model
+
+
+def their_falcon(folder):
+    """As tiiuae/Falcon-E and onebitllms: a Llama, packed, class "bitlinear"."""
+    from safetensors.numpy import load_file, save_file
+
+    their_llama(folder)
+    path = folder / hf.SINGLE
+    weights = load_file(path)
+    for name in [n for n in weights if "_proj" in n]:
+        w = weights.pop(name)
+        gamma = np.abs(w).mean()
+        weights[name] = hf.pack(np.clip(np.round(w / gamma), -1, 1).astype(np.int8))
+        weights[f"{name}_scale"] = np.asarray([1 / gamma], np.float32)
+    save_file(weights, path, metadata={"format": "pt"})
+    edit_config(
+        folder,
+        quantization_config={
+            "quant_method": "bitnet",
+            "modules_to_not_convert": ["lm_head"],
+        },
+    )
+
+
+def test_falcon_e_divides_by_its_scale(tmp_path):
+    their_falcon(tmp_path / "theirs")
+    import_model(tmp_path / "theirs", tmp_path / "run", notify=notify)
+    found = agreement(tmp_path / "run", tmp_path / "theirs")
+    assert found["loss"] <= 1e-3
+    assert found["median"] <= 1e-3
+    assert found["same"] >= 9
+    assert found["flipped"] <= 0.1
+    # And out again, in the convention that multiplies.
+    export_model(tmp_path / "run", tmp_path / "out", target="hf-packed")
+    found = agreement(tmp_path / "run", tmp_path / "out")
+    assert found["median"] <= 1e-3
+
+
+def test_a_llama_computes_the_same_and_starts_a_ternary_run(tmp_path):
+    their_llama(tmp_path / "theirs", rope_theta=10_000.0)
+    config = import_model(tmp_path / "theirs", tmp_path / "run", notify=notify)
+    assert not config.quantize
+    assert not config.sub_norms
+    found = agreement(tmp_path / "run", tmp_path / "theirs")
+    assert found["loss"] <= 1e-5
+    assert found["same"] == 10
+    log = train_from(tmp_path, "--config.quantize_steps=4")
+    assert "sub-norms are added" in log
+    trained = load_model(tmp_path / "trained", checkpoint="last", notify=notify)
+    assert trained.config.quantize
+    assert trained.config.sub_norms
+
+
+def train_from(folder, *flags):
+    """Trains a few steps from the run in ``folder``; returns what it printed."""
+    (folder / "text.txt").write_text(TEXT * 2, encoding="utf-8")
+    root = pathlib.Path(__file__).parents[2]
+    theirs = load_model(folder / "run", notify=notify).config
+    told = [f for f in as_flags(theirs).split() if "max_seq_len" not in f]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "train.py",
+            "--config=configs/debug.py",
+            f"--workdir={folder / 'trained'}",
+            f"--config.init_from={folder / 'run'}",
+            f"--config.data.path={folder / 'text.txt'}",
+            "--config.use_tuner=False",
+            "--config.learning_rate=1e-4",
+            "--config.num_steps=4",
+            *told,
+            *flags,
+        ],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("target", ["hf", "hf-packed", "falcon"])
+def test_a_ternary_import_starts_a_run_where_it_was(target, runs, tmp_path):
+    if target == "falcon":
+        their_falcon(tmp_path / "out")
+    else:
+        export_model(runs("relu2-gqa-tied"), tmp_path / "out", target=target)
+    import_model(tmp_path / "out", tmp_path / "run", notify=notify)
+    train_from(tmp_path)
+    before = load_model(tmp_path / "run", notify=notify)
+    after = load_model(tmp_path / "trained", checkpoint="last", notify=notify)
+    a = ternary_codes(before.config, before.params, before.quant)
+    b = ternary_codes(after.config, after.params, after.quant)
+    for name in a:
+        assert np.mean(np.asarray(a[name][0]) == np.asarray(b[name][0])) > 0.99
+        np.testing.assert_allclose(a[name][1], b[name][1], rtol=0.02)
+
+
+# -- GGUF -------------------------------------------------------------------------
+
+BLOCKY = dataclasses.replace(
+    SMALL, dim=256, n_layers=1, ffn_dim=512, n_kv_heads=2, init_std=0.1
+)
+
+
+@pytest.mark.parametrize("embedding", ["float16", "float32"])
+@pytest.mark.parametrize("kind", gguf_files.BLOCKS)
+def test_ggufs_own_reader_finds_the_codes(kind, embedding, tmp_path):
+    import gguf
+
+    run = make_run(tmp_path / "run", BLOCKY)
+    path = tmp_path / "out.gguf"
+    result = export_model(
+        run, path, target="gguf", gguf_type=kind, embedding=embedding, notify=notify
+    )
+    if embedding == "float16":
+        assert 0 < result.median < result.largest
+    else:
+        assert result.median <= 1e-6 * result.spread
+    model = load_model(run, notify=notify)
+    codes = ternary_codes(model.config, model.params, model.quant)
+    reader = gguf.GGUFReader(path)
+    found = {t.name: t for t in reader.tensors}
+    expected = {"token_embd.weight", "output_norm.weight"}
+    rows = np.asarray(model.params["embedding"])
+    np.testing.assert_array_equal(
+        found["token_embd.weight"].data, rows.astype(embedding)
+    )
+    for ours, theirs in {
+        "attn/q_proj": "attn_q",
+        "attn/k_proj": "attn_k",
+        "attn/v_proj": "attn_v",
+        "attn/o_proj": "attn_output",
+        "ffn/gate_proj": "ffn_gate",
+        "ffn/up_proj": "ffn_up",
+        "ffn/down_proj": "ffn_down",
+    }.items():
+        tensor = found[f"blk.0.{theirs}.weight"]
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        np.testing.assert_array_equal(values.T, codes[f"layers_0/{ours}"][0])
+        assert tensor.tensor_type.name == kind.upper()
+        # GGUF counts from the fastest axis: inputs first.
+        assert tuple(tensor.shape) == codes[f"layers_0/{ours}"][0].shape
+        scale = found[f"blk.0.{theirs}.scale"].data
+        assert scale.dtype == np.float32
+        np.testing.assert_allclose(scale, codes[f"layers_0/{ours}"][1], rtol=3e-7)
+        expected |= {f"blk.0.{theirs}.weight", f"blk.0.{theirs}.scale"}
+    norms = "attn_norm attn_sub_norm ffn_norm ffn_sub_norm"
+    expected |= {f"blk.0.{n}.weight" for n in norms.split()}
+    assert set(found) == expected
+    field = lambda key: reader.get_field(key).contents()  # noqa: E731
+    assert field("general.architecture") == "bitnet"
+    assert field("bitnet.attention.head_count") == 4
+    assert field("bitnet.attention.head_count_kv") == 2
+    assert field("bitnet.feed_forward_length") == 512
+    assert field("bitnet.rope.dimension_count") == 64
+    assert field("bitnet.rope.freq_base") == 500_000.0
+    tokens = field("tokenizer.ggml.tokens")
+    pieces = [tokenizer_files.unescaped(t).decode() for t in tokens]
+    assert "".join(pieces) == CHARACTERS.characters
+
+
+def test_a_full_precision_model_in_gguf(tmp_path):
+    import gguf
+
+    config = dataclasses.replace(BLOCKY, quantize=False)
+    run = make_run(tmp_path / "run", config)
+    path = tmp_path / "out.gguf"
+    export_model(run, path, target="gguf", gguf_type="f16", notify=notify)
+    found = {t.name: t for t in gguf.GGUFReader(path).tensors}
+    assert not any(name.endswith(".scale") for name in found)
+    kernel = load_model(run).params["layers_0"]["attn"]["q_proj"]["kernel"]
+    np.testing.assert_allclose(
+        found["blk.0.attn_q.weight"].data.T, kernel, rtol=1e-3, atol=1e-6
+    )
+    with pytest.raises(VaaniError, match="q8_0"):
+        export_model(run, tmp_path / "b", target="gguf", notify=notify)
+
+
+# -- Refusals ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "target", "words"),
+    [
+        ({"weight_granularity": "channel"}, "hf-packed", "per channel"),
+        ({"activation_tracking": "ema"}, "hf", "tracked"),
+        ({"ternary_head": True}, "hf", "head is ternary"),
+        ({"threshold": 0.7}, "hf", "hf-packed"),
+        ({"weight_scale": "least_squares"}, "hf", "hf-packed"),
+        ({"quantize": False}, "hf-packed", "--format hf"),
+        ({"dim": 12, "n_heads": 2, "n_kv_heads": 1}, "hf-packed", "multiples of 4"),
+        ({"activation": "relu2"}, "gguf", "squared-ReLU"),
+        ({"tie_embeddings": False}, "gguf", "head of its own"),
+        ({"sub_norms": False}, "gguf", "sub-norms"),
+        ({}, "gguf", "q8_0 or f16"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused(change, target, words, tmp_path):
+    run = make_run(tmp_path / "run", dataclasses.replace(SMALL, **change))
+    with pytest.raises(VaaniError, match=words) as caught:
+        export_model(run, tmp_path / "out", target=target, notify=notify)
+    assert "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_target_that_is_taken_is_refused(runs, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    with pytest.raises(VaaniError, match="already"):
+        export_model(runs("swiglu-mha-tied"), tmp_path / "out", target="hf")
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "mine"]
+
+
+def test_an_export_that_comes_back_wrong_is_not_kept(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf, "pack", lambda codes: _pack_shuffled(codes))
+    with pytest.raises(VaaniError, match="does not come back"):
+        export_model(runs("swiglu-mha-tied"), tmp_path / "out", target="hf-packed")
+    assert not list(tmp_path.iterdir())
+
+
+def _pack_shuffled(codes):
+    parts = (codes + 1).astype(np.uint8).reshape(-1, 4, codes.shape[1])
+    return parts[:, 0] | parts[:, 1] << 2 | parts[:, 2] << 4 | parts[:, 3] << 6

@@ -1,0 +1,403 @@
+"""The blocks against float64 numpy."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vaani_jax.errors import VaaniError
+from vaani_jax.model.attention import MultiHeadAttention
+from vaani_jax.model.block import TransformerBlock, dropout
+from vaani_jax.model.config import ModelConfig
+from vaani_jax.model.feed_forward import FeedForward
+from vaani_jax.model.linear import BitLinear, project
+from vaani_jax.model.norm import RMSNorm
+from vaani_jax.model.rotary import rotary_angles, rotary_embedding
+
+KEY = jax.random.key(0)
+SHAPE = {"dim": 16, "n_layers": 2, "n_heads": 4, "ffn_dim": 24, "max_seq_len": 8}
+CONFIG = ModelConfig(vocab_size=8, init_std=0.3, **SHAPE)
+TWIN = dataclasses.replace(CONFIG, quantize=False)
+quantized_or_not = pytest.mark.parametrize("config", [CONFIG, TWIN], ids=["bit", "fp"])
+
+
+def gaussian(*shape, seed=0):
+    values = np.random.default_rng(seed).normal(size=shape)
+    return jnp.asarray(values, jnp.float32)
+
+
+def shapes(tree):
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in paths
+    }
+
+
+def apply(module, variables, *args):
+    return jax.jit(lambda variables: module.apply(variables, *args))(variables)
+
+
+def rotary_of(config, positions):
+    table = rotary_angles(64, config.head_dim, config.rope_theta)
+    return tuple(jnp.asarray(t)[positions] for t in table)
+
+
+def initialised(module, *args):
+    """Variables as `init` shapes them: Gaussian kernels, and norms that matter."""
+    rng = np.random.default_rng(7)
+
+    def fill(path, leaf):
+        name = path[-1].key
+        if name in ("kernel", "scale"):
+            values = rng.normal(name == "scale", 0.3, leaf.shape)
+            return jnp.asarray(values, leaf.dtype)
+        return jnp.asarray({"threshold": 0.5, "range": 0.0, "momentum": 0.5}[name])
+
+    abstract = jax.eval_shape(lambda: module.init(KEY, *args))
+    return jax.tree_util.tree_map_with_path(fill, abstract)
+
+
+# A float64 numpy reference of everything; `config.quantize` fakes the quantisers.
+
+
+def linear(config, params, x):
+    w = np.asarray(params["kernel"], np.float64)
+    if config.quantize:
+        gamma = np.abs(w).mean()
+        w = gamma * np.clip(np.round(w / gamma), -1, 1)
+        step = np.maximum(np.abs(x).max(axis=-1, keepdims=True), 1e-5) / 127
+        x = step * np.clip(np.round(x / step), -128, 127)
+    return x @ w
+
+
+def rms_norm(params, x, epsilon=1e-5):
+    scale = np.asarray(params["scale"], np.float64)
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + epsilon) * scale
+
+
+def rotate(x, positions, theta):
+    """Pairs (i, i + H/2) as complex numbers, turned by position * theta^(-2i/H)."""
+    half = x.shape[-1] // 2
+    angles = np.outer(positions, theta ** (-np.arange(half) / half))
+    turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)[:, None]
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def attention(config, params, x):
+    """One query at a time, one head at a time."""
+    batch, length, _ = x.shape
+    n, k, h = config.n_heads, config.kv_heads, config.dim // config.n_heads
+    positions = np.arange(length)
+    query = linear(config, params["q_proj"], x).reshape(batch, length, n, h)
+    key = linear(config, params["k_proj"], x).reshape(batch, length, k, h)
+    value = linear(config, params["v_proj"], x).reshape(batch, length, k, h)
+    query = rotate(query, positions, config.rope_theta)
+    key = rotate(key, positions, config.rope_theta)
+    out = np.zeros((batch, length, n, h))
+    for b, t, head in np.ndindex(batch, length, n):
+        group = head // (n // k)
+        scores = key[b, : t + 1, group] @ query[b, t, head] / np.sqrt(h)
+        weights = np.exp(scores - scores.max())
+        out[b, t, head] = weights / weights.sum() @ value[b, : t + 1, group]
+    out = rms_norm(params["sub_norm"], out.reshape(batch, length, n * h))
+    return linear(config, params["o_proj"], out)
+
+
+def feed_forward(config, params, x):
+    gate = linear(config, params["gate_proj"], x)
+    act = gate / (1 + np.exp(-gate))
+    if config.activation == "relu2":
+        act = np.maximum(gate, 0) ** 2
+    hidden = rms_norm(params["sub_norm"], act * linear(config, params["up_proj"], x))
+    return linear(config, params["down_proj"], hidden)
+
+
+# Norm, rotary embedding, dropout.
+
+
+@pytest.mark.parametrize("epsilon", [1e-5, 0.1])
+def test_rms_norm(epsilon):
+    x, module = 3 * gaussian(2, 5, 16), RMSNorm(epsilon)
+    variables = initialised(module, x)
+    assert shapes(variables) == {"params/scale": (16,)}
+    expected = rms_norm(variables["params"], np.asarray(x, np.float64), epsilon)
+    np.testing.assert_allclose(apply(module, variables, x), expected, rtol=1e-5)
+    low = module.apply(variables, x.astype(jnp.bfloat16))
+    assert low.dtype == jnp.bfloat16
+    np.testing.assert_allclose(low.astype(jnp.float32), expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("theta", [500_000.0, 10_000.0])
+@pytest.mark.parametrize("first", [0, 5, 1000])
+def test_rotary_embedding_turns_complex_pairs(theta, first):
+    x = gaussian(2, 7, 3, 8)
+    rows = [table[first : first + 7] for table in rotary_angles(first + 9, 8, theta)]
+    found = rotary_embedding(x, *rows)
+    expected = rotate(np.asarray(x, np.float64), first + np.arange(7), theta)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=5e-4)
+    assert found.dtype == jnp.float32
+    assert rotary_embedding(x.astype(jnp.bfloat16), *rows).dtype == jnp.bfloat16
+
+
+def test_rotary_embedding_pairs_the_halves():
+    x = jnp.asarray([1.0, 0.0, 0.0, 0.0]).reshape(1, 1, 1, 4)
+    cos, sin = rotary_angles(2, 4, 500_000.0)
+    found = rotary_embedding(x, cos[1:], sin[1:])
+    expected = [np.cos(1), 0, np.sin(1), 0]  # feature 0 turns with feature 2
+    np.testing.assert_allclose(found.reshape(4), expected, atol=1e-6)
+    np.testing.assert_array_equal(rotary_embedding(x, cos[:1], sin[:1]), x)
+
+
+def test_products_of_rotated_vectors_see_only_distances():
+    query, key = gaussian(1, 1, 1, 16), gaussian(1, 1, 1, 16, seed=1)
+    cos, sin = rotary_angles(600, 16, 100.0)
+
+    def score(i, j):
+        turned = rotary_embedding(query, cos[i : i + 1], sin[i : i + 1])
+        other = rotary_embedding(key, cos[j : j + 1], sin[j : j + 1])
+        return float(jnp.vdot(turned, other))
+
+    for i, j in [(3, 0), (9, 9), (2, 14)]:
+        for offset in (1, 77, 500):
+            assert score(i + offset, j + offset) == pytest.approx(score(i, j), abs=1e-3)
+    assert abs(score(3, 0) - score(4, 0)) > 0.1
+
+
+def test_dropout_scales_what_it_keeps():
+    x = gaussian(200, 200) + 3.0
+    y = np.asarray(dropout(x, 0.25, KEY))
+    kept = y != 0
+    assert kept.mean() == pytest.approx(0.75, abs=0.01)
+    np.testing.assert_allclose(y[kept], np.asarray(x)[kept] / 0.75, rtol=1e-6)
+    assert y.mean() == pytest.approx(float(x.mean()), rel=0.01)
+    other = np.asarray(dropout(x, 0.25, jax.random.key(1))) != 0
+    assert (kept != other).mean() == pytest.approx(2 * 0.25 * 0.75, abs=0.02)
+    gradient = jax.grad(lambda x: dropout(x, 0.25, KEY).sum())(x)
+    np.testing.assert_allclose(gradient, kept / 0.75, rtol=1e-6)
+
+
+def test_dropout_is_the_identity_without_a_key_or_a_rate():
+    x = gaussian(4, 4)
+    np.testing.assert_array_equal(dropout(x, 0.5, None), x)
+    np.testing.assert_array_equal(dropout(x, 0.0, KEY), x)
+
+
+# Linear layers.
+
+
+@quantized_or_not
+def test_bit_linear(config):
+    x, layer = gaussian(2, 3, 16), BitLinear(10, config, 0.2)
+    variables = initialised(layer, x)
+    assert shapes(variables["params"]) == {"kernel": (16, 10)}
+    assert variables["params"]["kernel"].dtype == jnp.float32
+    quant = {"weight_quantizer/threshold": ()} if config.quantize else {}
+    assert shapes(variables.get("quant", {})) == quant
+    y = apply(layer, variables, x)
+    expected = linear(config, variables["params"], np.asarray(x, np.float64))
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    assert apply(layer, variables, x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    loss = lambda params: layer.apply({**variables, "params": params}, x).sum()  # noqa: E731
+    assert jnp.all(jax.jit(jax.grad(loss))(variables["params"])["kernel"] != 0)
+
+
+def test_bit_linear_tracks_its_input_range_in_training_only():
+    config = dataclasses.replace(
+        CONFIG, activation_tracking="ema", activation_momentum=0.5
+    )
+    layer, x = BitLinear(10, config), gaussian(3, 16)
+    variables = initialised(layer, x)
+    _, updated = layer.apply(variables, x, train=True, mutable=["quant"])
+    _, updated = layer.apply(
+        {**variables, **updated}, 3 * x, train=True, mutable=["quant"]
+    )
+    found = updated["quant"]["activation_quantizer"]["range"]
+    np.testing.assert_allclose(found, 2 * jnp.abs(x).max(), rtol=1e-6)
+    variables = {**variables, **updated}
+    y, after = layer.apply(variables, 10 * x, mutable=["quant"])
+    assert after["quant"]["activation_quantizer"]["range"] == found
+    clipped = layer.apply(variables, 20 * x)  # nearly all is beyond the range by now
+    assert float(jnp.abs(clipped - y).max()) < float(jnp.abs(y).max())
+
+
+@quantized_or_not
+def test_projections_of_one_input_equal_each_alone(config):
+    class Three(BitLinear):
+        """Three layers under one roof, applied jointly or one by one."""
+
+        def setup(self):
+            self.layers = [BitLinear(n, config, 0.1 * n) for n in (4, 6, 2)]
+
+        def __call__(self, x, joined):
+            if joined:
+                return project(x, self.layers)
+            return tuple(layer(x) for layer in self.layers)
+
+    x, module = gaussian(2, 3, 16), Three(1)
+    variables = initialised(module, x, True)
+    joined = apply(module, variables, x, True)
+    alone = apply(module, variables, x, False)
+    assert [y.shape for y in joined] == [(2, 3, 4), (2, 3, 6), (2, 3, 2)]
+    for a, b in zip(joined, alone, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+# Attention, feed-forward, block.
+
+
+@quantized_or_not
+@pytest.mark.parametrize("implementation", ["explicit", "library"])
+@pytest.mark.parametrize("n_kv_heads", [0, 2, 1])
+def test_attention_with_grouped_heads(config, implementation, n_kv_heads):
+    config = dataclasses.replace(
+        config, n_kv_heads=n_kv_heads, rope_theta=50.0, attention=implementation
+    )
+    module, x, positions = MultiHeadAttention(config), gaussian(2, 6, 16), jnp.arange(6)
+    variables = initialised(module, x, positions, rotary_of(config, positions))
+    width = 4 * config.kv_heads
+    assert shapes(variables["params"]) == {
+        "q_proj/kernel": (16, 16),
+        "k_proj/kernel": (16, width),
+        "v_proj/kernel": (16, width),
+        "sub_norm/scale": (16,),
+        "o_proj/kernel": (16, 16),
+    }
+    expected = attention(config, variables["params"], np.asarray(x, np.float64))
+    for offset in (0, 40):  # only distances count
+        rotary = rotary_of(config, positions + offset)
+        y, cache = apply(module, variables, x, positions + offset, rotary)
+        np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-4)
+        assert cache is None
+
+
+@quantized_or_not
+def test_attention_writes_what_it_sees_into_the_cache(config):
+    config = dataclasses.replace(config, n_kv_heads=2)
+    module, x = MultiHeadAttention(config), gaussian(2, 6, 16)
+    variables = initialised(module, x, jnp.arange(6), rotary_of(config, jnp.arange(6)))
+    expected = attention(config, variables["params"], np.asarray(x, np.float64))
+    garbage = 1e4 * gaussian(2, 8, 2, 4)  # what the cache holds beyond must not count
+    cache, start, step = (garbage, -garbage), 0, jax.jit(module.apply)
+    for length in (3, 1, 1, 1):
+        piece = x[:, start : start + length]
+        positions = start + jnp.arange(length)
+        rotary = rotary_of(config, positions)
+        y, cache = step(variables, piece, positions, rotary, cache)
+        np.testing.assert_allclose(
+            y, expected[:, start : start + length], rtol=1e-4, atol=1e-4
+        )
+        start += length
+    np.testing.assert_array_equal(cache[0][:, 6:], garbage[:, 6:])
+    value = linear(config, variables["params"]["v_proj"], np.asarray(x, np.float64))
+    np.testing.assert_allclose(
+        cache[1][:, :6].reshape(2, 6, 8), value, rtol=1e-4, atol=1e-4
+    )
+
+
+@quantized_or_not
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+def test_feed_forward(config, activation):
+    config = dataclasses.replace(config, activation=activation)
+    module, x = FeedForward(config), gaussian(2, 6, 16)
+    variables = initialised(module, x)
+    assert shapes(variables["params"]) == {
+        "gate_proj/kernel": (16, 24),
+        "up_proj/kernel": (16, 24),
+        "sub_norm/scale": (24,),
+        "down_proj/kernel": (24, 16),
+    }
+    expected = feed_forward(config, variables["params"], np.asarray(x, np.float64))
+    np.testing.assert_allclose(
+        apply(module, variables, x), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+def block(config, params, x):
+    x = x + attention(config, params["attn"], rms_norm(params["attn_norm"], x))
+    return x + feed_forward(config, params["ffn"], rms_norm(params["ffn_norm"], x))
+
+
+def block_and_its_arguments(config):
+    module, x = TransformerBlock(config), 2 * gaussian(2, 5, 16)
+    positions = jnp.arange(5)
+    rest = (None, None, positions, rotary_of(config, positions), None, False)
+    return module, initialised(module, x, *rest), x, rest
+
+
+@quantized_or_not
+def test_block_adds_normalised_branches_to_the_stream(config):
+    module, variables, x, rest = block_and_its_arguments(config)
+    y, _ = apply(module, variables, x, *rest)
+    expected = block(config, variables["params"], np.asarray(x, np.float64))
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("attention", "activation", "n_kv_heads"),
+    [("explicit", "swiglu", 2), ("explicit", "relu2", 4), ("library", "swiglu", 1)],
+)
+def test_gradients_equal_finite_differences(attention, activation, n_kv_heads):
+    """Of the float64 reference, along a random direction of every array."""
+    changes = {"activation": activation, "n_kv_heads": n_kv_heads}
+    config = dataclasses.replace(TWIN, attention=attention, **changes)
+    module, variables, x, rest = block_and_its_arguments(config)
+    arrays, weights = (variables["params"], x), np.asarray(gaussian(2, 5, 16, seed=2))
+
+    def loss(params, x):
+        return jnp.vdot(module.apply({"params": params}, x, *rest)[0], weights)
+
+    gradients, treedef = jax.tree.flatten(jax.jit(jax.grad(loss, (0, 1)))(*arrays))
+    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(arrays)]
+    rng = np.random.default_rng(3)
+    for i, gradient in enumerate(gradients):
+        direction = rng.normal(size=leaves[i].shape)
+        sides = []
+        for step in (1e-5, -1e-5):
+            moved = [*leaves[:i], leaves[i] + step * direction, *leaves[i + 1 :]]
+            y = block(config, *jax.tree.unflatten(treedef, moved))
+            sides.append(np.sum(y * weights))
+        slope = (sides[0] - sides[1]) / 2e-5
+        scale = np.linalg.norm(gradient) * np.linalg.norm(direction)
+        assert np.sum(gradient * direction) == pytest.approx(slope, abs=1e-5 * scale)
+
+
+# Settings.
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("dim", {"dim": 0}),
+        ("dim", {"dim": 20, "n_heads": 4}),  # an odd head dimension
+        ("dim", {"dim": 17, "n_heads": 1}),
+        ("n_layers", {"n_layers": 0}),
+        ("n_heads", {"n_heads": 0}),
+        ("max_seq_len", {"max_seq_len": 0}),
+        ("vocab_size", {"vocab_size": -1}),
+        ("n_kv_heads", {"n_kv_heads": 3}),
+        ("n_kv_heads", {"n_kv_heads": 8}),
+        ("n_kv_heads", {"n_kv_heads": -1}),
+        ("ffn_dim", {"ffn_dim": -4}),
+        ("dropout", {"dropout": 1.0}),
+        ("dropout", {"dropout": -0.1}),
+        ("activation_momentum", {"activation_momentum": 1.0}),
+        ("threshold", {"threshold": -0.5}),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(key, changes):
+    with pytest.raises(VaaniError, match=rf"model\.{key}\b"):
+        dataclasses.replace(CONFIG, **changes)
+
+
+@pytest.mark.parametrize(
+    ("dim", "hidden"), [(16, 64), (128, 320), (384, 1024), (1536, 4096)]
+)
+def test_zeros_stand_for_the_usual_sizes(dim, hidden):
+    config = ModelConfig(dim=dim, n_heads=4)
+    assert config.hidden_dim == hidden  # 8/3 D to the nearest multiple of 64
+    assert config.kv_heads == 4
+    assert config.head_dim == dim // 4
+    given = ModelConfig(dim=dim, n_heads=4, n_kv_heads=2, ffn_dim=40)
+    assert (given.kv_heads, given.hidden_dim) == (2, 40)

@@ -1,0 +1,189 @@
+"""Two bits a weight: what goes in comes out, and padding never shows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vaani_jax.errors import VaaniError
+from vaani_jax.model.config import ModelConfig
+from vaani_jax.model.names import ternary_codes
+from vaani_jax.model.packing import pack_params, packed_bytes
+from vaani_jax.model.transformer import Vaani, init_variables
+from vaani_jax.quant.packed import (
+    PackedRows,
+    PackedTernary,
+    pack,
+    pack_rows,
+    relayout,
+    take_rows,
+    tiles_shape,
+    unpack,
+)
+
+SHAPES = [(1, 1), (4, 16), (16, 16), (17, 33), (100, 7), (256, 128), (300, 130)]
+
+
+def ternary(k, n, seed=0):
+    return np.random.default_rng(seed).integers(-1, 2, (k, n)).astype(np.float32)
+
+
+@pytest.mark.parametrize("layout", ["tiles", "planes"])
+@pytest.mark.parametrize(("k", "n"), SHAPES)
+def test_unpack_undoes_pack(k, n, layout):
+    w = ternary(k, n)
+    packed = pack(w, jnp.float32(0.5), layout)
+    assert packed.codes.dtype == jnp.uint8
+    assert packed.shape == (k, n)
+    np.testing.assert_array_equal(unpack(packed), w)
+    assert unpack(packed, jnp.float32).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("k", "n"), SHAPES)
+def test_tiles_are_where_the_description_says(k, n):
+    w = ternary(k, n)
+    codes = np.asarray(pack(w, jnp.float32(1)).codes)
+    assert codes.shape == tiles_shape(k, n)
+    for i in range(k):
+        for j in range(0, n, max(1, n // 5)):
+            byte = int(codes[j // 16, i // 16, 4 * (j % 16) + i % 4])
+            assert (byte >> (2 * (i % 16 // 4)) & 3) - 1 == w[i, j]
+
+
+def test_planes_are_where_the_description_says():
+    w = ternary(300, 130)
+    codes = np.asarray(pack(w, jnp.float32(1), "planes").codes)
+    assert codes.shape == (128, 256)
+    for i in range(300):
+        byte = int(codes[i % 128, 7])
+        assert (byte >> (2 * (i // 128)) & 3) - 1 == w[i, 7]
+
+
+def test_padding_holds_zeros():
+    packed = pack(ternary(17, 5), jnp.float32(1))
+    whole = PackedTernary(packed.codes, packed.scale, (32, 16))
+    padded = np.asarray(unpack(whole))
+    assert not padded[17:].any()
+    assert not padded[:, 5:].any()
+
+
+@pytest.mark.parametrize(("k", "n"), SHAPES)
+def test_relayout_there_and_back(k, n):
+    packed = pack(ternary(k, n), jnp.ones(n))
+    there = relayout(packed, "planes")
+    assert there.layout == "planes"
+    back = relayout(there, "tiles")
+    np.testing.assert_array_equal(back.codes, packed.codes)
+    assert relayout(packed, "tiles") is packed
+
+
+def test_a_pytree_with_two_leaves():
+    packed = pack(ternary(17, 5), jnp.float32(2))
+    leaves, structure = jax.tree.flatten(packed)
+    assert len(leaves) == 2
+    again = jax.tree.unflatten(structure, leaves)
+    assert again.shape == (17, 5)
+    jitted = jax.jit(unpack)(packed)
+    np.testing.assert_array_equal(jitted, ternary(17, 5))
+
+
+def test_refusals():
+    with pytest.raises(VaaniError, match=r"\[K, N\]"):
+        pack(np.zeros((2, 3, 4)), jnp.float32(1))
+    with pytest.raises(VaaniError, match="scale"):
+        pack(ternary(4, 5), jnp.ones(4))
+    with pytest.raises(VaaniError, match="-1, 0 or 1"):
+        pack(np.full((4, 5), 0.5), jnp.float32(1))
+
+
+def test_rows_are_off_by_half_a_step_at_most():
+    matrix = np.random.default_rng(0).normal(size=(50, 33)).astype(np.float32)
+    matrix[3] *= 1000
+    matrix[4] = 0
+    rows = pack_rows(jnp.asarray(matrix))
+    assert rows.codes.dtype == jnp.int8
+    back = np.asarray(take_rows(rows, jnp.arange(50)), np.float64)
+    step = np.abs(matrix).max(axis=1, keepdims=True) / 127
+    assert (np.abs(back - matrix) <= 0.5001 * step + 1e-12).all()
+
+
+def small(**changes):
+    values = {"vocab_size": 40, "dim": 48, "n_layers": 2, "n_heads": 4, "ffn_dim": 80}
+    return ModelConfig(**values | changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"weight_granularity": "channel"},
+        {"weight_scale": "least_squares", "threshold": 0.7},
+        {"weight_scale": "stored"},
+        {"sub_norms": False},
+        {"tie_embeddings": False},
+        {"tie_embeddings": False, "ternary_head": True},
+        {"ternary_head": True},
+    ],
+)
+def test_pack_params_holds_the_codes_of_training(changes):
+    config = small(**changes)
+    params, quant = init_variables(config, jax.random.key(0))
+    packed, left = jax.jit(pack_params, static_argnums=2)(params, quant, config.spec)
+    assert left == {}
+    expected = jax.jit(lambda p, q: ternary_codes(config, p, q))(params, quant)
+    for name, (codes, scale) in expected.items():
+        node = packed
+        for part in name.split("/"):
+            node = node[part]
+        kernel = node if isinstance(node, PackedTernary) else node["kernel"]
+        np.testing.assert_array_equal(unpack(kernel), codes)
+        np.testing.assert_array_equal(kernel.scale, scale)
+    kinds = [
+        x
+        for x in jax.tree.leaves(packed, is_leaf=lambda x: isinstance(x, PackedTernary))
+        if isinstance(x, PackedTernary)
+    ]
+    assert len(kinds) == len(expected)
+
+
+def test_pack_params_keeps_tracked_ranges():
+    config = small(activation_tracking="ema")
+    params, quant = init_variables(config, jax.random.key(0))
+    _, left = pack_params(params, quant, config.spec)
+    ranges = left["layers_0"]["attn"]["q_proj"]["activation_quantizer"]
+    assert set(ranges) == {"range", "momentum"}
+
+
+def test_an_8_bit_embedding_serves_as_head():
+    for changes in ({}, {"tie_embeddings": False}):
+        config = small(**changes)
+        params, quant = init_variables(config, jax.random.key(0))
+        params["embedding"] = params["embedding"] * 50
+        packed, left = pack_params(params, quant, config.spec, embedding="int8")
+        assert isinstance(packed["embedding"], PackedRows)
+        tokens = jnp.arange(12).reshape(2, 6)
+        full = Vaani(config).apply({"params": params, "quant": quant}, tokens)
+        ours = Vaani(config).apply({"params": packed, "quant": left}, tokens)
+        error = np.abs(np.asarray(ours - full)).max()
+        assert error < 0.05 * np.abs(np.asarray(full)).max()
+
+
+def test_bits_per_weight():
+    config = small(dim=256, ffn_dim=640, vocab_size=16)
+    params, quant = init_variables(config, jax.random.key(0))
+    packed, _ = pack_params(params, quant, config.spec)
+    layers = {k: v for k, v in packed.items() if k.startswith("layers_")}
+    kernels = [
+        x
+        for x in jax.tree.leaves(layers, is_leaf=lambda x: isinstance(x, PackedTernary))
+        if isinstance(x, PackedTernary)
+    ]
+    weights = sum(x.shape[0] * x.shape[1] for x in kernels)
+    assert 8 * packed_bytes(kernels) / weights <= 2.1
+
+
+def test_stacked_layers_are_refused():
+    config = small(scan_layers=True)
+    params, quant = init_variables(config, jax.random.key(0))
+    with pytest.raises(VaaniError, match="unroll"):
+        pack_params(params, quant, config.spec)

@@ -1,0 +1,624 @@
+"""The tuner's functions: what they see, what they set, and within which bounds."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vaani_jax.errors import VaaniError
+from vaani_jax.train import tuner as tuner_module
+from vaani_jax.train.tuner import (
+    ACCEPTED,
+    CALM,
+    CAUSES,
+    DIVERGENCES,
+    FLIPS,
+    GRADIENT,
+    GRADIENTS,
+    HEALTHY,
+    LOSS,
+    LOST,
+    NON_FINITE,
+    SHRUNK,
+    SKIPS,
+    STUCK,
+    UPDATE,
+    VERDICTS,
+    HyperparameterTuner,
+    TunerConfig,
+    layer_labels,
+    pick_learning_rate,
+    reconcile,
+)
+
+CODES = {
+    "a": jnp.asarray(np.random.default_rng(0).integers(-1, 2, (8, 6)), jnp.int8),
+    "b": jnp.asarray(np.random.default_rng(1).integers(-1, 2, (2, 8, 6)), jnp.int8),
+}
+LAYERS = {"embedding": jnp.zeros(()), "layers": jnp.zeros(2)}
+STEP = {
+    "loss": 2.0,
+    "gradient_norm": 1.0,
+    "layer_norms": {"embedding": 0.5, "layers": [0.6, 0.4]},
+    "update_norm": 0.1,
+}
+TAUS = {"a": jnp.float32(0.5), "b": jnp.asarray([0.5, 0.5], jnp.float32)}
+
+
+def make(config=TunerConfig(), **options):
+    options = {"learning_rate": 1e-2, "warmup_steps": 4, **options}
+    tuner = HyperparameterTuner(config, **options)
+    return tuner, tuner.init(CODES, LAYERS)
+
+
+@functools.cache
+def _observe(tuner):
+    return jax.jit(lambda state, step: tuner.observe(state, **step))
+
+
+def see(tuner, state, **changes):
+    step = {**STEP, **changes}
+    step = jax.tree.map(
+        lambda x: jnp.asarray(x, jnp.float32), step, is_leaf=lambda x: type(x) is list
+    )
+    return _observe(tuner)(state, step)
+
+
+@functools.cache
+def _adjust(tuner):
+    return jax.jit(
+        lambda state, taus, codes: tuner.adjust(state, thresholds=taus, codes=codes)
+    )
+
+
+def adjust(tuner, state, taus=TAUS, codes=CODES):
+    return _adjust(tuner)(state, taus, codes)
+
+
+def trained(tuner, state, steps=100, seed=0, level=2.0, every=10):
+    """A calm stretch: noisy losses and norms, adjusted as the loop does."""
+    rng = np.random.default_rng(seed)
+    for i in range(steps):
+        state, _ = see(
+            tuner,
+            state,
+            loss=level + 0.01 * rng.normal(),
+            gradient_norm=1 + 0.05 * rng.normal(),
+            update_norm=0.1 + 0.005 * rng.normal(),
+        )
+        if (i + 1) % every == 0:
+            state, _, _ = adjust(tuner, state)
+    return state
+
+
+def test_tables_name_every_case():
+    assert len(VERDICTS) == SHRUNK + 1
+    assert len(CAUSES) == FLIPS + 1
+    assert len(DIVERGENCES) == STUCK + 1
+
+
+# -- The range test ---------------------------------------------------------------
+
+
+def sigmoid_curve(rates, middle, drop=1.0, noise=0.0, seed=0):
+    rng = np.random.default_rng(seed)
+    x = np.log(np.asarray(rates) / middle)
+    fall = drop / (1 + np.exp(-2 * x))
+    blow_up = np.where(np.asarray(rates) > 20 * middle, 5.0, 0.0)
+    return list(4 - fall + blow_up + noise * rng.normal(size=len(rates)))
+
+
+@pytest.mark.parametrize("steps", [600, 2000])
+@pytest.mark.parametrize("middle", [1e-3, 6e-3, 3e-2])
+def test_the_pick_is_a_multiple_of_the_middle_of_the_fall(steps, middle):
+    tuner, _ = make()
+    rates = tuner.probe_rates(steps)
+    picked = pick_learning_rate(
+        rates, sigmoid_curve(rates, middle, noise=0.01), steps, tuner.config
+    )
+    assert picked == pytest.approx(tuner.config.probe_gain * middle, rel=0.2)
+
+
+def test_long_runs_extrapolate_a_capped_range_test():
+    tuner, _ = make()
+    rates = tuner.probe_rates(2000)
+    assert rates == tuner.probe_rates(16_000)
+    losses = sigmoid_curve(rates, 1e-2)
+    short, long = (
+        pick_learning_rate(rates, losses, n, tuner.config) for n in (2000, 16_000)
+    )
+    assert long == pytest.approx(short / 2, rel=1e-6)  # 8 ** (1 / 3)
+
+
+def test_losses_that_blow_up_early_end_the_test_there():
+    tuner, _ = make()
+    rates = tuner.probe_rates(2000)
+    losses = sigmoid_curve(rates, 1e-3)
+    whole = pick_learning_rate(rates, losses, 2000, tuner.config)
+    cut = [*losses[:80], math.nan]
+    assert pick_learning_rate(rates, cut, 2000, tuner.config) == pytest.approx(whole)
+
+
+@pytest.mark.parametrize("drop", [0.0, -1.0])
+def test_no_drop_no_pick(drop):
+    tuner, _ = make()
+    rates = tuner.probe_rates(2000)
+    losses = sigmoid_curve(rates, 1e-2, drop=drop, noise=0.1)
+    assert pick_learning_rate(rates, losses, 2000, tuner.config) is None
+
+
+@pytest.mark.parametrize("steps", [1, 399, 400, 600, 2000, 50_000])
+def test_the_range_test_costs_a_twentieth_at_most(steps):
+    tuner, _ = make()
+    rates = tuner.probe_rates(steps)
+    assert len(rates) <= steps / 20
+    assert bool(rates) == (steps >= 400)
+    if rates:
+        assert rates[0] == pytest.approx(1e-5)
+        assert rates[-1] == pytest.approx(1.0)
+        ratios = np.diff(np.log(rates))
+        np.testing.assert_allclose(ratios, ratios[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "picked", "taken"),
+    [
+        (0.01, 0.012, 0.01),
+        (0.01, 0.02, 0.01),
+        (0.01, 0.021, 0.021),
+        (0.03, 0.012, 0.012),
+        (0.01, None, 0.01),
+    ],
+)
+def test_a_given_learning_rate_is_kept_where_the_test_trusts_it(given, picked, taken):
+    peak, cause = reconcile(given, picked, TunerConfig())
+    assert peak == taken
+    assert cause
+
+
+# -- Every step -------------------------------------------------------------------
+
+
+def test_the_applied_rate_is_peak_factor_ramp_decay():
+    tuner, state = make()
+    state = dataclasses.replace(state, factor=jnp.float32(0.5), ramp=jnp.float32(0.25))
+    assert tuner.applied(state, jnp.float32(0.8)) == pytest.approx(1e-3)
+    held = dataclasses.replace(state, held=jnp.float32(0.7))
+    assert tuner.applied(held, jnp.float32(0.8)) == pytest.approx(0.7)
+
+
+def test_a_calm_warm_up_is_the_schedule_s():
+    tuner, state = make(warmup_steps=8)
+    ramps = []
+    for _ in range(10):
+        ramps.append(float(state.ramp))
+        state, verdict = see(tuner, state)
+        assert verdict.kind == ACCEPTED
+    np.testing.assert_allclose(ramps, np.minimum(np.arange(1, 11) / 8, 1), rtol=1e-6)
+    assert state.warmup == 8
+
+
+def test_warm_up_is_faster_while_calm_and_slower_while_not():
+    tuner, state = make(warmup_steps=100)
+    for _ in range(50):
+        state, _ = see(tuner, state)
+    c = tuner.config
+    fast = 50 - c.warmup_calm
+    expected = (1 + c.warmup_calm + c.warmup_fast * fast) / 100
+    assert float(state.ramp) == pytest.approx(expected, rel=1e-5)
+    before = float(state.ramp)
+    state, _ = see(tuner, state, layer_norms={"embedding": 0.5, "layers": [0.6, 4.0]})
+    assert state.calm == 0
+    assert float(state.ramp) - before == pytest.approx(c.warmup_slow / 100, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["loss", "gradient_norm", "update_norm"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_is_skipped(name, value):
+    tuner, state = make()
+    state = trained(tuner, state)
+    after, verdict = see(tuner, state, **{name: value})
+    assert verdict.kind == NON_FINITE
+    assert verdict.scale == 0
+    assert not verdict.accepted
+    for key in ("losses", "gradient_norms", "update_norms", "count"):
+        np.testing.assert_array_equal(getattr(after, key), getattr(state, key))
+    assert jax.tree.all(
+        jax.tree.map(np.array_equal, after.layer_norms, state.layer_norms)
+    )
+    assert after.skipped == state.skipped + 1
+    assert after.running == 1
+    again, _ = see(tuner, after)
+    assert again.running == 0
+
+
+def test_exploding_gradients_are_skipped_and_the_layer_named():
+    tuner, state = make()
+    state = trained(tuner, state)
+    norms = {"embedding": 0.5, "layers": [0.6, 20.0]}
+    _, verdict = see(tuner, state, gradient_norm=20.0, layer_norms=norms)
+    assert verdict.kind == GRADIENT
+    assert layer_labels(state.layer_norms) == ["embedding", "layers[0]", "layers[1]"]
+    assert layer_labels(state.layer_norms)[int(verdict.layer)] == "layers[1]"
+    assert verdict.value == 20
+    assert verdict.usual == pytest.approx(1, rel=0.1)
+    _, verdict = see(tuner, state, gradient_norm=9.0)
+    assert verdict.kind == ACCEPTED
+
+
+def test_nothing_explodes_before_there_is_a_norm_to_compare_with():
+    tuner, state = make()
+    for norm in (1.0, 1e3, 1e-3, 1e6):
+        state, verdict = see(tuner, state, gradient_norm=norm, update_norm=norm)
+        assert verdict.kind == ACCEPTED
+
+
+def test_a_range_test_may_explode():
+    tuner, state = make()
+    state = trained(tuner, state)
+    state = dataclasses.replace(state, held=jnp.float32(1e-3))
+    _, verdict = see(tuner, state, gradient_norm=1e3, update_norm=1e3)
+    assert verdict.kind == ACCEPTED
+    assert verdict.scale == 1
+    _, verdict = see(tuner, state, gradient_norm=math.inf)
+    assert verdict.kind == NON_FINITE
+
+
+def test_updates_are_shrunk_then_skipped_then_let_through_shrunk():
+    tuner, state = make()
+    state = trained(tuner, state)
+    usual = float(state.update_median)
+    c = tuner.config
+    _, verdict = see(tuner, state, update_norm=10 * usual)
+    assert verdict.kind == SHRUNK
+    assert float(verdict.scale) == pytest.approx(c.update_ratio / 10)
+    for _ in range(c.patience):
+        state, verdict = see(tuner, state, update_norm=100 * usual)
+        assert verdict.kind == UPDATE
+        assert verdict.scale == 0
+    state, verdict = see(tuner, state, update_norm=100 * usual)
+    assert verdict.kind == SHRUNK
+    assert float(verdict.scale) == pytest.approx(c.update_ratio / 100)
+    stored = np.asarray(state.update_norms)
+    assert stored[np.isfinite(stored)].max() == pytest.approx(c.update_ratio * usual)
+
+
+# -- Every interval ---------------------------------------------------------------
+
+
+def test_medians_and_percentiles_are_numpy_s():
+    tuner, state = make(clip_norm=10.0)
+    rng = np.random.default_rng(3)
+    norms = rng.lognormal(size=300)
+    for norm in norms:
+        state, _ = see(tuner, state, gradient_norm=norm)
+    after, _, _ = adjust(tuner, state)
+    window = norms[-tuner_module.NORMS :]
+    lower = np.percentile(window, 50, method="lower")
+    assert float(after.gradient_median) == pytest.approx(lower, rel=1e-6)
+    c = tuner.config
+    percentile = np.percentile(window, c.clip_percentile, method="lower")
+    assert float(after.clip_norm) == pytest.approx(c.clip_margin * percentile, rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_the_clipping_threshold_stays_in_its_range(scale):
+    tuner, state = make(clip_norm=0.5)
+    for _ in range(40):
+        state, _ = see(tuner, state, gradient_norm=scale)
+    after, _, _ = adjust(tuner, state)
+    bound = 0.5 if scale > 1 else 0.5 / 10
+    assert float(after.clip_norm) == pytest.approx(bound)
+
+
+def test_small_moves_of_the_clipping_threshold_are_left():
+    tuner, state = make(clip_norm=10.0)
+    state = trained(tuner, state)
+    clip = float(state.clip_norm)
+    for _ in range(130):
+        state, _ = see(tuner, state, gradient_norm=1.03)
+    after, _, _ = adjust(tuner, state)
+    assert after.clip_norm == clip
+
+
+def test_calm_training_follows_the_schedule():
+    tuner, state = make()
+    state = trained(tuner, state, steps=400)
+    assert state.factor == 1
+    assert state.ceiling == 1
+    assert state.skipped == 0
+    assert state.shrunk == 0
+
+
+def disturbed(state, tuner, kind):
+    """A stretch of ten steps with one sign of instability."""
+    codes = CODES
+    for i in range(10):
+        change = {}
+        if kind == SKIPS and i > 7:
+            change["loss"] = math.nan
+        state, _ = see(tuner, state, **change)
+    if kind == LOSS:
+        for _ in range(20):
+            state, _ = see(tuner, state, loss=2.2)
+    if kind == GRADIENTS:
+        for _ in range(10):
+            state, _ = see(tuner, state, gradient_norm=6.0)
+    if kind == FLIPS:
+        codes = jax.tree.map(lambda t: (-t).astype(jnp.int8), CODES)
+        state = dataclasses.replace(state, flip_rate=jnp.float32(1e-3))
+    return adjust(tuner, state, codes=codes)
+
+
+@pytest.mark.parametrize("kind", [SKIPS, LOSS, GRADIENTS, FLIPS])
+def test_signs_of_instability_cut_the_learning_rate_and_are_named(kind):
+    tuner, state = make()
+    state = trained(tuner, state)
+    after, _, adjustment = disturbed(state, tuner, kind)
+    assert adjustment.learning_rate.cause == kind
+    assert float(after.factor) == pytest.approx(tuner.config.cut)
+    assert adjustment.learning_rate.old == 1
+
+
+def test_one_bad_batch_cuts_nothing():
+    tuner, state = make()
+    state = trained(tuner, state)
+    state, _ = see(tuner, state, loss=math.nan)
+    for _ in range(9):
+        state, _ = see(tuner, state)
+    after, _, adjustment = adjust(tuner, state)
+    assert after.factor == 1
+    assert adjustment.learning_rate.cause == CALM
+
+
+def test_cuts_keep_their_distance_stop_at_the_bound_and_recover():
+    tuner, state = make()
+    state = trained(tuner, state)
+    factors = []
+    for _ in range(60):
+        for i in range(10):
+            loss = math.nan if i < 2 else 2.0
+            state, _ = see(tuner, state, loss=loss)
+        state, _, _ = adjust(tuner, state)
+        factors.append(float(state.factor))
+    c = tuner.config
+    cuts = np.flatnonzero(np.diff([1.0, *factors]) < 0)
+    assert np.diff(cuts).min() >= c.cooldown // c.interval
+    assert min(factors) == pytest.approx(c.factor_min)
+    state = trained(tuner, state, steps=400)
+    assert state.factor == 1
+
+
+def test_a_run_that_loses_its_progress_has_diverged():
+    tuner, state = make()
+    for level in np.linspace(4, 2, 30):
+        state = trained(tuner, state, steps=10, level=level)
+    _, _, adjustment = adjust(tuner, state)
+    assert adjustment.diverged == HEALTHY
+    for _ in range(10):
+        state, _ = see(tuner, state, loss=2.3)
+    _, _, adjustment = adjust(tuner, state)
+    assert adjustment.diverged == HEALTHY  # a bump: 30 % of 2 nats are not lost
+    for _ in range(10):
+        state, _ = see(tuner, state, loss=2.8)
+    _, _, adjustment = adjust(tuner, state)
+    assert adjustment.diverged == LOST
+    assert adjustment.loss == pytest.approx(2.8, abs=0.01)
+    assert adjustment.lowest == pytest.approx(2.0, abs=0.1)
+
+
+def test_a_loss_far_above_the_first_has_diverged_from_the_start():
+    tuner, state = make()
+    state, _ = see(tuner, state, loss=4.0)
+    for _ in range(20):
+        state, _ = see(tuner, state, loss=41.0)
+    _, _, adjustment = adjust(tuner, state)
+    assert adjustment.diverged == LOST
+
+
+def test_while_quantisation_is_phased_in_the_loss_may_rise():
+    tuner, state = make()
+    settling = jax.jit(
+        lambda state: tuner.adjust(
+            state, thresholds=TAUS, codes=CODES, settling=jnp.asarray(True)
+        )
+    )
+    for level in np.linspace(1.5, 3, 10):
+        for _ in range(20):
+            state, _ = see(tuner, state, loss=level)
+        state, _, adjustment = settling(state)
+        assert adjustment.diverged == HEALTHY
+    assert float(state.lowest) == pytest.approx(3.0)
+
+
+def test_nothing_to_apply_for_long_has_diverged():
+    tuner, state = make()
+    state = trained(tuner, state)
+    for i in range(tuner.config.patience):
+        _, _, adjustment = adjust(tuner, state)
+        assert adjustment.diverged == HEALTHY, i
+        state, _ = see(tuner, state, loss=math.nan)
+    _, _, adjustment = adjust(tuner, state)
+    assert adjustment.diverged == STUCK
+
+
+def test_a_rescue_lowers_the_ceiling_and_forgets():
+    tuner, state = make()
+    state = trained(tuner, state)
+    state, _ = see(tuner, state, loss=math.nan)
+    after = jax.jit(tuner.rescued)(state)
+    c = tuner.config
+    assert float(after.ceiling) == pytest.approx(c.rescue_cut)
+    assert float(after.factor) == pytest.approx(c.rescue_cut)
+    assert after.count == 0
+    assert not np.isfinite(after.losses).any()
+    assert after.skipped == 1
+    assert (int(after.rescues), int(after.rescues_running)) == (1, 1)
+    assert after.record == state.record
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    # It may not recover past the ceiling; a new lowest loss ends the count.
+    after = trained(tuner, after, steps=200, level=1.5)
+    assert float(after.factor) == pytest.approx(c.rescue_cut)
+    assert (int(after.rescues), int(after.rescues_running)) == (1, 0)
+
+
+# -- Sparsity ---------------------------------------------------------------------
+
+
+def ternary(w, tau):
+    """Codes in float64, by the definition."""
+    gamma = np.abs(w).mean(axis=(-2, -1), keepdims=True)
+    tau = np.reshape(tau, (*np.shape(tau), 1, 1))
+    return np.sign(w) * (np.abs(w) > tau * gamma)
+
+
+@pytest.mark.parametrize("band", [(0.3, 0.4), (0.5, 0.6)])
+@pytest.mark.parametrize("start", [0.1, 0.5, 2.0])
+def test_every_layer_comes_into_the_band_and_stays(start, band):
+    rng = np.random.default_rng(4)
+    # A Gaussian, a flat and a heavy-tailed kernel, one of them stacked.
+    kernels = {
+        "a": rng.normal(size=(64, 48)),
+        "b": np.stack([rng.uniform(-1, 1, (64, 48)), rng.laplace(size=(64, 48))]),
+    }
+    tuner = HyperparameterTuner(learning_rate=1e-2, band=band)
+    taus = {"a": jnp.float32(start), "b": jnp.full(2, start, jnp.float32)}
+
+    def codes():
+        return {
+            k: jnp.asarray(ternary(w, np.float64(taus[k])), jnp.int8)
+            for k, w in kernels.items()
+        }
+
+    state = tuner.init(codes(), LAYERS)
+    inside, moved = [], []
+    for _ in range(40):
+        before = taus
+        state, taus, _ = adjust(tuner, state, taus, codes())
+        ratios = [np.ravel(taus[k] / before[k]) for k in taus]
+        moved.append(np.abs(np.log(np.concatenate(ratios))).max())
+        zeros = [np.mean(t == 0, axis=(-2, -1)) for t in codes().values()]
+        zeros = np.concatenate([np.ravel(z) for z in zeros])
+        inside.append(((zeros >= band[0]) & (zeros <= band[1])).all())
+    assert all(inside[20:])  # 200 steps
+    assert max(moved) <= math.log(tuner.config.threshold_rate) + 1e-5
+    assert moved[-1] == 0  # and rests
+
+
+def test_layers_are_corrected_each_in_its_own_direction():
+    tuner = HyperparameterTuner(learning_rate=1e-2, band=(0.3, 0.4))
+    sparse = jnp.zeros((8, 8), jnp.int8)
+    dense = jnp.ones((8, 8), jnp.int8)
+    codes = {"a": sparse, "b": jnp.stack([dense, sparse])}
+    state = tuner.init(codes, LAYERS)
+    _, taus, adjustment = adjust(tuner, state, TAUS, codes)
+    assert taus["a"] < 0.5
+    assert taus["b"][0] > 0.5
+    assert taus["b"][1] < 0.5
+    np.testing.assert_array_equal(adjustment.thresholds["b"].cause, [0, 1])
+
+
+def test_thresholds_stay_in_their_bounds():
+    tuner = HyperparameterTuner(learning_rate=1e-2, band=(0.3, 0.4))
+    codes = {"a": jnp.zeros((8, 8), jnp.int8), "b": jnp.ones((2, 8, 8), jnp.int8)}
+    state, taus = tuner.init(codes, LAYERS), TAUS
+    for _ in range(60):
+        state, taus, _ = adjust(tuner, state, taus, codes)
+    c = tuner.config
+    assert taus["a"] == pytest.approx(c.threshold_min)
+    np.testing.assert_allclose(taus["b"], c.threshold_max)
+
+
+def test_without_a_band_thresholds_are_left_alone():
+    tuner, state = make()
+    _, taus, adjustment = adjust(tuner, state)
+    assert adjustment.thresholds == {}
+    assert jax.tree.all(jax.tree.map(np.array_equal, taus, TAUS))
+
+
+# -- Validation loss, activation ranges, the whole --------------------------------
+
+
+def test_rising_validation_loss_cuts_for_good():
+    tuner, state = make()
+    see_evaluation = jax.jit(tuner.see_evaluation)
+    cuts = []
+    for loss in (2.0, 1.8, 1.9, 1.83, 1.9, 1.9, 1.7):
+        state, change = see_evaluation(state, jnp.float32(loss))
+        cuts.append(int(change.cause))
+    assert cuts == [0, 0, 0, 0, 0, 1, 0]
+    assert float(state.ceiling) == pytest.approx(tuner.config.cut)
+    state = trained(tuner, state, steps=200)
+    assert float(state.factor) == pytest.approx(tuner.config.cut)
+
+
+def test_the_activation_momentum_grows_while_calm_within_bounds():
+    tuner, state = make(momentum=0.99)
+    seen = []
+    for _ in range(40):
+        state = trained(tuner, state, steps=10)
+        seen.append(float(state.momentum))
+    c = tuner.config
+    assert (np.diff(seen) >= 0).all()
+    assert np.float32(c.momentum_min) <= seen[0] < seen[-1] <= c.momentum_max
+    assert seen[-1] == pytest.approx(1 - 10 / 410, abs=0.1 * (1 - seen[-1]))
+    state, _ = see(tuner, state, loss=math.nan)
+    state, _, _ = adjust(tuner, state)
+    assert float(state.momentum) == pytest.approx(c.momentum_min)
+
+
+def test_without_tracked_ranges_the_momentum_is_left_alone():
+    tuner, state = make()
+    assert trained(tuner, state).momentum == state.momentum
+
+
+def test_pure_and_of_one_structure():
+    """Equal with and without jit, and fit to be a carry of `lax.scan`."""
+    tuner, state = make(momentum=0.99, band=(0.3, 0.4))
+    step = jax.tree.map(
+        lambda x: jnp.asarray(x, jnp.float32), STEP, is_leaf=lambda x: type(x) is list
+    )
+    plain, _ = tuner.observe(state, **step)
+    compiled, _ = see(tuner, state)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(compiled), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+    def body(state, _):
+        state, verdict = tuner.observe(state, **step)
+        state, _, _ = tuner.adjust(state, thresholds=TAUS, codes=CODES)
+        state, _ = tuner.see_evaluation(state, step["loss"])
+        return tuner.rescued(state), verdict.kind
+
+    state, kinds = jax.lax.scan(body, state, length=3)
+    assert kinds.tolist() == [ACCEPTED] * 3
+    assert state.rescues == 3
+
+
+def test_aggressive_is_twice_as_often_and_twice_as_far():
+    calm, keen = TunerConfig(), TunerConfig().aggressive()
+    assert keen.interval * 2 == calm.interval
+    for name in ("cut", "recovery", "rescue_cut", "threshold_rate", "warmup_fast"):
+        one, two = getattr(calm, name), getattr(keen, name)
+        assert math.log(two) == pytest.approx(2 * math.log(one))
+    assert HyperparameterTuner(learning_rate=1.0, aggressive=True).config == keen
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"interval": 0},
+        {"trust": 0.5},
+        {"cut": 0.0},
+        {"momentum_max": 1.0},
+        {"threshold_min": 9.0},
+        {"probe_low": 2.0},
+        {"clip_percentile": 0.0},
+    ],
+)
+def test_impossible_bounds_are_refused(change):
+    with pytest.raises(VaaniError, match=f"tuner: .*{next(iter(change))}"):
+        TunerConfig(**change)

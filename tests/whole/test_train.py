@@ -1,0 +1,544 @@
+"""Whole runs as people start them: resume, kill, signals, damage, refusals."""
+
+import io
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from vaani_jax.data.batches import Batches
+from vaani_jax.errors import VaaniError
+from vaani_jax.inference.model import load_model
+from vaani_jax.runs.checkpoints import Checkpoints
+from vaani_jax.train.config import from_dict
+from vaani_jax.train.loop import train
+from vaani_jax.train.schedules import Schedule
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+TINY = {
+    "num_steps": 24,
+    "batch_size": 4,
+    "log_interval": 3,
+    "eval_interval": 8,
+    "save_interval": 4,
+    "sample_interval": 12,
+    "keep_checkpoints": 3,
+    "model": {
+        "dim": 16,
+        "n_layers": 2,
+        "n_heads": 2,
+        "max_seq_len": 16,
+        "dropout": 0.1,
+        "activation_tracking": "ema",
+    },
+    "optim": {"warmup_steps": 4, "accumulation_steps": 2},
+    "sample": {"max_new_tokens": 20, "prompts": ("the ", "\n")},
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> pathlib.Path:
+    sentence = "the quick brown fox jumps over the lazy dog and runs away\n"
+    words = sentence.split(" ")
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("text") / "corpus.txt"
+    path.write_text(" ".join(rng.choice(words, 2000)), encoding="utf-8")
+    return path
+
+
+def make_config(text, **changes):
+    values = {**TINY, "data": {"path": str(text)}}
+    for key, value in changes.items():
+        section = isinstance(value, dict)
+        values[key] = {**values.get(key, {}), **value} if section else value
+    return from_dict(values)
+
+
+def run(config, workdir):
+    with open(os.devnull, "w") as sink:
+        return train(config, workdir, console=Console(file=sink))
+
+
+def final_state(workdir, step=24):
+    checkpoints = Checkpoints(pathlib.Path(workdir) / "checkpoints", read_only=True)
+    folder = checkpoints.directory / f"step_{step}"
+    meta = checkpoints.meta(step)
+    checkpoints.close()
+    assert folder.is_dir()
+    return meta["fingerprints"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(text, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    result = run(make_config(text), workdir)
+    return workdir, result
+
+
+def test_a_run_leaves_everything_behind(uninterrupted):
+    workdir, result = uninterrupted
+    for name in ("metrics.jsonl", "training_history.json", "training_curves.png"):
+        assert (workdir / name).stat().st_size > 100, name
+    assert list((workdir / "tensorboard").glob("events.*"))
+    assert (workdir / "training_curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    samples = sorted(p.name for p in (workdir / "samples").iterdir())
+    assert samples == ["step_000012.txt", "step_000024.txt"]
+    assert "the " in (workdir / "samples" / samples[-1]).read_text()
+    history = json.loads((workdir / "training_history.json").read_text())
+    assert history["train/loss"]["step"] == [3, 6, 9, 12, 15, 18, 21, 24]
+    assert history["eval/loss"]["step"] == [8, 16, 24]
+    assert history["eval/loss"]["value"][-1] == pytest.approx(result.loss)
+    layer = history["quant/sparsity/layers_0/attn/q_proj"]["value"]
+    assert all(0 < v < 1 for v in layer)
+    flipped = history["quant/flipped/layers_1/ffn/down_proj"]["value"]
+    assert max(flipped) > 0
+    assert history["train/weight_decay"]["value"][0] == pytest.approx(0.1)
+    summary = json.loads((workdir / "run.json").read_text())
+    assert summary["final"]["loss"] == pytest.approx(result.loss)
+
+
+def test_training_learns(uninterrupted):
+    workdir, _ = uninterrupted
+    losses = json.loads((workdir / "training_history.json").read_text())["train/loss"]
+    assert losses["value"][-1] < losses["value"][0] - 0.1
+
+
+def test_two_equal_runs_are_equal(text, uninterrupted, tmp_path):
+    run(make_config(text), tmp_path / "again")
+    assert final_state(tmp_path / "again") == final_state(uninterrupted[0])
+
+
+def test_resumed_equals_uninterrupted(text, uninterrupted, tmp_path):
+    """2N steps = N steps + restore + N steps, with the schedule of the whole run."""
+    workdir = tmp_path / "run"
+    stopped = []
+
+    class StopError(Exception):
+        pass
+
+    # Stop where no checkpoint is due by raising out of the loop.
+    from vaani_jax.train import loop as module
+
+    original = module.Trainer._log
+
+    def log(self, report):
+        original(self, report)
+        if report.step >= 9 and not stopped:
+            stopped.append(report.step)
+            raise StopError
+
+    module.Trainer._log = log
+    try:
+        with pytest.raises(StopError):
+            run(make_config(text), workdir)
+    finally:
+        module.Trainer._log = original
+    assert stopped == [9]
+    run(make_config(text), workdir)
+    assert final_state(workdir) == final_state(uninterrupted[0])
+    ours = (workdir / "training_history.json").read_text()
+    theirs = (uninterrupted[0] / "training_history.json").read_text()
+    for key, column in json.loads(theirs).items():
+        if not key.startswith("perf/"):
+            assert json.loads(ours)[key] == column, key
+
+
+def start(arguments, **options):
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def arguments(text, workdir, steps=24) -> list[str]:
+    flags = [
+        "--config=configs/debug.py",
+        f"--workdir={workdir}",
+        f"--config.data.path={text}",
+    ]
+    values = {
+        "num_steps": steps,
+        "save_interval": 20,
+        "eval_interval": 100,
+        "sample_interval": 0,
+        "log_interval": 10,
+        "model.dim": 16,
+        "model.max_seq_len": 16,
+        "sample.max_new_tokens": 5,
+    }
+    return flags + [f"--config.{k}={v}" for k, v in values.items()]
+
+
+def wait_for_checkpoint(workdir, process, seconds=120) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        if list(pathlib.Path(workdir, "checkpoints").glob("step_*[0-9]")):
+            return
+        time.sleep(0.02)
+    raise AssertionError("no checkpoint appeared")
+
+
+def test_kill_at_any_moment_then_resume_is_bitwise_equal(text, tmp_path):
+    steps = 600
+    whole = start(arguments(text, tmp_path / "whole", steps))
+    output = whole.communicate()[0]
+    assert whole.returncode == 0, output
+    workdir = tmp_path / "killed"
+    rng = np.random.default_rng(0)
+    kills = 0
+    while kills < 3:
+        process = start(arguments(text, workdir, steps))
+        wait_for_checkpoint(workdir, process)
+        time.sleep(float(rng.uniform(0.0, 0.6)) + 2.0 * (kills > 0))
+        if process.poll() is not None:
+            break  # a fast machine finished first: what follows still holds
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        kills += 1
+    assert kills >= 1
+    process = start(arguments(text, workdir, steps))
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert final_state(workdir, steps) == final_state(tmp_path / "whole", steps)
+    assert not list((workdir / "checkpoints").glob("*tmp*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_leave_with_exit_0(text, tmp_path, number):
+    workdir = tmp_path / "run"
+    steps = 1_000_000
+    process = start(arguments(text, workdir, steps))
+    wait_for_checkpoint(workdir, process)
+    process.send_signal(number)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    assert "everything is saved" in output
+    assert f"--workdir={workdir}" in output.splitlines()[-1]
+    stopped = int(output.split("stopped at step ")[1].split(" ")[0].replace(",", ""))
+    model = load_model(workdir, checkpoint="last")
+    assert model.step == stopped
+    assert (workdir / "training_curves.png").exists()
+
+
+def test_moments_in_bfloat16_train_alike_and_stay_so(text, uninterrupted, tmp_path):
+    config = make_config(text, optim={"moment_dtype": "bfloat16"})
+    result = run(config, tmp_path / "run")
+    assert result.loss == pytest.approx(uninterrupted[1].loss, rel=0.01)
+    whole = final_state(tmp_path / "run")
+    assert whole != final_state(uninterrupted[0])
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_24")
+    run(config, tmp_path / "run")
+    assert final_state(tmp_path / "run") == whole
+    with pytest.raises(VaaniError, match=r"optim\.moment_dtype"):
+        run(make_config(text), tmp_path / "run")
+
+
+def test_damaged_newest_checkpoint_is_passed_over(text, uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    run(make_config(text, num_steps=24), workdir)
+    for file in (workdir / "checkpoints" / "step_24").rglob("*"):
+        if file.is_file() and file.parent.name == "d":
+            file.write_bytes(file.read_bytes()[:-20])
+    with open(tmp_path / "out.txt", "w") as sink:
+        train(make_config(text), workdir, console=Console(file=sink, width=200))
+    said = (tmp_path / "out.txt").read_text()
+    assert "checkpoint 24 is damaged" in said
+    assert "resumed at step 20" in said
+    assert final_state(workdir) == final_state(uninterrupted[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"model": {"dim": 32}}, "model.dim is 16 there, 32 here"),
+        ({"seed": 5}, "seed is 0 there, 5 here"),
+        ({"optim": {"name": "muon"}}, "optim.name is 'adamw' there, 'muon' here"),
+        ({"learning_rate": 1.0}, "learning_rate is 'auto' there, 1.0 here"),
+    ],
+)
+def test_config_that_does_not_fit_is_refused(text, uninterrupted, change, key):
+    with pytest.raises(VaaniError) as caught:
+        run(make_config(text, **change), uninterrupted[0])
+    assert key in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_corpus_is_refused(text, uninterrupted, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text()[::-1], encoding="utf-8")
+    with pytest.raises(VaaniError, match="another text"):
+        run(make_config(other), uninterrupted[0])
+
+
+def test_a_finished_run_says_so_and_can_be_extended(text, uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    run(make_config(text), workdir)
+    before = final_state(workdir)
+    assert run(make_config(text), workdir) is None
+    assert final_state(workdir) == before
+    result = run(make_config(text, num_steps=28), workdir)
+    assert result is not None
+    assert final_state(workdir, 28) != before
+
+
+def test_epochs_set_the_length(text, tmp_path):
+    config = make_config(text, num_steps=0, num_epochs=1, batch_size=128)
+    run(config, tmp_path / "run")
+    model = load_model(tmp_path / "run", checkpoint="last")
+    tokens = int(0.9 * len(text.read_text()))
+    assert model.step == ((tokens - 1) // 16 - 1) // 128
+
+
+def test_init_from_takes_weights_and_tokenizer(text, uninterrupted, tmp_path):
+    source = uninterrupted[0]
+    config = make_config(text, init_from=str(source), num_steps=1, learning_rate=1e-30)
+    run(config, tmp_path / "new")
+    old = load_model(source)
+    new = load_model(tmp_path / "new", checkpoint="last")
+    jax.tree.map(np.testing.assert_array_equal, old.params, new.params)
+    scanned = make_config(
+        text,
+        init_from=str(source),
+        num_steps=1,
+        learning_rate=1e-30,
+        model={"scan_layers": True},
+    )
+    run(scanned, tmp_path / "scanned")
+    new = load_model(tmp_path / "scanned", checkpoint="last")
+    jax.tree.map(np.testing.assert_array_equal, old.params, new.params)
+    with pytest.raises(VaaniError, match=r"model.n_layers is 2 there, 3 here"):
+        run(
+            make_config(text, init_from=str(source), model={"n_layers": 3}),
+            tmp_path / "misfit",
+        )
+
+
+def test_divergence_ends_with_a_message_and_a_good_checkpoint(text, tmp_path):
+    config = make_config(
+        text, use_tuner=False, learning_rate=1e30, optim={"warmup_steps": 20}
+    )
+    with pytest.raises(VaaniError, match=r"training diverged .*config.learning_rate"):
+        run(config, tmp_path / "run")
+
+
+# -- The tuner --------------------------------------------------------------------
+
+# As much of the tuner as fits into few steps.
+KEEN = {"interval": 4, "probe_share": 0.25, "probe_steps_min": 8, "patience": 5}
+
+
+def tuned_config(text, **changes):
+    changes.setdefault("num_steps", 48)
+    return make_config(text, **{"tuner": KEEN, **changes})
+
+
+def events(workdir, setting=None):
+    lines = (pathlib.Path(workdir) / "tuner.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    return [e for e in found if setting in (None, e["setting"])]
+
+
+def poison(monkeypatch, *steps):
+    """Batches whose ids are past the vocabulary: they embed as NaN."""
+    original = Batches.batch_at
+
+    def batch_at(self, step):
+        tokens = original(self, step)
+        return np.full_like(tokens, 10_000) if step in steps else tokens
+
+    monkeypatch.setattr(Batches, "batch_at", batch_at)
+
+
+@pytest.fixture(scope="module")
+def tuned(text, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("tuned") / "run"
+    return workdir, run(tuned_config(text), workdir)
+
+
+def test_auto_finds_a_learning_rate_before_the_first_step(tuned):
+    workdir, _ = tuned
+    (event,) = events(workdir, "learning_rate")
+    assert event["step"] == 0
+    assert event["old"] == "auto"
+    assert "range test of 12 steps" in event["cause"]
+    rates = json.loads((workdir / "training_history.json").read_text())
+    top = max(rates["train/learning_rate"]["value"])
+    assert 0.8 * event["new"] < top <= event["new"] * (1 + 1e-6)
+
+
+def test_the_range_test_leaves_no_trace_in_the_state(text, tuned, tmp_path):
+    """A run that is given the peak that the test picks is the run that picked it."""
+    (event,) = events(tuned[0], "learning_rate")
+    given = tuned_config(text, learning_rate=event["new"])
+    run(given, tmp_path / "given")
+    assert final_state(tmp_path / "given", 48) == final_state(tuned[0], 48)
+    given = tuned_config(text, learning_rate=event["new"] * 100)
+    run(given, tmp_path / "far")
+    assert final_state(tmp_path / "far", 48) == final_state(tuned[0], 48)
+    assert "far from" in events(tmp_path / "far", "learning_rate")[0]["cause"]
+
+
+def test_a_short_run_takes_the_usual_learning_rate_and_says_so(uninterrupted):
+    (event,) = events(uninterrupted[0], "learning_rate")
+    assert event["new"] == pytest.approx(3e-3)
+    assert "too short" in event["cause"]
+
+
+def test_without_the_tuner_it_is_the_plain_schedule(text, tmp_path):
+    config = tuned_config(text, use_tuner=False, learning_rate=1e-2)
+    run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "tuner.jsonl").exists()
+    history = json.loads((tmp_path / "run" / "training_history.json").read_text())
+    rates = history["train/learning_rate"]
+    schedule = Schedule(config.optim, 1e-2, 48)
+    expected = [schedule.learning_rate(step - 1) for step in rates["step"]]
+    np.testing.assert_allclose(rates["value"], expected, rtol=1e-6)
+    assert not [key for key in history if key.startswith("tuner/")]
+
+
+def test_a_bad_batch_is_skipped_and_told_of(text, tuned, tmp_path, monkeypatch):
+    poison(monkeypatch, 30)
+    result = run(tuned_config(text), tmp_path / "run")
+    (event,) = events(tmp_path / "run", "step")
+    assert event["step"] == 31
+    assert event["done"] == "skipped"
+    assert "not finite" in event["cause"]
+    assert result.loss == pytest.approx(tuned[1].loss, rel=0.02)
+    for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        loss = json.loads(row).get("train/loss", 0.0)
+        assert np.isfinite(loss)
+
+
+def test_a_run_that_is_stuck_goes_back_and_goes_on(text, tmp_path, monkeypatch):
+    poison(monkeypatch, *range(20, 28))
+    file = io.StringIO()
+    console = Console(file=file, width=200)
+    result = train(tuned_config(text), tmp_path / "run", console=console)
+    (event,) = events(tmp_path / "run", "state")
+    assert event["old"] == 28
+    assert event["new"] == 24  # the best: its weights are those of step 20
+    assert event["learning_rate_factor"] == 0.5
+    assert result.loss < 3.2  # from 3.33
+    assert "rescued: no step can be applied" in file.getvalue()
+    assert "1 times back to an earlier state" in " ".join(file.getvalue().split())
+
+
+def test_a_rescue_is_repeated_bit_for_bit(text, tmp_path, monkeypatch):
+    """Killed before it and resumed, a run is rescued as it would have been."""
+    poison(monkeypatch, *range(20, 28))
+    run(tuned_config(text), tmp_path / "whole")
+    from vaani_jax.train import loop as module
+
+    original = module.Trainer._dispatch
+
+    def dispatch(self, step, **options):
+        if step == 25 and step > self.start + 20:
+            raise KeyError("killed")
+        return original(self, step, **options)
+
+    monkeypatch.setattr(module.Trainer, "_dispatch", dispatch)
+    with pytest.raises(KeyError):
+        run(tuned_config(text), tmp_path / "killed")
+    run(tuned_config(text), tmp_path / "killed")
+    assert final_state(tmp_path / "killed", 48) == final_state(tmp_path / "whole", 48)
+    assert events(tmp_path / "killed") == events(tmp_path / "whole")
+
+
+def test_a_run_beyond_rescue_ends_with_its_checkpoint_intact(
+    text, tmp_path, monkeypatch
+):
+    poison(monkeypatch, *range(20, 48))
+    with pytest.raises(
+        VaaniError, match=r"diverged at step \d+: no step can"
+    ) as caught:
+        run(tuned_config(text, tuner={**KEEN, "rescues_max": 1}), tmp_path / "run")
+    assert "after going back 1 times" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert load_model(tmp_path / "run").step == 24
+    assert events(tmp_path / "run", "state")
+
+
+def test_weights_far_worse_than_guessing_are_gone_back_from(text, tmp_path):
+    """Too few steps for a range test, and a wild learning rate."""
+    config = make_config(text, learning_rate=1e8)
+    with pytest.raises(VaaniError, match="training diverged at step 24"):
+        run(config, tmp_path / "run")
+    gone = events(tmp_path / "run", "state")
+    assert [e["step"] for e in gone] == [8, 16]
+    assert all(e["cause"].startswith("the validation loss is") for e in gone)
+
+
+def test_a_run_in_which_nothing_could_be_applied_is_no_success(text, tmp_path):
+    config = make_config(text, learning_rate=1e30)  # the update's norm overflows
+    with pytest.raises(VaaniError, match="at step 24: no step can be applied"):
+        run(config, tmp_path / "run")
+
+
+def test_sparsity_comes_into_the_band(text, tmp_path):
+    band = {"target_sparsity_min": 0.5, "target_sparsity_max": 0.6}
+    run(tuned_config(text, **band), tmp_path / "run")
+    history = json.loads((tmp_path / "run" / "training_history.json").read_text())
+    zeros = [c["value"] for k, c in history.items() if k.startswith("quant/sparsity/")]
+    assert len(zeros) == 14
+    assert min(column[0] for column in zeros) < 0.45
+    assert all(0.5 <= column[-1] <= 0.6 for column in zeros)
+    moved = events(tmp_path / "run", "threshold")
+    assert {e["kernel"] for e in moved} >= {"layers_0/attn/q_proj"}
+    assert all("share of zeros" in e["cause"] for e in moved)
+
+
+def test_a_signal_in_the_range_test_decides_nothing(text, tuned, tmp_path):
+    config, workdir = tuned_config(text), tmp_path / "run"
+    calls = []
+
+    def stop():
+        calls.append(1)
+        return len(calls) > 5
+
+    with open(os.devnull, "w") as sink:
+        assert train(config, workdir, console=Console(file=sink), stop=stop) is None
+    assert events(workdir, "learning_rate") == []
+    run(config, workdir)
+    assert final_state(workdir, 48) == final_state(tuned[0], 48)
+
+
+def test_twin_trains_with_the_same_parameters(text, uninterrupted, tmp_path):
+    run(make_config(text, model={"quantize": False}), tmp_path / "twin")
+    twin = load_model(tmp_path / "twin")
+    ternary = load_model(uninterrupted[0])
+    assert jax.tree.structure(twin.params) == jax.tree.structure(ternary.params)
+
+
+def test_gradual_quantisation_trains(text, tmp_path):
+    config = make_config(text, quantize_steps=12)
+    assert run(config, tmp_path / "run").loss < 3.2
+
+
+def test_full_disk_is_one_line(text, tmp_path, monkeypatch):
+    import errno
+
+    def fail(self, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Checkpoints, "save", fail)
+    with pytest.raises(VaaniError, match="No space left on device") as caught:
+        run(make_config(text), tmp_path / "run")
+    assert "\n" not in str(caught.value)

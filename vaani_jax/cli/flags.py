@@ -1,0 +1,113 @@
+"""Flags of training: a config file, its overrides, and where the run is kept.
+
+This is the only module that knows ml_collections.
+"""
+
+import dataclasses
+import difflib
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from vaani_jax.errors import VaaniError
+from vaani_jax.train.config import Config, from_dict
+
+
+def from_config_dict(values: ConfigDict) -> Config:
+    """Validates what a config file returned."""
+    if not isinstance(values, ConfigDict):
+        raise VaaniError("get_config() must return an ml_collections.ConfigDict")
+    return from_dict(values.to_dict())
+
+
+@dataclasses.dataclass(frozen=True)
+class Invocation:
+    """What a command line says.
+
+    Attributes:
+      config: the run.
+      path: of the config file.
+      workdir: where the run is kept; "" where not given.
+      coordinator, num_processes, process_id, distributed: see `distributed.join`.
+    """
+
+    config: Config
+    path: str
+    workdir: str
+    coordinator: str
+    num_processes: int | None
+    process_id: int | None
+    distributed: bool
+
+
+def config_from_flags(arguments: Sequence[str]) -> Invocation:
+    """Reads ``--config=FILE --config.KEY=VALUE ... --workdir=DIR`` and the like.
+
+    Raises:
+      VaaniError: anything wrong with a flag or with the file.
+    """
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "config file", flag_values=values)
+    define: dict[str, Any] = {"flag_values": values}
+    flags.DEFINE_string("workdir", "", "where the run is kept", **define)
+    flags.DEFINE_string("coordinator", "", "host:port of process 0", **define)
+    flags.DEFINE_integer("num_processes", None, "of this job", lower_bound=1, **define)
+    flags.DEFINE_integer("process_id", None, "from 0", lower_bound=0, **define)
+    flags.DEFINE_boolean("distributed", False, "join other processes", **define)
+    path = _config_path(arguments)
+    if not pathlib.Path(path).is_file():
+        raise VaaniError(f"no config file at {path}")
+    try:
+        extra = values(["train.py", *arguments])[1:]
+    except flags.Error as error:
+        raise VaaniError(_one_line(error)) from None
+    except (AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
+        raise VaaniError(_explain(path, arguments, error)) from None
+    if extra:
+        raise VaaniError(f"unexpected argument {extra[0]!r}: flags begin with --")
+    return Invocation(
+        config=from_config_dict(values.config),
+        path=path,
+        workdir=values.workdir,
+        coordinator=values.coordinator,
+        num_processes=values.num_processes,
+        process_id=values.process_id,
+        distributed=values.distributed,
+    )
+
+
+def _config_path(arguments: Sequence[str]) -> str:
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and name == "config":
+            if not equals:
+                value = arguments[i + 1] if i + 1 < len(arguments) else ""
+            return value
+    raise VaaniError("which config? Say --config=configs/small.py, for example")
+
+
+def _explain(path: str, arguments: Sequence[str], error: Exception) -> str:
+    """One line for an error that came out of a config file or an override."""
+    known = Config().to_dict()
+    for argument in arguments:
+        name = argument.lstrip("-").partition("=")[0]
+        if name.startswith("config."):
+            keys, node = name.split(".")[1:], known
+            for i, key in enumerate(keys):
+                if not isinstance(node, dict) or key not in node:
+                    options = node if isinstance(node, dict) else {}
+                    near = difflib.get_close_matches(key, options, n=1)
+                    hint = ".".join([*keys[:i], *near])
+                    return f"unknown config key {'.'.join(keys)}" + (
+                        f"; did you mean {hint}?" if near else ""
+                    )
+                node = node[key]
+    return f"config file {path}: {_one_line(error)}"
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,1 @@
+"""Text to training batches: sources, corpora, windows."""

@@ -1,0 +1,46 @@
+"""Where text comes from and how it is cut."""
+
+import dataclasses
+from typing import Literal
+
+from vaani_jax.errors import VaaniError
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it is cut.
+
+    Attributes:
+      path: a text file, a folder (every file below it, sorted) or a glob; empty for
+        Tiny Shakespeare.
+      data_dir: cache for downloads; empty for $VAANI_DATA_DIR, else
+        ``~/.cache/vaani``.
+      fallback: whether a failed download falls back to the sources of Python's
+        standard library; False makes it an error.
+      download_timeout: seconds to wait for the network, each time.
+      download_attempts: how often to try.
+      tokenizer: "char" or "byte".
+      tokenizer_file: a ``tokenizer.json`` of Hugging Face to use in its place.
+      validation_fraction: share of the corpus, at its end, that is held out.
+    """
+
+    path: str = ""
+    data_dir: str = ""
+    fallback: bool = True
+    download_timeout: float = 10.0
+    download_attempts: int = 3
+    tokenizer: Literal["char", "byte"] = "char"
+    tokenizer_file: str = ""
+    validation_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.validation_fraction < 1:
+            raise VaaniError(
+                f"data.validation_fraction is {self.validation_fraction}: it must be"
+                " between 0 and 1"
+            )
+        if self.download_attempts < 1 or self.download_timeout <= 0:
+            raise VaaniError(
+                "data.download_attempts must be at least 1 and data.download_timeout"
+                " above 0 seconds"
+            )

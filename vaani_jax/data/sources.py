@@ -1,0 +1,235 @@
+"""Where text comes from: files, a download, or Python's own sources."""
+
+import dataclasses
+import glob
+import hashlib
+import os
+import pathlib
+import platform
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+from vaani_jax.data.config import DataConfig
+from vaani_jax.errors import VaaniError
+from vaani_jax.files import write_atomically
+
+TINY_SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
+    "input.txt"
+)
+
+
+TINY_SHAKESPEARE_BYTES = 1_115_394
+
+
+TINY_SHAKESPEARE_SHA256 = (
+    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+)
+
+
+# The fallback corpus stops at the file that passes this size: a few MB are plenty.
+STDLIB_BYTES = 2_000_000
+
+
+Notify = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Text with its origin.
+
+    Attributes:
+      text: everything, training part first.
+      source: what it is, for people: a path, or a name.
+      sha256: of the UTF-8 text, to recognise the same corpus in a resumed run.
+    """
+
+    text: str
+    source: str
+    sha256: str
+
+    @classmethod
+    def of(cls, text: str, source: str) -> "Corpus":
+        digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
+        return cls(text, source, digest)
+
+
+def load_corpus(config: DataConfig, notify: Notify = print) -> Corpus:
+    """The corpus that a config names.
+
+    Args:
+      config: see `DataConfig`.
+      notify: receives one line for whatever a person should know: the progress of a
+        download, a fallback.
+
+    Raises:
+      VaaniError: nothing there, nothing in it, not text, or no network and no
+        fallback allowed.
+    """
+    if config.path:
+        return _read_path(config.path)
+    cached = data_dir(config) / "tinyshakespeare.txt"
+    name = "Tiny Shakespeare"
+    if cached.exists():
+        content = read_bytes(cached)
+        if _is_tiny_shakespeare(content):
+            return Corpus.of(content.decode("ascii"), name)
+        notify(f"{cached} is damaged (wrong sha256): downloading it again")
+    try:
+        content = download(
+            TINY_SHAKESPEARE_URL,
+            expected_bytes=TINY_SHAKESPEARE_BYTES,
+            timeout=config.download_timeout,
+            attempts=config.download_attempts,
+            notify=notify,
+        )
+        if not _is_tiny_shakespeare(content):
+            raise OSError("what was downloaded is not Tiny Shakespeare (wrong sha256)")
+    except OSError as error:
+        hint = (
+            f"could not download Tiny Shakespeare: {error}. Put the file at {cached},"
+            " or choose a text of yours with --config.data.path=FILE"
+        )
+        if not config.fallback:
+            raise VaaniError(hint) from None
+        corpus = _standard_library()
+        notify(
+            f"NOTICE: {hint}. Training on {corpus.source} instead"
+            f" ({len(corpus.text):,} characters)."
+        )
+        return corpus
+    try:
+        write_atomically(cached, content)
+    except OSError as error:
+        notify(f"could not keep the download at {cached}: {error}")
+    return Corpus.of(content.decode("ascii"), name)
+
+
+def as_json(corpus: Corpus) -> dict[str, Any]:
+    """What a run's metadata says of its corpus."""
+    return {
+        "source": corpus.source,
+        "sha256": corpus.sha256,
+        "characters": len(corpus.text),
+    }
+
+
+def data_dir(config: DataConfig) -> pathlib.Path:
+    """The folder that downloads are kept in."""
+    chosen = config.data_dir or os.environ.get("VAANI_DATA_DIR", "")
+    if chosen:
+        return pathlib.Path(chosen).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME", "") or "~/.cache"
+    return pathlib.Path(cache).expanduser() / "vaani"
+
+
+def download(
+    url: str,
+    *,
+    expected_bytes: int,
+    timeout: float,
+    attempts: int,
+    notify: Notify = print,
+) -> bytes:
+    """Fetches a URL, with a time-out, retries and progress.
+
+    Raises OSError when the last attempt fails too.
+    """
+    notify(f"downloading {url} ({expected_bytes / 1e6:.1f} MB)")
+    for attempt in range(1, attempts + 1):
+        try:
+            with urllib.request.urlopen(url, timeout=timeout) as response:
+                parts, received, tenths = [], 0, 0
+                while part := response.read(1 << 16):
+                    parts.append(part)
+                    received += len(part)
+                    if received > 2 * expected_bytes:
+                        raise OSError("the server sends more than the file holds")
+                    if 10 * received // expected_bytes > tenths:
+                        tenths = 10 * received // expected_bytes
+                        notify(f"  {received / 1e6:.1f} MB ({10 * tenths} %)")
+                if received < expected_bytes:
+                    raise OSError(
+                        f"the connection ended after {received:,} of"
+                        f" {expected_bytes:,} bytes"
+                    )
+                return b"".join(parts)
+        except (OSError, ValueError) as error:
+            # URLError is an OSError; http.client raises ValueErrors for bad replies.
+            reason = getattr(error, "reason", None) or error
+            if attempt == attempts:
+                raise OSError(f"{reason} ({attempts} attempts)") from None
+            pause = 0.5 * 2 ** (attempt - 1)
+            notify(f"  attempt {attempt} failed: {reason}; again in {pause:g} s")
+            time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+def _is_tiny_shakespeare(content: bytes) -> bool:
+    return hashlib.sha256(content).hexdigest() == TINY_SHAKESPEARE_SHA256
+
+
+def read_bytes(path: pathlib.Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise VaaniError(f"can't read {path}: {error.strerror or error}") from None
+
+
+def _read_path(pattern: str) -> Corpus:
+    path = pathlib.Path(pattern).expanduser()
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        files = sorted(
+            f
+            for f in path.rglob("*")
+            if f.is_file()
+            and not any(part.startswith(".") for part in f.relative_to(path).parts)
+        )
+    else:
+        files = [pathlib.Path(f) for f in sorted(glob.glob(str(path), recursive=True))]
+        files = [f for f in files if f.is_file()]
+    if not files:
+        raise VaaniError(f"no file at --config.data.path={pattern}")
+    texts = []
+    for file in files:
+        try:
+            texts.append(read_bytes(file).decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise VaaniError(
+                f"{file} is not UTF-8 text (byte {error.start:,}); convert it, or name"
+                " only text files with a glob"
+            ) from None
+    text = "\n".join(texts)
+    if not text:
+        raise VaaniError(f"the text at --config.data.path={pattern} is empty")
+    return Corpus.of(
+        text, pattern if len(files) == 1 else f"{pattern} ({len(files)} files)"
+    )
+
+
+def _standard_library() -> Corpus:
+    folder = pathlib.Path(sysconfig.get_path("stdlib"))
+    parts: list[str] = []
+    size = 0
+    for file in sorted(folder.glob("*.py")):
+        content = read_bytes(file)
+        if content.isascii():
+            parts.append(content.decode("ascii"))
+            size += len(content)
+        if size >= STDLIB_BYTES:
+            break
+    if not parts:
+        raise VaaniError(
+            f"no Python sources in {folder} to fall back to: choose a text with"
+            " --config.data.path=FILE"
+        )
+    version = platform.python_version()
+    return Corpus.of(
+        "\n".join(parts), f"the sources of Python {version}'s standard library"
+    )

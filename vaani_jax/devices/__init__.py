@@ -1,0 +1,1 @@
+"""Devices: the mesh and its rules, processes, memory, what chips can do."""

@@ -1,0 +1,125 @@
+"""Loss, perplexity and bits per byte over held-out text."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from vaani_jax.data.batches import validation_windows
+from vaani_jax.model.config import ModelConfig
+from vaani_jax.model.transformer import Vaani
+from vaani_jax.text.tokenizers import Tokenizer
+
+Array = jax.Array
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What a model makes of a text.
+
+    Attributes:
+      loss: mean negative log-likelihood in nats per token.
+      tokens: tokens predicted.
+      bytes: length in UTF-8 of what they spell.
+    """
+
+    loss: float
+    tokens: int
+    bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.loss / math.log(2) * self.tokens / self.bytes
+
+    def as_dict(self) -> dict[str, float | int]:
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "tokens": self.tokens,
+        }
+
+
+class ValidationSet:
+    """ALL non-overlapping windows of held-out tokens, in batches of one shape."""
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        tokenizer: Tokenizer,
+        *,
+        seq_len: int,
+        batch_size: int,
+        parts: int = 1,
+    ) -> None:
+        """Batches of ``batch_size`` windows or a few more: a multiple of ``parts``."""
+        windows = validation_windows(tokens, seq_len)
+        targets = windows[:, 1:]
+        self.tokens = targets.size
+        text = tokenizer.decode(targets.reshape(-1))
+        self.bytes = len(text.encode("utf-8"))
+        batch_size = -(-min(batch_size, len(windows)) // parts) * parts
+        count = -(-len(windows) // batch_size) * batch_size
+        weights = np.zeros(count, np.float32)
+        weights[: len(windows)] = 1.0
+        # Padding repeats real windows and weighs nothing.
+        windows = windows[np.arange(count) % len(windows)]
+        self.batches = [
+            (windows[i : i + batch_size], weights[i : i + batch_size])
+            for i in range(0, len(windows), batch_size)
+        ]
+
+    def evaluate(
+        self,
+        eval_step: Callable[..., jax.Array],
+        params: Any,
+        quant: Any,
+        stop: Callable[[], bool] = lambda: False,
+        put: Callable[[np.ndarray], jax.Array] = jax.device_put,
+    ) -> Evaluation | None:
+        """Runs a jitted `make_eval_step` over everything.
+
+        Args:
+          eval_step: the jitted function.
+          params, quant: the model.
+          stop: asked between batches; where it says so, the result is None.
+          put: places an array with one entry per window on the devices.
+        """
+        sums = []
+        for windows, weights in self.batches:
+            if stop():
+                return None
+            sums.append(eval_step(params, quant, put(windows), put(weights)))
+            if len(sums) > 1:
+                sums[-2].block_until_ready()  # bounds the queue, keeps one in flight
+        total = sum(float(s) for s in jax.device_get(sums))
+        return Evaluation(total / self.tokens, self.tokens, self.bytes)
+
+
+def make_eval_step(
+    config: ModelConfig,
+) -> Callable[[Tree, Tree, Array, Array], Array]:
+    """Builds the evaluation step; jit it.
+
+    Returns:
+      A function of params, quant, tokens [B, T + 1] and weights [B]; it returns the
+      summed negative log-likelihood in nats of the rows, times their weights.
+    """
+    model = Vaani(config)
+
+    def eval_step(params: Tree, quant: Tree, tokens: Array, weights: Array) -> Array:
+        logits = model.apply({"params": params, "quant": quant}, tokens[:, :-1])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+        return jnp.sum(losses.sum(axis=-1) * weights)
+
+    return eval_step

@@ -1,0 +1,260 @@
+"""Text from a model: prefill, one jitted decode loop, samplers.
+
+Prompts are padded to a bucket and run once (prefill); then a jitted loop decodes a
+segment of tokens with the KV cache, and hands it over as a whole, which is what
+streaming shows. Neither recompiles for other prompt lengths within a bucket. The cache
+has room for what is asked, not for the whole context, in buckets too.
+
+Prompts of one batch end together: shorter ones are padded on the left, and the cache
+knows where each row starts. So the padding to the bucket, on the right, is overwritten
+by what is drawn. Where a row fills the context, its newest half becomes its prompt, as
+it would alone, and the batch is read again.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vaani_jax.errors import VaaniError
+from vaani_jax.inference.sampling import SamplerConfig, sample_token
+from vaani_jax.model.cache import KVCache
+from vaani_jax.model.config import ModelConfig
+from vaani_jax.model.transformer import Vaani
+
+Array = jax.Array
+
+
+SEGMENT = 16  # tokens decoded per call: what streaming shows at a time
+
+
+@functools.partial(jax.jit, static_argnames=("config", "capacity", "kv_dtype"))
+def prefill(
+    config: ModelConfig,
+    params: Any,
+    quant: Any,
+    tokens: Array,
+    length: Array,
+    start: Array | None = None,
+    *,
+    capacity: int | None = None,
+    kv_dtype: str | None = None,
+) -> tuple[Array, KVCache]:
+    """Reads prompts.
+
+    Args:
+      config: the model.
+      params, quant: its variables.
+      tokens: [B, T]; row b has its tokens at ``start[b]`` to ``length - 1``, and
+        padding, any ids, around them.
+      length: where all prompts end, int32 scalar.
+      start: where each begins, [B] int32; 0 where None.
+      capacity: of the cache, T at least; ``max_seq_len`` where None.
+      kv_dtype: of the cache, see `KVCache.create`.
+
+    Returns:
+      Logits [B, V] after the last token, and the cache.
+    """
+    cache = KVCache.create(config, tokens.shape[0], capacity, kv_dtype, start)
+    variables = {"params": params, "quant": quant}
+    output: Any = Vaani(config).apply(variables, tokens, cache, last=length - 1)
+    logits, filled = output
+    # What was written beyond the real length is masked until it is overwritten.
+    return logits[:, 0], dataclasses.replace(filled, length=length)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnums=(0, 1, 2),
+    static_argnames=("num_samples",),
+    donate_argnums=(6,),
+)
+def decode(
+    config: ModelConfig,
+    sampler: SamplerConfig,
+    steps: int,
+    params: Any,
+    quant: Any,
+    logits: Array,
+    cache: KVCache,
+    key: Array,
+    start: Array,
+    num_samples: int | None = None,
+) -> tuple[Array, Array, KVCache]:
+    """Draws ``steps`` tokens in one loop.
+
+    Args:
+      config, sampler: static.
+      steps: tokens to draw; the cache must have room for them.
+      params, quant: variables of the model.
+      logits: [B, V] after the last token seen.
+      cache: donated.
+      key: of the whole generation.
+      start: index of the first token drawn, int32 scalar; token i uses
+        ``fold_in(key, i)``, so segments don't change what is drawn.
+      num_samples: static; see `sample_token`.
+
+    Returns:
+      Ids [B, steps] int32, the logits after them, and the cache.
+    """
+    model = Vaani(config)
+
+    def body(carry: Any, index: Array) -> tuple[Any, Array]:
+        logits, cache = carry
+        token_key = jax.random.fold_in(key, index)
+        token = sample_token(logits, token_key, sampler, num_samples)
+        logits, cache = model.apply(
+            {"params": params, "quant": quant}, token[:, None], cache
+        )
+        return (logits[:, -1], cache), token
+
+    (logits, cache), tokens = jax.lax.scan(
+        body, (logits, cache), start + jnp.arange(steps, dtype=jnp.int32)
+    )
+    return tokens.T, logits, cache
+
+
+def _bucket(length: int, limit: int) -> int:
+    """The padded length of a prompt: the next power of two, from 16 up."""
+    return min(limit, max(16, 1 << (length - 1).bit_length()))
+
+
+def _split(prompt: Any) -> list[np.ndarray]:
+    """One prompt or several as a list of int32 vectors."""
+    several = len(prompt) > 0 and np.ndim(prompt[0]) == 1
+    prompts = [np.asarray(p, np.int32) for p in (prompt if several else [prompt])]
+    for i, one in enumerate(prompts):
+        if len(one) < 1:
+            which = f"prompt {i + 1}" if len(prompts) > 1 else "the prompt"
+            raise VaaniError(f"{which} is empty: give at least one character")
+    return prompts
+
+
+def _align(rows: list[np.ndarray], limit: int) -> tuple[np.ndarray, int, np.ndarray]:
+    """Rows that end together, padded to a bucket: as `prefill` takes them.
+
+    Returns:
+      Tokens [B, T], where the rows end, and where each starts [B]; all int32.
+    """
+    length = max(map(len, rows))
+    tokens = np.zeros((len(rows), _bucket(length, limit)), np.int32)
+    start = np.asarray([length - len(row) for row in rows], np.int32)
+    for padded, row, first in zip(tokens, rows, start, strict=True):
+        padded[first:length] = row
+    return tokens, length, start
+
+
+def stream(
+    config: ModelConfig,
+    params: Any,
+    quant: Any,
+    prompt: np.ndarray | Sequence[np.ndarray],
+    *,
+    max_new_tokens: int,
+    sampler: SamplerConfig = SamplerConfig(),
+    seed: int = 0,
+    num_samples: int = 1,
+    kv_dtype: str | None = None,
+    segment: int = SEGMENT,
+) -> Iterator[np.ndarray]:
+    """Continues prompts, a segment at a time.
+
+    Each prompt continues as it does alone, up to the order of float sums.
+
+    Args:
+      config: the model; scanned layers are unrolled by the caller, see `unrolled`.
+      params, quant: its variables.
+      prompt: ids [length], at least one; or a list of P such prompts, of any lengths.
+        Of a prompt longer than the context, the end counts.
+      max_new_tokens: how many to draw.
+      sampler: how.
+      seed: equal seeds draw equal tokens. Token i of sample s depends on the seed, i
+        and s, not on which prompt it continues: equal prompts continue equally.
+      num_samples: independent continuations of each prompt.
+      kv_dtype: of the cache: "float32", "bfloat16" or "int8"; the compute dtype where
+        None.
+      segment: tokens at a time.
+
+    Yields:
+      Ids [P * num_samples, n], int32, n <= ``segment``: the samples of the first
+      prompt, then those of the second.
+
+    Raises:
+      VaaniError: an empty prompt, nothing asked for, or a dtype that caches don't have.
+    """
+    prompts = _split(prompt)
+    if max_new_tokens < 1 or num_samples < 1:
+        raise VaaniError("ask for at least one token and one sample")
+    if segment < 1:
+        raise VaaniError("a segment has at least one token")
+    context = config.max_seq_len
+    if context < 2:
+        raise VaaniError("a model with a context of one token can't continue a prompt")
+    key = jax.random.key(seed)
+    windows = [ids for ids in prompts for _ in range(num_samples)]
+    # A full segment is decoded even if less is asked for. Starting from the bucket,
+    # not from the prompt, other lengths in it lead to the same capacity.
+    ahead = -(-max_new_tokens // segment) * segment
+    longest = min(context, max(map(len, prompts)))
+    capacity = _bucket(_bucket(longest, context) + ahead, context)
+    drawn = 0
+    room = 0
+    logits = cache = None
+    while drawn < max_new_tokens:
+        if room == 0:
+            half = max(1, context // 2)
+            windows = [w if len(w) < context else w[-half:] for w in windows]
+            tokens, length, start = _align(windows, context)
+            logits, cache = prefill(
+                config,
+                params,
+                quant,
+                jnp.asarray(tokens),
+                jnp.asarray(length, jnp.int32),
+                jnp.asarray(start),
+                capacity=capacity,
+                kv_dtype=kv_dtype,
+            )
+            room = capacity - length
+        # Two compiled lengths serve everything: a full segment, whose surplus is cut,
+        # and single tokens up to the end of the context.
+        wanted = min(segment, max_new_tokens - drawn)
+        steps = segment if room >= segment else 1
+        ids, logits, cache = decode(
+            config,
+            sampler,
+            steps,
+            params,
+            quant,
+            logits,
+            cache,
+            key,
+            jnp.asarray(drawn, jnp.int32),
+            num_samples=num_samples,
+        )
+        new = np.asarray(jax.device_get(ids))[:, :wanted]
+        windows = [np.concatenate(pair) for pair in zip(windows, new, strict=True)]
+        drawn += new.shape[1]
+        room -= steps
+        yield new
+
+
+def generate(
+    config: ModelConfig,
+    params: Any,
+    quant: Any,
+    prompt: np.ndarray | Sequence[np.ndarray],
+    **options: Any,
+) -> np.ndarray:
+    """All that `stream` yields at once.
+
+    Returns:
+      Ids [P * num_samples, max_new_tokens], int32; P = 1 for a single prompt.
+    """
+    return np.concatenate(
+        list(stream(config, params, quant, prompt, **options)), axis=1
+    )

@@ -1,0 +1,281 @@
+"""A trained model, from wherever it is: a checkpoint of a run, or a packed folder.
+
+A packed folder holds two files. ``model.safetensors`` has the arrays, in an order that
+puts every packed kernel at a multiple of 64 bytes: it is mapped into memory, and on a
+CPU the mapped pages are the weights. ``packed.json`` has the rest: config, tokenizer,
+and the kind and shape of each packed array.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from vaani_jax.errors import VaaniError
+from vaani_jax.files import appearing
+from vaani_jax.inference.tensors import FORMAT, read_tensors, write_tensors
+from vaani_jax.kernels import layout
+from vaani_jax.model.config import ModelConfig
+from vaani_jax.model.packing import Embedding, pack_params
+from vaani_jax.model.transformer import init_variables, unrolled
+from vaani_jax.quant.packed import PackedRows, PackedTernary, relayout
+from vaani_jax.text.tokenizers import Tokenizer, from_json
+from vaani_jax.train.config import Config, from_dict
+
+Meta = dict[str, Any]
+
+
+Notify = Callable[[str], None]
+
+
+PACKED_CONFIG = "packed.json"
+
+
+PACKED_ARRAYS = "model.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A trained model, ready for inference.
+
+    Attributes:
+      config: of the model, layers unrolled.
+      params, quant: its variables.
+      tokenizer: as trained.
+      step: of the checkpoint.
+      run: config of the run.
+      meta: everything else that was saved.
+    """
+
+    config: ModelConfig
+    params: Any
+    quant: Any
+    tokenizer: Tokenizer
+    step: int
+    run: Config
+    meta: Meta
+
+    @property
+    def packed(self) -> bool:
+        """Whether its kernels are packed."""
+        return any(map(_is_packed, _leaves(self.params).values()))
+
+
+def load_model(
+    workdir: str | pathlib.Path,
+    *,
+    checkpoint: str = "best",
+    notify: Notify = print,
+) -> LoadedModel:
+    """Loads the model of a run, or a packed one.
+
+    Args:
+      workdir: of the run; or a folder that `save_packed` wrote.
+      checkpoint: "best" (lowest validation loss), "last", or a step; a packed model is
+        what it is.
+      notify: receives a line for each damaged checkpoint passed over.
+
+    Raises:
+      VaaniError: no run there, or nothing in it that can be read.
+    """
+    workdir = pathlib.Path(workdir)
+    if (workdir / PACKED_CONFIG).exists():
+        if checkpoint not in ("best", "last"):
+            raise VaaniError(f"{workdir} holds a packed model: it has no checkpoints")
+        return load_packed(workdir)
+    # Orbax takes a second to import; packed models start without it.
+    from vaani_jax.runs.checkpoints import Checkpoints
+
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    try:
+        if checkpoint == "best":
+            step = checkpoints.best_step()
+        elif checkpoint == "last":
+            step = None
+        elif checkpoint.isdecimal():
+            step = int(checkpoint)
+        else:
+            raise VaaniError(
+                f"checkpoint {checkpoint!r}: choose best, last or a step number"
+            )
+
+        def target(meta: Meta) -> dict[str, Any]:
+            model = run_config(meta).model
+            params, quant = jax.eval_shape(
+                lambda: init_variables(model, jax.random.key(0))
+            )
+            return {"model": {"params": params, "quant": quant}}
+
+        if step is not None and checkpoint == "best":
+            try:
+                restored = checkpoints.restore(target, step=step, notify=notify)
+            except VaaniError as error:
+                notify(f"{error}; taking the newest one")
+                restored = checkpoints.restore(target, notify=notify)
+        else:
+            restored = checkpoints.restore(target, step=step, notify=notify)
+        if restored is None:
+            raise VaaniError(f"{workdir} has no checkpoint yet")
+    finally:
+        checkpoints.close()
+    run = run_config(restored.meta)
+    model = restored.items["model"]
+    config, params, quant = unrolled(run.model, model["params"], model["quant"])
+    return LoadedModel(
+        config=config,
+        params=params,
+        quant=quant,
+        tokenizer=from_json(restored.meta["tokenizer"]),
+        step=restored.step,
+        run=run,
+        meta=restored.meta,
+    )
+
+
+def run_config(meta: Meta) -> Config:
+    """The config of a checkpoint's metadata."""
+    return from_dict(meta["config"])
+
+
+# -- Packed folders -----------------------------------------------------------------
+
+
+def pack_model(model: LoadedModel, embedding: Embedding = "float32") -> LoadedModel:
+    """The same model with packed weights (see `pack.pack_params`)."""
+    if model.packed:
+        raise VaaniError("the model is packed already")
+    if not model.config.quantize:
+        raise VaaniError("a full-precision twin (model.quantize=False) can't be packed")
+    params, quant = jax.jit(pack_params, static_argnums=2, static_argnames="embedding")(
+        model.params, model.quant, model.config.spec, embedding=embedding
+    )
+    return dataclasses.replace(model, params=params, quant=quant)
+
+
+def save_packed(model: LoadedModel, folder: str | pathlib.Path) -> None:
+    """Writes a packed model, whole or not at all.
+
+    Raises:
+      VaaniError: the folder exists already.
+      OSError: it can't be written; nothing is left behind.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    kinds: dict[str, Any] = {}
+    for part, tree in (("params", model.params), ("quant", model.quant)):
+        for name, leaf in _leaves(tree).items():
+            name = f"{part}/{name}"
+            if isinstance(leaf, PackedTernary):
+                leaf = relayout(leaf, "tiles")
+                kinds[name] = {"kind": "ternary", "shape": list(leaf.shape)}
+            elif isinstance(leaf, PackedRows):
+                kinds[name] = {"kind": "rows"}
+            if name in kinds:
+                arrays[f"{name}.codes"] = np.asarray(leaf.codes)
+                arrays[f"{name}.scale"] = np.asarray(leaf.scale)
+            else:
+                arrays[name] = np.asarray(leaf)
+    run = dataclasses.replace(model.run, model=model.config)
+    description = {
+        **model.meta,
+        "format": FORMAT,
+        "config": run.to_dict(),
+        "tokenizer": model.tokenizer.to_json(),
+        "step": model.step,
+        "packed": kinds,
+    }
+    description.pop("fingerprints", None)
+    with appearing(pathlib.Path(folder), folder=True) as building:
+        write_tensors(building / PACKED_ARRAYS, arrays)
+        text = json.dumps(description, indent=1)
+        (building / PACKED_CONFIG).write_text(text, encoding="utf-8")
+
+
+def load_packed(folder: str | pathlib.Path) -> LoadedModel:
+    """Maps a packed model into memory.
+
+    Raises:
+      VaaniError: files are missing, damaged, or do not fit each other.
+    """
+    folder = pathlib.Path(folder)
+    try:
+        description = json.loads((folder / PACKED_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise VaaniError(f"can't read {folder / PACKED_CONFIG}: {error}") from None
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise VaaniError(f"{folder / PACKED_CONFIG} is not of format {FORMAT}")
+    try:
+        run = from_dict(description["config"])
+        spelling = from_json(description["tokenizer"])
+        kinds, step = dict(description["packed"]), int(description["step"])
+        kind = kinds.get("params/embedding", {}).get("kind", "float32")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise VaaniError(f"{folder / PACKED_CONFIG} is damaged: {error!r}") from None
+    arrays = read_tensors(folder / PACKED_ARRAYS)
+    embedding: Embedding = "int8" if kind == "rows" else "float32"
+    expected = jax.eval_shape(
+        lambda: pack_params(
+            *init_variables(run.model, jax.random.key(0)),
+            run.model.spec,
+            embedding=embedding,
+        )
+    )
+    trees = [
+        _filled(tree, f"{part}/", arrays, folder)
+        for part, tree in zip(("params", "quant"), expected, strict=True)
+    ]
+    if arrays:
+        raise VaaniError(f"{folder / PACKED_ARRAYS} holds {min(arrays)}, not expected")
+    return LoadedModel(
+        config=run.model,
+        params=trees[0],
+        quant=trees[1],
+        tokenizer=spelling,
+        step=step,
+        run=run,
+        meta=description,
+    )
+
+
+def _is_packed(leaf: Any) -> bool:
+    return isinstance(leaf, PackedTernary | PackedRows)
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """Arrays and packed arrays by path."""
+    found = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_packed)[0]
+    return {"/".join(entry.key for entry in path): leaf for path, leaf in found}
+
+
+def _filled(
+    tree: Any, prefix: str, arrays: dict[str, np.ndarray], folder: pathlib.Path
+) -> Any:
+    """``tree`` of shapes with arrays in their place, taken out of ``arrays``."""
+    order = layout()
+
+    def take(name: str, like: Any) -> Any:
+        array = arrays.pop(name, None)
+        if array is None:
+            raise VaaniError(f"{folder / PACKED_ARRAYS} lacks {name}")
+        if array.shape != like.shape or array.dtype != like.dtype:
+            raise VaaniError(
+                f"{name} in {folder / PACKED_ARRAYS} is {array.dtype}"
+                f" {list(array.shape)}, not {like.dtype} {list(like.shape)}"
+            )
+        return jax.device_put(array)
+
+    def fill(path: Any, like: Any) -> Any:
+        name = prefix + "/".join(entry.key for entry in path)
+        if not _is_packed(like):
+            return take(name, like)
+        leaf = dataclasses.replace(
+            like,
+            codes=take(f"{name}.codes", like.codes),
+            scale=take(f"{name}.scale", like.scale),
+        )
+        return relayout(leaf, order) if isinstance(leaf, PackedTernary) else leaf
+
+    return jax.tree_util.tree_map_with_path(fill, tree, is_leaf=_is_packed)

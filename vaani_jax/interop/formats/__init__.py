@@ -1,0 +1,1 @@
+"""Formats of other tools: each checks, writes and reads."""

@@ -1,0 +1,383 @@
+"""Folders of Hugging Face transformers: ``config.json`` and safetensors.
+
+Kernels are stored in one of four ways (`names.Storage`); packed ones are uint8
+[out / 4, in]: with R = out / 4, byte row i holds rows i, i + R, i + 2R and i + 3R,
+lowest two bits first, as code + 1 (`transformers/integrations/bitnet.py`). Beside them
+is ``weight_scale`` [1].
+
+A packed kernel comes back as a scale and, for training, as masters ``c T`` with ``c``
+chosen so that ``mean|c T|`` is that scale: the rule of b1.58 then finds the same codes,
+and the same scale but for the rounding of the mean.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from vaani_jax.errors import VaaniError
+from vaani_jax.interop.files import read_json
+from vaani_jax.interop.names import Storage, Tensor, config_from_hf, hf_config, tensors
+from vaani_jax.interop.tokenizers import from_folder, to_hf
+from vaani_jax.model.config import ModelConfig
+from vaani_jax.quant.rounding import EPSILON
+from vaani_jax.text.tokenizers import HFTokenizer, Tokenizer
+
+Tree = Any
+
+
+SINGLE = "model.safetensors"
+
+
+INDEX = "model.safetensors.index.json"
+
+
+SHARD_BYTES = 2 * 10**9
+
+
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+LARGEST_SCALE = 1e6  # a kernel's; one that is trained has some 0.01
+
+
+IGNORED = ("rotary_emb.inv_freq",)  # buffers that older versions saved
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+        import safetensors.numpy
+    except ImportError:
+        raise VaaniError(
+            "Hugging Face folders need packages that are not installed: python -m pip"
+            " install -r requirements-interop.txt"
+        ) from None
+    return safetensors
+
+
+def pack(codes: np.ndarray) -> np.ndarray:
+    """Codes [out, in] in {-1, 0, 1} as uint8 [out / 4, in]; out % 4 must be 0."""
+    quarters = (codes + 1).astype(np.uint8).reshape(4, -1, codes.shape[1])
+    return quarters[0] | (quarters[1] << 2) | (quarters[2] << 4) | (quarters[3] << 6)
+
+
+def unpack(packed: np.ndarray) -> np.ndarray:
+    """The inverse of `pack`: int8 [out, in]. Raises VaaniError for a code of 3."""
+    if (packed & (packed >> 1) & 0x55).any():
+        raise VaaniError("packed weights hold a code that is none of -1, 0 and 1")
+    parts = [(packed >> shift) & 3 for shift in (0, 2, 4, 6)]
+    return np.concatenate(parts).view(np.int8) - np.int8(1)
+
+
+# -- Writing ----------------------------------------------------------------------
+
+
+def write_folder(
+    folder: pathlib.Path,
+    config: ModelConfig,
+    storage: Storage,
+    tokenizer: Tokenizer,
+    take: Callable[[Tensor], tuple[np.ndarray, np.ndarray | None]],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a model into an empty folder.
+
+    Args:
+      folder: is there.
+      config: of the model.
+      storage: how kernels are kept.
+      tokenizer: goes along.
+      take: gives the array of a tensor as it is here, and a scale for kernels that are
+        packed (the array then holds codes); called once each, in order.
+      shard_bytes: a file is not longer, unless one tensor is.
+    """
+    content = hf_config(config, storage)
+    serialized, settings = to_hf(tokenizer)
+    if isinstance(tokenizer, HFTokenizer):
+        for key in ("bos_token", "eos_token", "pad_token"):
+            if key in tokenizer.special:
+                ids = tokenizer.encode(tokenizer.special[key])
+                content[f"{key}_id"] = int(ids[0]) if len(ids) == 1 else None
+    settings["model_max_length"] = config.max_seq_len
+    _write_json(folder / "config.json", content)
+    (folder / "tokenizer.json").write_text(serialized, encoding="utf-8")
+    _write_json(folder / "tokenizer_config.json", settings)
+    _write_weights(folder, _converted(config, take), shard_bytes)
+
+
+def _converted(
+    config: ModelConfig,
+    take: Callable[[Tensor], tuple[np.ndarray, np.ndarray | None]],
+) -> Iterator[tuple[str, np.ndarray]]:
+    for tensor in tensors(config):
+        array, scale = take(tensor)
+        if tensor.kind in ("linear", "head"):
+            array = array.T
+        if scale is not None:
+            yield f"{tensor.hf}.weight", pack(np.ascontiguousarray(array))
+            yield f"{tensor.hf}.weight_scale", scale.reshape(1)
+        else:
+            yield f"{tensor.hf}.weight", np.ascontiguousarray(array)
+
+
+def _write_weights(
+    folder: pathlib.Path, items: Iterable[tuple[str, np.ndarray]], shard_bytes: int
+) -> None:
+    save = _safetensors().numpy.save_file
+    shards: list[list[str]] = []
+    pending: dict[str, np.ndarray] = {}
+    total = 0
+
+    def flush() -> None:
+        save(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, array in items:
+        held = sum(a.nbytes for a in pending.values())
+        if pending and held + array.nbytes > shard_bytes:
+            flush()
+        pending[name] = array
+        total += array.nbytes
+    flush()
+    if len(shards) == 1:
+        (folder / "shard-0").rename(folder / SINGLE)
+        return
+    places: dict[str, str] = {}
+    for i, keys in enumerate(shards):
+        name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{i}").rename(folder / name)
+        places |= dict.fromkeys(keys, name)
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    _write_json(folder / INDEX, index)
+
+
+def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+# -- Reading ----------------------------------------------------------------------
+
+
+class Weights:
+    """The tensors of a folder, read one at a time.
+
+    Attributes:
+      names: what there is.
+    """
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self._folder = folder
+        self._files: dict[str, Any] = {}
+        if (folder / INDEX).is_file():
+            self._places = self._index(read_json(folder / INDEX))
+        elif (folder / SINGLE).is_file():
+            self._places = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+        else:
+            raise VaaniError(
+                f"{folder} has neither {SINGLE} nor {INDEX} (pickled weights are not"
+                " read: save the model with save_pretrained, which writes safetensors)"
+            )
+        self.names = set(self._places)
+
+    def _index(self, content: dict[str, Any]) -> dict[str, str]:
+        places = content.get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise VaaniError(f"{INDEX} has no weight_map")
+        for file in places.values():
+            plain = isinstance(file, str) and file.endswith(".safetensors")
+            if not plain or pathlib.PurePath(file).name != file or "\\" in file:
+                raise VaaniError(
+                    f"{INDEX} names {ascii(file)[:80]}: it must be a .safetensors file"
+                    " in the same folder"
+                )
+        held = {file: set(self._open(file).keys()) for file in set(places.values())}
+        for name, file in places.items():
+            if name not in held[file]:
+                raise VaaniError(f"{file} does not hold {ascii(name)[:80]}")
+        return places
+
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            library = _safetensors()
+            path = self._folder / file
+            if not path.is_file():
+                raise VaaniError(f"{path} is missing")
+            try:
+                self._files[file] = library.safe_open(
+                    path, framework="np", backend="pread"
+                )
+            except (library.SafetensorError, OSError) as error:
+                raise VaaniError(f"{path} is damaged: {_line(error)}") from None
+        return self._files[file]
+
+    def describe(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Type and shape of a tensor; raises VaaniError where it is missing."""
+        if name not in self._places:
+            raise VaaniError(f"{self._folder} has no tensor {name}")
+        part = self._open(self._places[name]).get_slice(name)
+        return part.get_dtype(), tuple(part.get_shape())
+
+    def read(
+        self, name: str, shape: tuple[int, ...], dtypes: Iterable[str]
+    ) -> np.ndarray:
+        """A tensor, float32 or uint8; raises VaaniError for another shape or type."""
+        dtype, found = self.describe(name)
+        if dtype not in dtypes:
+            raise VaaniError(
+                f"{name} is of type {dtype}: it must be {' or '.join(dtypes)}"
+            )
+        if found != shape:
+            raise VaaniError(
+                f"{name} has shape {list(found)}: the config asks for {list(shape)}"
+            )
+        library = _safetensors()
+        try:
+            array = self._open(self._places[name]).get_tensor(name)
+        except (library.SafetensorError, OSError, ValueError) as error:
+            raise VaaniError(f"{name} can't be read: {_line(error)}") from None
+        if dtype == "U8":
+            return array
+        array = array.astype(np.float32, copy=False)
+        if not np.isfinite(array).all():
+            raise VaaniError(f"{name} holds values that are not finite")
+        return array
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
+
+
+class Folder:
+    """A model in a Hugging Face folder.
+
+    Attributes:
+      config: of the model, with the context that the folder names.
+      storage: how its kernels are kept.
+      tokenizer: its tokenizer.
+
+    Making one checks names, types and shapes; `variables` reads the weights.
+
+    Raises VaaniError for whatever is wrong with it.
+    """
+
+    def __init__(self, path: pathlib.Path) -> None:
+        if not path.is_dir():
+            raise VaaniError(f"{path} is no folder")
+        if not (path / "config.json").is_file():
+            raise VaaniError(f"{path} has no config.json")
+        config, self.storage = config_from_hf(read_json(path / "config.json"))
+        weights = self._weights = Weights(path)
+        if config.n_layers > len(weights.names):
+            raise VaaniError(
+                f"config.json has {config.n_layers} layers, more than there are tensors"
+            )
+        self.config = config
+        expected = self._expected()
+        extra = {n for n in weights.names - set(expected) if not n.endswith(IGNORED)}
+        if config.tie_embeddings:
+            extra.discard("lm_head.weight")
+        if extra:
+            raise VaaniError(
+                f"{path} holds a tensor that {config.n_layers} layers of this kind do"
+                f" not have: {ascii(min(extra))[:100]} ({len(extra)} in all)"
+            )
+        for name, (shape, dtypes) in expected.items():
+            dtype, found = weights.describe(name)
+            if dtype not in dtypes or (
+                found != shape and not (shape == (1,) and found == ())
+            ):
+                raise VaaniError(
+                    f"{name} is {dtype} {list(found)}: the config asks for"
+                    f" {' or '.join(dtypes)} {list(shape)}"
+                )
+        self.tokenizer = from_folder(path, config.vocab_size)
+
+    def _expected(self) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+        floats = tuple(FLOATS)
+        expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
+        for tensor in tensors(self.config):
+            shape = tensor.shape
+            if tensor.kind in ("linear", "head"):
+                shape = shape[::-1]
+            if tensor.kind == "linear" and self.storage in ("multiply", "divide"):
+                if shape[0] % 4:
+                    raise VaaniError(f"{tensor.hf} can't be packed: {shape[0]} rows")
+                shape = (shape[0] // 4, shape[1])
+                expected[f"{tensor.hf}.weight_scale"] = ((1,), floats)
+                expected[f"{tensor.hf}.weight"] = (shape, ("U8",))
+            else:
+                expected[f"{tensor.hf}.weight"] = (shape, floats)
+        return expected
+
+    def variables(self) -> tuple[Tree, Tree]:
+        """Parameters and quantiser variables, as `init_variables` shapes them.
+
+        Streams: one tensor at a time is in memory twice.
+        """
+        params: Tree = {}
+        quant: Tree = {}
+        for tensor in tensors(self.config):
+            packed = tensor.kind == "linear" and self.storage in ("multiply", "divide")
+            if packed:
+                array, scale = self._unpacked(tensor)
+            else:
+                shape = tensor.shape
+                flip = tensor.kind in ("linear", "head")
+                array = self._weights.read(
+                    f"{tensor.hf}.weight", shape[::-1] if flip else shape, FLOATS
+                )
+                if flip:
+                    array = np.ascontiguousarray(array.T)
+            put(params, tensor.path, jnp.asarray(array))
+            if tensor.kind == "linear" and self.storage != "full":
+                kept = {"threshold": np.asarray(0.5, np.float32)}
+                if packed:
+                    kept["scale"] = scale
+                put(quant, (*tensor.module, "weight_quantizer"), kept)
+        return params, quant
+
+    def _unpacked(self, tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Masters [in, out] and scale of a packed kernel."""
+        name = f"{tensor.hf}.weight_scale"
+        _, found = self._weights.describe(name)
+        scale = self._weights.read(name, found, FLOATS).reshape(())
+        with np.errstate(all="ignore"):
+            if self.storage == "divide":
+                scale = np.float32(1) / scale
+        scale = np.asarray(scale, np.float32)
+        if not 0 < scale < LARGEST_SCALE:
+            raise VaaniError(
+                f"{name} gives a scale of {float(scale)}: it must be above 0 and below"
+                f" {LARGEST_SCALE:g}"
+            )
+        columns, rows = tensor.shape
+        packed = self._weights.read(
+            f"{tensor.hf}.weight", (rows // 4, columns), ("U8",)
+        )
+        codes = np.ascontiguousarray(unpack(packed).T)
+        return masters_of(codes, scale), scale
+
+
+def masters_of(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Masters [in, out] from which the rule of b1.58 finds these codes again.
+
+    They are ``c T``, with c = scale / share of non-zeros, so that ``mean|c T|`` is the
+    scale up to rounding; the codes are exact, as c is above half of any mean.
+    """
+    kept = np.count_nonzero(codes) / codes.size
+    c = np.float32(max(float(scale), EPSILON) / kept) if kept else np.float32(0)
+    return codes.astype(np.float32) * c
+
+
+def put(tree: Tree, path: tuple[str, ...], value: Any) -> None:
+    """Sets a leaf of a nested dict."""
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value

@@ -1,0 +1,129 @@
+"""The native CPU kernels (`cpu.cc`) as JAX functions."""
+
+import ctypes
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vaani_jax.quant.packed import PackedRows, PackedTernary, relayout
+
+Array = jax.Array
+
+
+HINT = "install a C++ compiler (Debian and Ubuntu: apt install g++), then"
+
+
+HINT += " pip install --no-deps -e . in Vaani's folder"
+
+
+def missing() -> str:
+    """Why the kernels can't be used; empty where they can."""
+    try:
+        return "" if _library() else f"the native CPU kernels are not built: {HINT}"
+    except OSError as error:
+        return f"the native CPU kernels do not load ({error}): {HINT}"
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled library, its functions registered with XLA; None if not built."""
+    found = sorted(pathlib.Path(__file__).parent.glob("_cpu*.so"))
+    if not found:
+        return None
+    library = ctypes.CDLL(str(found[0]))
+    library.vaani_isa.restype = ctypes.c_char_p
+    library.vaani_isa_name.restype = ctypes.c_char_p
+    library.vaani_isa_name.argtypes = [ctypes.c_int]
+    library.vaani_choose_isa.argtypes = [ctypes.c_char_p]
+    for name in ("vaani_ternary_matmul", "vaani_rows_matmul", "vaani_attention"):
+        jax.ffi.register_ffi_target(
+            name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu"
+        )
+    return library
+
+
+def _loaded() -> ctypes.CDLL:
+    library = _library()
+    assert library is not None  # `missing` was asked first
+    return library
+
+
+def isas() -> list[str]:
+    """Instruction sets in the library, in order of preference."""
+    names: list[str] = []
+    while (name := _loaded().vaani_isa_name(len(names))) is not None:
+        names.append(name.decode())
+    return names
+
+
+def isa() -> str:
+    """The instruction set in use: the best that this processor has."""
+    return _loaded().vaani_isa().decode()
+
+
+def choose_isa(name: str) -> bool:
+    """Takes another instruction set; False where the processor lacks it."""
+    return bool(_loaded().vaani_choose_isa(name.encode()))
+
+
+def ternary_matmul(
+    x: Array,
+    packed: tuple[PackedTernary, ...],
+    activation_range: Array | None,
+    norm: tuple[Array, float] | None = None,
+) -> list[Array]:
+    """See `vaani_jax.kernels.ternary_matmul`: x [M, K] float32, [M, N] float32 each."""
+    _loaded()
+    operands: list[Array] = [x]
+    for kernel in packed:
+        kernel = relayout(kernel, "tiles")
+        operands += [kernel.codes, kernel.scale]
+    if activation_range is not None:
+        operands.append(activation_range.astype(jnp.float32))
+    epsilon = 0.0
+    if norm is not None:
+        operands.append(norm[0].astype(jnp.float32))
+        epsilon = norm[1]
+    shapes = [
+        jax.ShapeDtypeStruct((x.shape[0], kernel.shape[1]), jnp.float32)
+        for kernel in packed
+    ]
+    call = jax.ffi.ffi_call("vaani_ternary_matmul", shapes)
+    return list(
+        call(
+            *operands,
+            tracked=activation_range is not None,
+            normed=norm is not None,
+            epsilon=np.float32(epsilon),
+        )
+    )
+
+
+def rows_matmul(x: Array, rows: PackedRows) -> Array:
+    """[M, V] float32 of x [M, D] float32."""
+    _loaded()
+    shape = jax.ShapeDtypeStruct((x.shape[0], rows.codes.shape[0]), jnp.float32)
+    return jax.ffi.ffi_call("vaani_rows_matmul", shape)(x, rows.codes, rows.scale)
+
+
+def attention(
+    q_BNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    slot: Array,
+    start: Array,
+    scales: tuple[Array, Array] | None,
+) -> Array:
+    """Attention of one query per row to a cache: see `attention.cached_attention`.
+
+    Reads the slots from ``start`` [B] up to ``slot`` [] alone, both int32. Returns
+    [B, N, H] float32; ``q_BNH`` is float32.
+    """
+    _loaded()
+    call = jax.ffi.ffi_call(
+        "vaani_attention", jax.ShapeDtypeStruct(q_BNH.shape, jnp.float32)
+    )
+    return call(q_BNH, k_BSKH, v_BSKH, slot, start, *(scales or ()))

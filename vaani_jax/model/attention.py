@@ -1,0 +1,280 @@
+"""Causal attention for training, and attention to a cache for decoding.
+
+Accelerators get `jax.nn.dot_product_attention`. On a CPU, XLA spends more time around
+its products than in them: `causal_attention` there keeps heads in front, so that every
+product is a plain batch of matrices, and writes the backward pass out, which saves the
+probabilities once. Both compute ``softmax(q k^T / sqrt(H)) v`` with the softmax in
+float32; results differ by the order of float sums.
+
+A cache may hold 8-bit codes, ``k = c a`` with one scale ``a`` per token and head. As
+``q . k = a (q . c)`` and ``sum_s p_s v_s = sum_s (p_s b_s) d_s``, the scales multiply
+scores and probabilities, which are H times fewer than the numbers of the cache.
+"""
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vaani_jax import kernels
+from vaani_jax.devices.mesh import BATCH, constrain
+from vaani_jax.model.config import ModelConfig
+from vaani_jax.model.linear import BitLinear, project
+from vaani_jax.model.norm import RMSNorm
+from vaani_jax.model.rotary import rotary_embedding
+
+Array = jax.Array
+
+
+def _written(cache: Array, new: Array, slot: Array) -> Array:
+    """``cache`` [B, S, ...] with ``new`` [B, T, ...] from ``slot`` on."""
+    new = new.astype(cache.dtype)
+    if cache.dtype == jnp.bfloat16:
+        # As integers: XLA on a CPU would convert all of the cache to float32 and back.
+        bits = jnp.uint16
+        cache = jax.lax.bitcast_convert_type(cache, bits)
+        new = jax.lax.bitcast_convert_type(new, bits)
+        cache = jax.lax.dynamic_update_slice_in_dim(cache, new, slot, axis=1)
+        return jax.lax.bitcast_convert_type(cache, jnp.bfloat16)
+    return jax.lax.dynamic_update_slice_in_dim(cache, new, slot, axis=1)
+
+
+class MultiHeadAttention(nn.Module):
+    """Causal self-attention with grouped key-value heads and rotary positions.
+
+    Parameters: ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj`` and ``sub_norm``.
+    """
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.q_proj = BitLinear(c.n_heads * c.head_dim, c, c.init_std)
+        self.k_proj = BitLinear(c.kv_heads * c.head_dim, c, c.init_std)
+        self.v_proj = BitLinear(c.kv_heads * c.head_dim, c, c.init_std)
+        self.sub_norm = RMSNorm(c.norm_eps) if c.sub_norms else None
+        self.o_proj = BitLinear(c.dim, c, c.init_std / (2 * c.n_layers) ** 0.5, "in")
+
+    def __call__(
+        self,
+        x: Array,
+        positions: Array,
+        rotary: tuple[Any, Any],
+        cache: tuple[Array, ...] | None = None,
+        *,
+        norm: RMSNorm | None = None,
+        train: bool = False,
+        mix: Array | None = None,
+        start: Array | None = None,
+    ) -> tuple[Array, tuple[Array, ...] | None]:
+        """Attends from ``x`` [B, T, D] to itself, or to a cache that it joins.
+
+        Args:
+          x: residual stream [B, T, D].
+          positions: [T], consecutive; with a cache, the slots to fill.
+          rotary: cosines and sines of these positions, [T, H / 2] or [B, T, H / 2].
+          cache: keys and values [B, S, K, H], filled below ``positions[0]``; in int8,
+            they are codes, and their scales [B, S, K] follow.
+          norm: applied to ``x`` first.
+          train: whether tracked ranges are updated.
+          mix: see `ternary_dot`.
+          start: first slot of the cache that counts in each row, [B]; 0 where None.
+
+        Returns:
+          [B, T, D], and the cache with the new keys and values written in.
+        """
+        c = self.config
+        q, k, v = project(
+            x, (self.q_proj, self.k_proj, self.v_proj), norm=norm, train=train, mix=mix
+        )
+        q_BTNH = q.reshape(*q.shape[:-1], c.n_heads, c.head_dim)
+        k_BTKH = k.reshape(*k.shape[:-1], c.kv_heads, c.head_dim)
+        v_BTKH = v.reshape(*v.shape[:-1], c.kv_heads, c.head_dim)
+        q_BTNH, k_BTKH, v_BTKH = (
+            constrain(heads, BATCH, None, "tensor", None)
+            for heads in (q_BTNH, k_BTKH, v_BTKH)
+        )
+        q_BTNH = rotary_embedding(q_BTNH, *rotary)
+        k_BTKH = rotary_embedding(k_BTKH, *rotary)
+        if cache is None:
+            y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, c.attention)
+        else:
+            new: tuple[Array, ...] = (k_BTKH, v_BTKH)
+            coded = cache[0].dtype == jnp.int8
+            if coded:
+                codes, scales = zip(*map(quantize_heads, new), strict=True)
+                new = (*codes, *scales)
+            cache = tuple(
+                _written(old, x, positions[0])
+                for old, x in zip(cache, new, strict=True)
+            )
+            y_BTNH = cached_attention(
+                q_BTNH,
+                cache[0],
+                cache[1],
+                positions,
+                start,
+                (cache[2], cache[3]) if coded else None,
+            )
+        y = y_BTNH.reshape(*x.shape[:-1], c.n_heads * c.head_dim)
+        y = constrain(y, BATCH, None, "tensor")
+        (y,) = project(y, (self.o_proj,), norm=self.sub_norm, train=train, mix=mix)
+        return y, cache
+
+
+Implementation = Literal["auto", "library", "explicit"]
+
+
+def causal_attention(
+    q_BTNH: Array,
+    k_BTKH: Array,
+    v_BTKH: Array,
+    implementation: Implementation = "auto",
+) -> Array:
+    """Attention of each position to itself and those before it.
+
+    Args:
+      q_BTNH: queries; N is a multiple of K.
+      k_BTKH, v_BTKH: keys and values.
+      implementation: "library" or "explicit"; "auto" takes the latter on CPUs.
+
+    Returns:
+      [B, T, N, H], in the dtype of the queries.
+    """
+    if implementation == "auto":
+        implementation = "explicit" if jax.default_backend() == "cpu" else "library"
+    if implementation == "library":
+        return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True)
+    batch, length, heads, size = q_BTNH.shape
+    groups = heads // k_BTKH.shape[2]
+    # Queries of one group share keys: they become further rows of one product.
+    q = (q_BTNH * size**-0.5).transpose(0, 2, 1, 3)
+    q = q.reshape(batch, heads // groups, groups * length, size)
+    k = k_BTKH.transpose(0, 2, 1, 3)
+    v = v_BTKH.transpose(0, 2, 1, 3)
+    y = _explicit(q, k, v)
+    return y.reshape(batch, heads, length, size).transpose(0, 2, 1, 3)
+
+
+def _scores(a: Array, b: Array) -> Array:
+    """[B, K, R, H] x [B, K, S, H] -> [B, K, R, S] in float32."""
+    return jnp.einsum("BKRH,BKSH->BKRS", a, b, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _explicit(q: Array, k: Array, v: Array) -> Array:
+    return _explicit_fwd(q, k, v)[0]
+
+
+def _explicit_fwd(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+    length = k.shape[2]
+    causal = np.tile(np.tri(length, dtype=bool), (q.shape[2] // length, 1))
+    scores = jnp.where(causal[None, None], _scores(q, k), -jnp.inf)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    weights = weights * (1.0 / jnp.sum(weights, axis=-1, keepdims=True))
+    weights = weights.astype(v.dtype)
+    y = jnp.einsum("BKRS,BKSH->BKRH", weights, v)
+    return y, (q, k, v, y, weights)
+
+
+def _explicit_bwd(residuals: Any, g: Array) -> tuple[Array, Array, Array]:
+    q, k, v, y, weights = residuals
+    dv = jnp.einsum("BKRS,BKRH->BKSH", weights, g)
+    # d softmax: p * (dp - sum(p dp)), and sum(p dp) over keys is sum(y g) over H.
+    rows = jnp.sum((y * g).astype(jnp.float32), axis=-1, keepdims=True)
+    ds = (weights * (_scores(g, v) - rows)).astype(q.dtype)
+    dq = jnp.einsum("BKRS,BKSH->BKRH", ds, k)
+    dk = jnp.einsum("BKRS,BKRH->BKSH", ds, q)
+    return dq, dk, dv
+
+
+_explicit.defvjp(_explicit_fwd, _explicit_bwd)
+
+
+def quantize_heads(x_BTKH: Array) -> tuple[Array, Array]:
+    """8-bit codes of keys or values, one scale per token and head.
+
+    Symmetric: the largest magnitude of a head vector maps to 127; round half to even.
+
+    Args:
+      x_BTKH: any float dtype.
+
+    Returns:
+      Codes [B, T, K, H] int8 and scales [B, T, K] float32; ``codes * scale`` is off by
+      half a scale at most. A vector of zeros has the scale 0.
+    """
+    x = x_BTKH.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=-1)
+    inverse = 127.0 / jnp.maximum(largest, 1e-30)
+    codes = jnp.clip(jnp.round(x * inverse[..., None]), -127, 127)
+    return codes.astype(jnp.int8), largest * (1.0 / 127.0)
+
+
+def cached_attention(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    positions: Array,
+    start: Array | None = None,
+    scales: tuple[Array, Array] | None = None,
+) -> Array:
+    """Attention of slots [T] of a cache to the slots up to themselves.
+
+    Args:
+      q_BTNH: queries; N is a multiple of K.
+      k_BSKH, v_BSKH: the cache, of any float dtype, or 8-bit codes.
+      positions: slots of the queries, [T] integers.
+      start: first slot that counts in each row, [B] integers; 0 where None. A query
+        before it, which is padding, sees itself alone: nothing of use, but finite.
+      scales: of codes of keys and of values, two arrays [B, S, K] float32. They don't
+        depend on H: those of keys multiply scores, those of values probabilities.
+
+    Returns:
+      [B, T, N, H], in the dtype of the queries; softmax in float32. Native kernels,
+      where they are in use, take single queries and read only the slots that count.
+    """
+    batch, length, heads, size = q_BTNH.shape
+    if length == 1 and kernels.backend() == "cpu":
+        if start is None:
+            start = jnp.zeros(batch, jnp.int32)
+        q_BNH = q_BTNH[:, 0].astype(jnp.float32)
+        y_BNH = kernels.cpu.attention(
+            q_BNH, k_BSKH, v_BSKH, positions[0], start, scales
+        )
+        return y_BNH[:, None].astype(q_BTNH.dtype)
+    slots, kv_heads = k_BSKH.shape[1:3]
+    dtype = q_BTNH.dtype
+    last_BT = positions[None, :].astype(jnp.int32)
+    first_BT = jnp.zeros_like(last_BT)
+    if start is not None:
+        first_BT = jnp.minimum(start[:, None], last_BT)
+    slot = jnp.arange(slots, dtype=jnp.int32)[None, None, :]
+    mask_BTS = (slot >= first_BT[:, :, None]) & (slot <= last_BT[:, :, None])
+    # As in `causal_attention`, queries of one group are further rows of one product;
+    # the sums of weights divide the few results, not the many weights.
+    groups = heads // kv_heads
+    rows = (batch, kv_heads, groups * length)
+    split = (batch, kv_heads, groups, length)
+    q = (q_BTNH * size**-0.5).transpose(0, 2, 1, 3).reshape(*rows, size)
+    scores = jnp.einsum(
+        "BKRH,BSKH->BKRS", q, k_BSKH.astype(dtype), preferred_element_type=jnp.float32
+    )
+    if scales is not None:
+        scores = scores * scales[0].transpose(0, 2, 1)[:, :, None, :]
+    scores = scores.reshape(*split, slots)
+    lowest = jnp.finfo(jnp.float32).min
+    scores = jnp.where(mask_BTS[:, None, None], scores, lowest).reshape(*rows, slots)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    if scales is not None:
+        weights = weights * scales[1].transpose(0, 2, 1)[:, :, None, :]
+    y = jnp.einsum(
+        "BKRS,BSKH->BKRH",
+        weights.astype(dtype),
+        v_BSKH.astype(dtype),
+        preferred_element_type=jnp.float32,
+    )
+    y = (y * (1.0 / total)).astype(dtype).reshape(batch, heads, length, size)
+    return y.transpose(0, 2, 1, 3)

@@ -1,0 +1,78 @@
+"""A transformer block: attention and feed-forward on the residual stream."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vaani_jax.devices.mesh import BATCH, constrain
+from vaani_jax.model.attention import MultiHeadAttention
+from vaani_jax.model.config import ModelConfig
+from vaani_jax.model.feed_forward import FeedForward
+from vaani_jax.model.norm import RMSNorm
+
+Array = jax.Array
+
+
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """Inverted dropout; the identity where ``key`` is None or the rate is 0."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+
+
+def _rounded(y: Array) -> Array:
+    """``y``, in a way that keeps it from being fused into the sum that it goes into.
+
+    A multiply and an add that compiled code fuses round once, not twice. The scale of a
+    branch's last product and the residual sum are such a pair, which packed kernels
+    can't fuse; without it, decoding gives the same bits with them and with masters.
+    Neither a barrier nor reduce_precision outlives compilation. This comparison does.
+    """
+    return jnp.minimum(y, jnp.finfo(y.dtype).max)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        self.attn_norm = RMSNorm(self.config.norm_eps)
+        self.attn = MultiHeadAttention(self.config)
+        self.ffn_norm = RMSNorm(self.config.norm_eps)
+        self.ffn = FeedForward(self.config)
+
+    def __call__(
+        self,
+        x: Array,
+        cache: tuple[Array, ...] | None,
+        dropout_key: Array | None,
+        positions: Array,
+        rotary: tuple[Any, Any],
+        mix: Array | None,
+        train: bool,
+        start: Array | None = None,
+    ) -> tuple[Array, tuple[Array, ...] | None]:
+        """Maps [B, T, D] to [B, T, D]; arguments as in `MultiHeadAttention`."""
+        rate = self.config.dropout
+        keys: Any = (
+            (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        )
+        y, cache = self.attn(
+            x,
+            positions,
+            rotary,
+            cache,
+            norm=self.attn_norm,
+            train=train,
+            mix=mix,
+            start=start,
+        )
+        rounded = _rounded if cache is not None else lambda y: y
+        x = constrain(x + dropout(rounded(y), rate, keys[0]), BATCH, None, None)
+        y = self.ffn(x, norm=self.ffn_norm, train=train, mix=mix)
+        x = x + dropout(rounded(y), rate, keys[1])
+        return constrain(x, BATCH, None, None), cache

@@ -1,0 +1,107 @@
+"""The KV cache: keys and values of the tokens seen so far."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from vaani_jax.errors import VaaniError
+from vaani_jax.model.config import ModelConfig
+
+Array = jax.Array
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of the tokens seen so far, in arrays of fixed size.
+
+    A slot is a place along S. All rows fill the same slots; a row that is shorter than
+    others begins later, and what lies in the slots before its start is padding, which
+    nothing sees. Positions, for the rotary embedding, count from the start of a row.
+
+    Attributes:
+      keys, values: one [B, S, K, H] per layer, float32, bfloat16, or int8 codes; slots
+        from ``length`` on are unset.
+      length: slots filled, int32 scalar. Beyond the capacity S, logits are NaN: a
+        traced length can't raise, and must not pass for an answer.
+      start: first slot of each row, [B] int32.
+      key_scales, value_scales: where keys and values are codes, one [B, S, K] float32
+        per layer: ``codes * scale``, a scale for each token and head; else empty.
+    """
+
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+    length: Array
+    start: Array
+    key_scales: tuple[Array, ...] = ()
+    value_scales: tuple[Array, ...] = ()
+
+    @property
+    def capacity(self) -> int:
+        return self.keys[0].shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays; almost all of them keys and values."""
+        return sum(x.nbytes for x in jax.tree.leaves(self))
+
+    @property
+    def layers(self) -> list[tuple[Array, ...]]:
+        """What each layer reads: keys and values, then their scales if any."""
+        parts = (self.keys, self.values, self.key_scales, self.value_scales)
+        return list(zip(*filter(None, parts), strict=True))
+
+    def filled(self, layers: Sequence[tuple[Array, ...]], length: Array) -> "KVCache":
+        """This cache with other contents, given as `layers` has them."""
+        names = ("keys", "values", "key_scales", "value_scales")
+        parts: dict[str, Any] = dict(
+            zip(names, zip(*layers, strict=True), strict=False)
+        )
+        return dataclasses.replace(self, length=length, **parts)
+
+    @classmethod
+    def create(
+        cls,
+        config: ModelConfig,
+        batch: int,
+        capacity: int | None = None,
+        dtype: Any = None,
+        start: Array | None = None,
+    ) -> "KVCache":
+        """An empty cache for ``batch`` sequences.
+
+        Args:
+          config: the model.
+          batch: B.
+          capacity: S; ``max_seq_len`` where None.
+          dtype: float32, bfloat16 or int8; the compute dtype where None.
+          start: see the class; zeros where None.
+
+        Raises:
+          VaaniError: the dtype is another one.
+        """
+        try:
+            name = jnp.dtype(dtype or config.dtype).name
+        except TypeError:
+            name = str(dtype)
+        if name not in ("float32", "bfloat16", "int8"):
+            raise VaaniError(f"a KV cache holds float32, bfloat16 or int8, not {name}")
+        dtype = jnp.dtype(name)
+        shape = (batch, capacity or config.max_seq_len, config.kv_heads)
+
+        def zeros(shape: tuple[int, ...], dtype: Any) -> tuple[Array, ...]:
+            # Distinct buffers, so that a donated cache is never donated twice.
+            return tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers))
+
+        coded = dtype == jnp.int8
+        return cls(
+            keys=zeros((*shape, config.head_dim), dtype),
+            values=zeros((*shape, config.head_dim), dtype),
+            length=jnp.zeros((), jnp.int32),
+            start=jnp.zeros(batch, jnp.int32) if start is None else start,
+            key_scales=zeros(shape, jnp.float32) if coded else (),
+            value_scales=zeros(shape, jnp.float32) if coded else (),
+        )

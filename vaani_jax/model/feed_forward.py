@@ -1,0 +1,75 @@
+"""The gated feed-forward layer and its activations."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vaani_jax.devices.mesh import BATCH, constrain
+from vaani_jax.model.config import ModelConfig
+from vaani_jax.model.linear import BitLinear, project
+from vaani_jax.model.norm import RMSNorm
+
+Array = jax.Array
+
+
+@jax.custom_vjp
+def swiglu(gate: Array, up: Array) -> Array:
+    """``silu(gate) * up`` (arXiv:2002.05202), with the sigmoid computed once."""
+    return _swiglu_fwd(gate, up)[0]
+
+
+def _swiglu_fwd(gate: Array, up: Array) -> tuple[Array, Any]:
+    sigmoid = jax.nn.sigmoid(gate)
+    return gate * sigmoid * up, (gate, up, sigmoid)
+
+
+def _swiglu_bwd(residuals: Any, g: Array) -> tuple[Array, Array]:
+    gate, up, sigmoid = residuals
+    return g * up * sigmoid * (1 + gate * (1 - sigmoid)), g * gate * sigmoid
+
+
+swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
+
+
+def relu2(gate: Array, up: Array) -> Array:
+    """``relu(gate)^2 * up``."""
+    return jnp.square(nn.relu(gate)) * up
+
+
+class FeedForward(nn.Module):
+    """Gated feed-forward: ``down(norm(activation(gate(x)) * up(x)))``.
+
+    SwiGLU (arXiv:2002.05202) or its squared-ReLU form (BitNet 2B4T, arXiv:2504.12285).
+
+    Parameters: ``gate_proj``, ``up_proj``, ``down_proj`` and ``sub_norm``.
+    """
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.gate_proj = BitLinear(c.hidden_dim, c, c.init_std)
+        self.up_proj = BitLinear(c.hidden_dim, c, c.init_std)
+        self.sub_norm = RMSNorm(c.norm_eps) if c.sub_norms else None
+        self.down_proj = BitLinear(c.dim, c, c.init_std / (2 * c.n_layers) ** 0.5, "in")
+
+    def __call__(
+        self,
+        x: Array,
+        *,
+        norm: RMSNorm | None = None,
+        train: bool = False,
+        mix: Array | None = None,
+    ) -> Array:
+        """Maps [..., D] to [..., D]; ``norm`` is applied to ``x`` first."""
+        gate, up = project(
+            x, (self.gate_proj, self.up_proj), norm=norm, train=train, mix=mix
+        )
+        gated = swiglu if self.config.activation == "swiglu" else relu2
+        hidden = constrain(gated(gate, up), BATCH, None, "tensor")
+        (y,) = project(
+            hidden, (self.down_proj,), norm=self.sub_norm, train=train, mix=mix
+        )
+        return y

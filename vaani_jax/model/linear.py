@@ -1,0 +1,123 @@
+"""BitLinear, and the projection of one input by several of them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from vaani_jax.kernels import rows_matmul, ternary_matmul
+from vaani_jax.model.config import ModelConfig
+from vaani_jax.model.norm import RMSNorm
+from vaani_jax.quant.activations import ActivationQuantizer
+from vaani_jax.quant.packed import PackedRows, PackedTernary
+from vaani_jax.quant.product import ternary_dot
+from vaani_jax.quant.spec import Split
+from vaani_jax.quant.weights import TernaryQuantizer
+from vaani_jax.quant.wire import whole_kernel
+
+Array = jax.Array
+
+
+PRODUCT = "product"  # what rematerialisation calls the outputs of linear layers
+
+
+class BitLinear(nn.Module):
+    """A bias-free linear layer with ternary weights and 8-bit inputs.
+
+    Parameters: ``kernel`` [in, features], float32 master weights, or `PackedTernary`.
+    Variables in collection ``quant``: those of its two quantisers.
+
+    Attributes:
+      features: width of the output.
+      config: quantiser settings (and nothing else) are read from it.
+      init_std: standard deviation of the initial kernel.
+      split: which side of the kernel the mesh axis ``tensor`` cuts, see `ternary_dot`.
+    """
+
+    features: int
+    config: ModelConfig = ModelConfig()
+    init_std: float = 0.02
+    split: Split = "out"
+
+    def setup(self) -> None:
+        if self.config.quantize:
+            self.weight_quantizer = TernaryQuantizer(
+                self.config.threshold, self.config.spec
+            )
+            self.activation_quantizer = ActivationQuantizer(
+                self.config.activation_tracking, self.config.activation_momentum
+            )
+
+    @nn.compact
+    def kernel(self, in_features: int) -> Array | PackedTernary | PackedRows:
+        """The master kernel [in_features, features], float32; or a packed one."""
+        stored: Any = self.get_variable("params", "kernel")
+        if isinstance(stored, PackedTernary | PackedRows):
+            return stored
+        return self.param(
+            "kernel",
+            nn.initializers.normal(self.init_std),
+            (in_features, self.features),
+            jnp.float32,
+        )
+
+    def __call__(
+        self, x: Array, *, train: bool = False, mix: Array | None = None
+    ) -> Array:
+        """Maps [..., in] to [..., features], in the dtype of ``x``."""
+        return project(x, (self,), train=train, mix=mix)[0]
+
+
+def project(
+    x: Array,
+    layers: Sequence[BitLinear],
+    *,
+    norm: "RMSNorm | None" = None,
+    train: bool = False,
+    mix: Array | None = None,
+) -> tuple[Array, ...]:
+    """Applies several BitLinear layers to one input, which is quantised once.
+
+    A tracked activation range is that of the first layer: the input is the same.
+
+    Args:
+      x: [..., in].
+      layers: bound modules with equal quantiser settings.
+      norm: applied to the input first; packed kernels do both in one call.
+      train: whether tracked ranges are updated.
+      mix: see `ternary_dot`.
+
+    Returns:
+      [..., features] of each layer, in ``x.dtype``.
+    """
+    kernels: list[Any] = [layer.kernel(x.shape[-1]) for layer in layers]
+    first = layers[0]
+    if isinstance(kernels[0], PackedTernary):
+        tracked = first.activation_quantizer.observe(x, train=False)
+        weights = None
+        if norm is not None:
+            weights = norm.weight(x.shape[-1]), norm.epsilon
+        return ternary_matmul(x, kernels, activation_range=tracked, norm=weights)
+    if norm is not None:
+        x = norm(x)
+    if isinstance(kernels[0], PackedRows):
+        return tuple(rows_matmul(x, kernel) for kernel in kernels)
+    if not first.config.quantize:
+        wholes = [whole_kernel(kernel, x.dtype, first.split) for kernel in kernels]
+        outputs = tuple(jnp.dot(x, kernel) for kernel in wholes)
+        return checkpoint_name(outputs, PRODUCT)
+    outputs = ternary_dot(
+        x,
+        kernels,
+        [layer.weight_quantizer.tau() for layer in layers],
+        spec=first.config.spec,
+        scales=[layer.weight_quantizer.stored() for layer in layers],
+        activation_range=first.activation_quantizer.observe(x, train=train),
+        mix=mix,
+        split=first.split,
+    )
+    # Named here, in the compute dtype: the sums within are float32 or int32.
+    return checkpoint_name(outputs, PRODUCT)

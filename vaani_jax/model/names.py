@@ -1,0 +1,98 @@
+"""The names of leaves: which parameters are ternary kernels, and what is theirs."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vaani_jax.model.config import ModelConfig
+from vaani_jax.quant.weights import ternarize
+
+Array = jax.Array
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class TernaryKernel:
+    """A ternary kernel of a model: [in, out], or [layers, in, out] when stacked.
+
+    Its scale is None where it is computed, not stored.
+    """
+
+    name: str
+    kernel: Array
+    threshold: Array
+    scale: Array | None = None
+
+
+def ternary_kernels(params: Tree, quant: Tree) -> list[TernaryKernel]:
+    """Every ternary kernel with its threshold, in the order of the tree.
+
+    Names are module paths, such as ``layers_0/attn/q_proj``; a tied ternary head is
+    ``head``.
+    """
+    found = []
+
+    def visit(path: tuple[str, ...], node: Tree, masters: Tree) -> None:
+        if "weight_quantizer" in node:
+            kept = node["weight_quantizer"]
+            found.append(
+                TernaryKernel(
+                    "/".join(path),
+                    masters["kernel"],
+                    kept["threshold"],
+                    kept.get("scale"),
+                )
+            )
+            return
+        for key, child in node.items():
+            if key == "head_quantizer":
+                kernel = masters["embedding"].T
+                found.append(
+                    TernaryKernel(
+                        "head", kernel, child["threshold"], child.get("scale")
+                    )
+                )
+            elif key in masters:
+                visit((*path, key), child, masters[key])
+
+    visit((), quant, params)
+    return found
+
+
+def with_settings(quant: Tree, thresholds: dict[str, Array], momentum: Array) -> Tree:
+    """``quant`` with other thresholds, by kernel name, and activation momentum."""
+
+    def visit(path: Any, leaf: Array) -> Array:
+        *names, owner, key = (entry.key for entry in path)
+        if owner == "weight_quantizer" and key == "threshold":
+            return thresholds["/".join(names)]
+        if owner == "head_quantizer" and key == "threshold":
+            return thresholds["head"]
+        return (
+            momentum.astype(leaf.dtype) * jnp.ones_like(leaf)
+            if key == "momentum"
+            else leaf
+        )
+
+    return jax.tree_util.tree_map_with_path(visit, quant)
+
+
+def ternary_codes(
+    config: ModelConfig, params: Tree, quant: Tree
+) -> dict[str, tuple[Array, Array]]:
+    """Codes (int8, as the kernel) and scales (float32) of every ternary kernel.
+
+    Stacked kernels keep their leading axis, in the scales too.
+    """
+    codes = {}
+    for entry in ternary_kernels(params, quant):
+        function = lambda w, tau, kept: ternarize(  # noqa: E731
+            w, tau, config.spec, kept
+        )
+        if entry.kernel.ndim == 3:
+            function = jax.vmap(function)
+        t, scale = function(entry.kernel, entry.threshold, entry.scale)
+        codes[entry.name] = (t.astype(jnp.int8), scale)
+    return codes

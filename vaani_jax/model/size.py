@@ -1,0 +1,65 @@
+"""Counts of a model: parameters, bytes, floating-point operations."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from vaani_jax.model.config import ModelConfig
+from vaani_jax.model.names import ternary_kernels
+from vaani_jax.model.transformer import init_variables
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSize:
+    """Counts of a model; bytes at 16 bits a parameter and with ternary ones at 2."""
+
+    parameters: int
+    ternary: int
+    bytes_fp16: int
+    bytes_2bit: int
+
+
+def model_size(config: ModelConfig) -> ModelSize:
+    """Counts parameters without computing any."""
+    params, quant = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
+    total = sum(int(np.prod(p.shape)) for p in jax.tree.leaves(params))
+    quantised = dataclasses.replace(config, quantize=True)
+    params, quant = jax.eval_shape(lambda: init_variables(quantised, jax.random.key(0)))
+    kernels = jax.eval_shape(
+        lambda p, q: {e.name: e.kernel for e in ternary_kernels(p, q)}, params, quant
+    )
+    ternary = sum(int(np.prod(k.shape)) for k in kernels.values())
+    channel = config.weight_granularity == "channel"
+    scales = sum(
+        int(np.prod(k.shape[:-2])) * (k.shape[-1] if channel else 1)
+        for k in kernels.values()
+    )
+    return ModelSize(
+        parameters=total,
+        ternary=ternary,
+        bytes_fp16=2 * total,
+        bytes_2bit=2 * (total - ternary) + (ternary + 3) // 4 + 4 * scales,
+    )
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> int:
+    """Floating-point operations of a training step per token, as everyone counts them.
+
+    PaLM (arXiv:2204.02311), appendix B: 6 for each parameter that is multiplied (2
+    forward, 4 backward), and 12 D T per layer for the two products of attention, not
+    halved for causality. The head counts once, tied or not; a look-up in the embedding,
+    norms, quantisers and what rematerialisation computes again count nothing. So the
+    utilisation of a chip (MFU) is tokens per second x this / the chip's peak.
+
+    Args:
+      config: the model, with its vocabulary; the twin counts the same.
+      seq_len: T, tokens of a training sequence.
+    """
+    params, _ = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
+    multiplied = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = path[-1].key
+        if name == "kernel" or (name == "embedding" and config.tie_embeddings):
+            multiplied += int(np.prod(leaf.shape))
+    return 6 * multiplied + 12 * config.n_layers * config.dim * seq_len

@@ -1,0 +1,227 @@
+"""The language model, its initial variables, and its layers stacked or unrolled."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vaani_jax.devices.mesh import BATCH, constrain
+from vaani_jax.errors import VaaniError
+from vaani_jax.kernels import rows_matmul, ternary_matmul
+from vaani_jax.model.block import TransformerBlock, dropout
+from vaani_jax.model.cache import KVCache
+from vaani_jax.model.config import ModelConfig
+from vaani_jax.model.linear import PRODUCT, BitLinear
+from vaani_jax.model.norm import RMSNorm
+from vaani_jax.model.rotary import rotary_angles
+from vaani_jax.quant.packed import PackedRows, take_rows
+from vaani_jax.quant.product import ternary_dot
+from vaani_jax.quant.weights import TernaryQuantizer
+
+Array = jax.Array
+Tree = Any
+
+
+class Vaani(nn.Module):
+    """A BitNet b1.58 language model."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        c = self.config
+        if c.vocab_size < 1:
+            raise VaaniError("model.vocab_size is 0: set it, or take the tokenizer's")
+        stored: Any = self.get_variable("params", "embedding")
+        if not isinstance(stored, PackedRows):
+            stored = self.param(
+                "embedding",
+                nn.initializers.normal(c.init_std),
+                (c.vocab_size, c.dim),
+                jnp.float32,
+            )
+        self.embedding = stored
+        block: Any = TransformerBlock
+        if c.remat:
+            kept = (PRODUCT,) if c.remat_save == "products" else ()
+            block = nn.remat(
+                block,
+                prevent_cse=not c.scan_layers,
+                static_argnums=(7,),
+                policy=jax.checkpoint_policies.save_only_these_names(*kept),
+            )
+        if c.scan_layers:
+            self.layers = nn.scan(
+                block,
+                variable_axes={"params": 0, "quant": 0},
+                split_rngs={"params": True},
+                in_axes=(0, 0, *[nn.broadcast] * 5),
+                length=c.n_layers,
+            )(c)
+        else:
+            self.layers = [block(c) for _ in range(c.n_layers)]
+        self.final_norm = RMSNorm(c.norm_eps)
+        self.packed_head: Any = self.get_variable("params", "head")
+        masters = self.packed_head is None
+        if c.ternary_head and c.quantize and c.tie_embeddings and masters:
+            self.head_quantizer = TernaryQuantizer(c.threshold, c.spec)
+        if not c.tie_embeddings:
+            head = dataclasses.replace(c, quantize=c.quantize and c.ternary_head)
+            self.lm_head = BitLinear(c.vocab_size, head, c.init_std)
+
+    def __call__(
+        self,
+        tokens: Array,
+        cache: KVCache | None = None,
+        *,
+        train: bool = False,
+        mix: Array | None = None,
+        last: Array | None = None,
+    ) -> Any:
+        """Next-token logits.
+
+        Args:
+          tokens: ids [B, T], integers.
+          cache: tokens seen before these; the new ones are added.
+          train: applies dropout (needs the random stream "dropout" if the rate is
+            above 0) and updates tracked activation ranges.
+          mix: lambda of gradual quantisation, a scalar; see `ternary_dot`.
+          last: index along T of the only logits wanted, an int32 scalar: the product
+            with the head is done for it alone.
+
+        Returns:
+          Logits [B, T, V] in float32, [B, 1, V] with ``last``; with a cache, the pair
+          (logits, new cache). Where the cache's rows start later than these tokens,
+          logits are finite and mean nothing.
+
+        Raises:
+          VaaniError: more tokens than the model or the cache can hold, as far as
+            shapes and concrete lengths tell; for traced lengths see `KVCache`.
+        """
+        c = self.config
+        length = tokens.shape[1]
+        capacity = cache.capacity if cache is not None else c.max_seq_len
+        seen = 0
+        if cache is not None and not isinstance(cache.length, jax.core.Tracer):
+            seen = int(cache.length)
+        if seen + length > capacity:
+            raise VaaniError(
+                f"{seen + length} tokens do not fit the context of {capacity}"
+            )
+        start = None
+        positions = jnp.arange(length, dtype=jnp.int32)
+        table = rotary_angles(max(capacity, c.max_seq_len), c.head_dim, c.rope_theta)
+        if cache is None:
+            rotary = tuple(jnp.asarray(t[:length]) for t in table)
+        else:
+            start, positions = cache.start, cache.length + positions
+            since = jnp.maximum(positions[None, :] - start[:, None], 0)
+            rotary = tuple(jnp.take(t, since, axis=0, mode="clip") for t in table)
+
+        keys = None
+        if train and c.dropout > 0:
+            keys = jax.random.split(self.make_rng("dropout"), c.n_layers + 1)
+        if isinstance(self.embedding, PackedRows):
+            x = take_rows(self.embedding, tokens).astype(c.dtype)
+        else:
+            x = jnp.take(self.embedding, tokens, axis=0).astype(c.dtype)
+        x = dropout(x, c.dropout, None if keys is None else keys[-1])
+        # Each device looks up its columns for all rows of its group; they exchange.
+        x = constrain(x, "data", None, "fsdp")
+        x = constrain(x, BATCH, None, None)
+        filled: list[Any] = []
+        if c.scan_layers:
+            layer_caches = None
+            if cache is not None:
+                layer_caches = tuple(map(jnp.stack, zip(*cache.layers, strict=True)))
+            layer_keys = None if keys is None else keys[:-1]
+            x, stacked = self.layers(
+                x, layer_caches, layer_keys, positions, rotary, mix, train, start
+            )
+            if cache is not None:
+                filled = list(zip(*map(tuple, stacked), strict=True))
+        else:
+            for i, layer in enumerate(self.layers):
+                layer_cache = None if cache is None else cache.layers[i]
+                key = None if keys is None else keys[i]
+                x, layer_cache = layer(
+                    x, layer_cache, key, positions, rotary, mix, train, start
+                )
+                filled.append(layer_cache)
+        if last is not None:
+            x = jax.lax.dynamic_slice_in_dim(x, last, 1, axis=1)
+        logits = self.head(self.final_norm(x), train=train, mix=mix)
+        logits = constrain(logits, BATCH, None, "tensor")
+        if cache is None:
+            return logits
+        end = cache.length + length
+        logits = jnp.where(end <= capacity, logits, jnp.nan)
+        return logits, cache.filled(filled, end)
+
+    def head(self, x: Array, *, train: bool, mix: Array | None) -> Array:
+        """Logits [B, T, V] in float32 of normalised states [B, T, D]."""
+        c = self.config
+        if not c.tie_embeddings:
+            return self.lm_head(x, train=train, mix=mix).astype(jnp.float32)
+        if self.packed_head is not None:
+            return ternary_matmul(x, self.packed_head).astype(jnp.float32)
+        if isinstance(self.embedding, PackedRows):
+            return rows_matmul(x, self.embedding)
+        if c.ternary_head and c.quantize:
+            (logits,) = ternary_dot(
+                x,
+                (self.embedding.T,),
+                (self.head_quantizer.tau(),),
+                spec=c.spec,
+                scales=(self.head_quantizer.stored(),),
+                mix=mix,
+            )
+            return logits.astype(jnp.float32)
+        # Cut along V first, which moves nothing; then only that part is gathered.
+        embedding = constrain(self.embedding.astype(x.dtype), "tensor", "fsdp")
+        return jnp.einsum(
+            "BTD,VD->BTV",
+            x,
+            constrain(embedding, "tensor", None),
+            preferred_element_type=jnp.float32,
+        )
+
+
+def stack_layers(tree: Tree, n_layers: int) -> Tree:
+    """``layers_0 .. layers_<n-1>`` -> ``layers`` with a leading axis."""
+    rest = {k: v for k, v in tree.items() if not k.startswith("layers_")}
+    layers = [tree[f"layers_{i}"] for i in range(n_layers) if f"layers_{i}" in tree]
+    if layers:
+        rest["layers"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    return rest
+
+
+def init_variables(config: ModelConfig, key: Array) -> tuple[Tree, Tree]:
+    """Initial ``(params, quant)``; equal with and without `scan_layers`."""
+    flat = Vaani(dataclasses.replace(config, scan_layers=False, remat=False))
+    variables = flat.init(key, jnp.zeros((1, 1), jnp.int32))
+    params, quant = variables["params"], variables.get("quant", {})
+    if config.scan_layers:
+        params = stack_layers(params, config.n_layers)
+        quant = stack_layers(quant, config.n_layers)
+    return params, quant
+
+
+def unrolled(
+    config: ModelConfig, params: Any, quant: Any
+) -> tuple[ModelConfig, Any, Any]:
+    """The same model with its layers unrolled, which decodes faster on a CPU."""
+    if not config.scan_layers:
+        return config, params, quant
+
+    def unstack(tree: Any) -> Any:
+        if "layers" not in tree:
+            return tree
+        rest = {k: v for k, v in tree.items() if k != "layers"}
+        for i in range(config.n_layers):
+            rest[f"layers_{i}"] = jax.tree.map(lambda x, i=i: x[i], tree["layers"])
+        return rest
+
+    config = dataclasses.replace(config, scan_layers=False)
+    return config, unstack(params), unstack(quant)

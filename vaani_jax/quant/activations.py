@@ -1,0 +1,89 @@
+"""8-bit activations: codes, scales, and the module that may track a range."""
+
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vaani_jax.quant.rounding import EPSILON
+from vaani_jax.quant.straight_through import straight_through
+
+Array = jax.Array
+
+
+ACTIVATION_MAX = 127.0
+
+
+ACTIVATION_MIN = -128.0
+
+
+def quantize_activations(
+    x: Array, activation_range: Array | None = None
+) -> tuple[Array, Array]:
+    """8-bit codes of activations.
+
+    Args:
+      x: activations [..., K], any float dtype.
+      activation_range: the magnitude that maps to 127, a scalar; the largest
+        magnitude of each token (last axis) where None.
+
+    Returns:
+      codes [..., K] float32, integers in [-128, 127], and the scale in float32,
+      [..., 1] per token or [] for a given range. ``codes * scale`` approximates
+      ``x``.
+    """
+    x = x.astype(jnp.float32)
+    bound = activation_bound(x, activation_range)
+    # Multiplying by reciprocals, and saying so, keeps compiled and eager code equal
+    # to the bit: XLA would rewrite the divisions.
+    codes = jnp.clip(
+        jnp.round(x * (ACTIVATION_MAX / bound)), ACTIVATION_MIN, ACTIVATION_MAX
+    )
+    return codes, bound * (1.0 / ACTIVATION_MAX)
+
+
+def activation_bound(x: Array, activation_range: Array | None = None) -> Array:
+    """The magnitude that maps to 127, float32: [..., 1] per token, or [] if given."""
+    if activation_range is None:
+        x = x.astype(jnp.float32)
+        activation_range = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    return jnp.maximum(activation_range, EPSILON)
+
+
+class ActivationQuantizer(nn.Module):
+    """8-bit activations, per token or with a tracked range.
+
+    With ``tracking="ema"`` the range is ``m * range + (1 - m) * max|x|``, updated while
+    training and frozen in evaluation; the first batch sets it.
+
+    Variables, for "ema" only: ``quant/range`` and ``quant/momentum``, float32 scalars.
+    """
+
+    tracking: Literal["token", "ema"] = "token"
+    momentum: float = 0.99
+
+    @nn.compact
+    def observe(self, x: Array, *, train: bool) -> Array | None:
+        """The range to quantise ``x [..., K]`` with: a scalar, or None per token."""
+        if self.tracking == "token":
+            return None
+        tracked = self.variable("quant", "range", jnp.zeros, (), jnp.float32)
+        momentum = self.variable(
+            "quant", "momentum", lambda: jnp.asarray(self.momentum, jnp.float32)
+        )
+        largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
+        largest = jax.lax.stop_gradient(largest)
+        if not train or self.is_initializing():
+            return jnp.where(tracked.value > 0, tracked.value, largest)
+        m = momentum.value
+        updated = jnp.where(
+            tracked.value > 0, m * tracked.value + (1 - m) * largest, largest
+        )
+        tracked.value = updated
+        return updated
+
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """The quantised activations ``s * q`` [..., K], gradients straight through."""
+        codes, scale = quantize_activations(x, self.observe(x, train=train))
+        return straight_through(codes * scale, x)

@@ -1,0 +1,142 @@
+"""Every 2-bit layout of ternary weights, and matrices in eight bits.
+
+Two bits hold ``weight + 1``. Two orders of them exist, and `relayout` turns one into
+the other:
+
+* "tiles", of CPUs and of files: ``codes [ceil(N / 16), ceil(K / 16), 64]``. Byte
+  ``4 (n % 16) + k % 4`` of block ``(n // 16, k // 16)`` holds the weights
+  ``k % 16 = k % 4 + 4 i`` in bits ``2 i`` and ``2 i + 1``: a block read in one piece is
+  four times sixteen outputs of four inputs, which is what vector units multiply.
+* "planes", of accelerators: ``codes [Q, N']`` with ``Q = 64 ceil(K / 256)`` and N' the
+  next multiple of 128. Byte ``(r, n)`` holds the weights ``k = r + Q i``: a shift and a
+  mask give a matrix in the shape that matrix units take.
+"""
+
+from typing import Any, Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vaani_jax.errors import VaaniError
+from vaani_jax.quant.rounding import EPSILON
+
+Array = jax.Array
+
+
+Layout = Literal["tiles", "planes"]
+
+
+TILE = 16  # inputs, and outputs, of a block
+
+
+PADDING: dict[Layout, tuple[int, int]] = {"tiles": (TILE, TILE), "planes": (256, 128)}
+
+
+@flax.struct.dataclass
+class PackedTernary:
+    """A ternary kernel [K, N] in two bits a weight.
+
+    Invariants: every two bits are 0, 1 or 2, a weight plus one; weights that pad a
+    shape up to whole blocks are 0; ``scale`` is positive.
+
+    Attributes:
+      codes: uint8, in one of the two orders above.
+      scale: float32, [] per tensor or [N] per output channel.
+      shape: (K, N) without padding; static.
+      layout: "tiles" or "planes"; static.
+    """
+
+    codes: Array
+    scale: Array
+    shape: tuple[int, int] = flax.struct.field(pytree_node=False)
+    layout: Layout = flax.struct.field(pytree_node=False, default="tiles")
+
+
+@flax.struct.dataclass
+class PackedRows:
+    """A matrix [V, D], row by row in eight bits: ``codes * scale[:, None]``.
+
+    Attributes:
+      codes: int8 [V, D], in [-127, 127].
+      scale: float32 [V], largest magnitude of the row / 127.
+    """
+
+    codes: Array
+    scale: Array
+
+
+def tiles_shape(k: int, n: int) -> tuple[int, int, int]:
+    """Shape of the codes of a kernel [K, N] in tiles."""
+    return -(-n // TILE), -(-k // TILE), 64
+
+
+def pack(weights: Array, scale: Array, layout: Layout = "tiles") -> PackedTernary:
+    """Packs ternary weights.
+
+    Args:
+      weights: [K, N] in {-1, 0, 1}, any dtype.
+      scale: float32, [] or [N].
+      layout: the order of the codes.
+
+    Raises:
+      VaaniError: shapes that don't go together, or, where the weights are concrete,
+        one that isn't ternary.
+    """
+    if weights.ndim != 2 or scale.shape not in ((), weights.shape[1:]):
+        raise VaaniError(
+            f"can't pack weights {weights.shape} with a scale {scale.shape}: they must"
+            " be [K, N] with a scale [] or [N]"
+        )
+    if not isinstance(weights, jax.core.Tracer):
+        values = np.asarray(weights, np.float32)
+        if not np.isin(values, (-1.0, 0.0, 1.0)).all():
+            raise VaaniError("weights to pack must be -1, 0 or 1")
+    k, n = weights.shape
+    codes = (jnp.asarray(weights) + 1).astype(jnp.uint8)
+    rows, columns = PADDING[layout]
+    codes = jnp.pad(codes, ((0, -k % rows), (0, -n % columns)), constant_values=1)
+    if layout == "planes":
+        planes = codes.reshape(4, -1, codes.shape[1])
+    else:
+        blocks = codes.reshape(codes.shape[0] // TILE, 4, 4, -1, TILE)
+        planes = blocks.transpose(1, 3, 0, 4, 2)  # plane, n block, k block, n, k % 4
+        planes = planes.reshape(4, *planes.shape[1:3], 64)
+    packed = planes[0] | planes[1] << 2 | planes[2] << 4 | planes[3] << 6
+    return PackedTernary(packed, jnp.asarray(scale, jnp.float32), (k, n), layout)
+
+
+def unpack(packed: PackedTernary, dtype: Any = jnp.int8) -> Array:
+    """The weights [K, N] in {-1, 0, 1}."""
+    k, n = packed.shape
+    planes = jnp.stack([(packed.codes >> shift) & 3 for shift in (0, 2, 4, 6)])
+    if packed.layout == "planes":
+        weights = planes.reshape(-1, planes.shape[-1])
+    else:
+        blocks = planes.reshape(*planes.shape[:3], TILE, 4)
+        weights = blocks.transpose(2, 0, 4, 1, 3)
+        weights = weights.reshape(weights.shape[0] * TILE, -1)
+    return (weights[:k, :n].astype(jnp.int8) - 1).astype(dtype)
+
+
+def relayout(packed: PackedTernary, layout: Layout) -> PackedTernary:
+    """The same weights in another order."""
+    if packed.layout == layout:
+        return packed
+    return pack(unpack(packed), packed.scale, layout)
+
+
+def pack_rows(matrix: Array) -> PackedRows:
+    """Rounds a matrix [V, D] to eight bits, each row with a scale of its own."""
+    matrix = matrix.astype(jnp.float32)
+    bound = jnp.max(jnp.abs(matrix), axis=1)
+    scale = jnp.maximum(bound, EPSILON) * (1.0 / 127.0)
+    codes = jnp.clip(jnp.round(matrix / scale[:, None]), -127, 127)
+    return PackedRows(codes.astype(jnp.int8), scale)
+
+
+def take_rows(rows: PackedRows, ids: Array) -> Array:
+    """Rows [..., D], float32, at ids [...]."""
+    codes = jnp.take(rows.codes, ids, axis=0).astype(jnp.float32)
+    return codes * jnp.take(rows.scale, ids, axis=0)[..., None]

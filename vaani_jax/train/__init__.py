@@ -1,0 +1,1 @@
+"""Training: config, optimizers, the jitted steps, the tuner and the loop."""

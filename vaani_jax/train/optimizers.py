@@ -1,0 +1,162 @@
+"""Schedules, masks and the one optimizer.
+
+The optimizer is `optax.inject_hyperparams` over plain numbers: learning rate, weight
+decay and clipping norm are entries of its state, written in the jitted step from the
+schedule (and whatever adjusts it), so that what was applied can be read back.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import contrib
+
+from vaani_jax.errors import VaaniError
+
+Array = jax.Array
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer and its schedule; the peak learning rate is given beside it.
+
+    Attributes:
+      name: "adamw", or "muon" for the matrices of the blocks with AdamW for the rest.
+      adam_lr_ratio: for muon, the rest's learning rate over that of the matrices.
+      weight_decay: decoupled, times the learning rate, on matrices only (kernels,
+        embedding, head; not on norms).
+      beta1, beta2, eps: of Adam.
+      momentum: of Muon.
+      moment_dtype: in which the first moment (Muon's momentum) is kept between steps;
+        "bfloat16" saves two bytes a parameter. Updates are computed in float32, and
+        Adam's second moment stays there.
+      clip_norm: largest global gradient norm.
+      warmup_steps: linear ramp from 0 to the peak.
+      schedule: after it, "linear" or "cosine" to ``final_ratio`` of the peak,
+        "constant", or "two_stage" (b1.58): a linear decay to ``final_ratio`` whose
+        peak drops to ``second_stage_ratio`` at half of the run, where weight decay
+        goes to 0.
+      final_ratio: learning rate at the end over the peak.
+      second_stage_ratio: see "two_stage"; 2/3 is the paper's 1.5e-3 -> 1e-3.
+      accumulation_steps: micro-batches per step; the result is the large batch's.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    adam_lr_ratio: float = 0.15
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    momentum: float = 0.95
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    clip_norm: float = 1.0
+    warmup_steps: int = 100
+    schedule: Literal["linear", "cosine", "constant", "two_stage"] = "linear"
+    final_ratio: float = 0.0
+    second_stage_ratio: float = 2 / 3
+    accumulation_steps: int = 1
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0 or self.accumulation_steps < 1:
+            raise VaaniError(
+                "optim.warmup_steps must be at least 0 and optim.accumulation_steps at"
+                " least 1"
+            )
+        if self.clip_norm <= 0 or self.weight_decay < 0:
+            raise VaaniError(
+                "optim.clip_norm must be above 0 and optim.weight_decay at least 0"
+            )
+        for name in ("beta1", "beta2", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise VaaniError(f"optim.{name} must be in [0, 1)")
+
+
+def _names(path: Any) -> list[str]:
+    return [str(getattr(entry, "key", entry)) for entry in path]
+
+
+def decay_mask(params: Tree) -> Tree:
+    """True for matrices: kernels and the embedding, stacked or not; not for norms."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: _names(path)[-1] in ("kernel", "embedding"), params
+    )
+
+
+def muon_labels(params: Tree) -> Tree:
+    """ "muon" for the kernels of the blocks, "adamw" for everything else."""
+
+    def label(path: Any, _: Array) -> str:
+        names = _names(path)
+        inside = names[0].startswith("layers") and names[-1] == "kernel"
+        return "muon" if inside else "adamw"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def _muon_dimensions(params: Tree) -> Tree:
+    # Kernels are [..., in, out]; leading axes of stacked layers are batch axes.
+    dimensions = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    return jax.tree.map(lambda _: dimensions, params)
+
+
+def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
+    """AdamW or Muon behind clipping, with injected numbers.
+
+    ``state.hyperparams`` holds ``learning_rate``, ``weight_decay`` and ``clip_norm``,
+    float32 scalars: write them before each update.
+    """
+
+    moment_dtype = jnp.dtype(config.moment_dtype)
+
+    def build(
+        learning_rate: Any, weight_decay: Any, clip_norm: Any
+    ) -> optax.GradientTransformation:
+        def adamw(rate: Any) -> optax.GradientTransformation:
+            return optax.adamw(
+                rate,
+                b1=config.beta1,
+                b2=config.beta2,
+                eps=config.eps,
+                mu_dtype=moment_dtype,
+                weight_decay=weight_decay,
+                mask=decay_mask,
+            )
+
+        if config.name == "adamw":
+            update = adamw(learning_rate)
+        else:
+            update = optax.partition(
+                {
+                    "muon": optax.chain(
+                        contrib.scale_by_muon(
+                            beta=config.momentum,
+                            mu_dtype=moment_dtype,
+                            weight_dimension_numbers=_muon_dimensions,
+                        ),
+                        _scale_by_shape(),
+                        optax.add_decayed_weights(weight_decay),
+                        optax.scale_by_learning_rate(learning_rate),
+                    ),
+                    "adamw": adamw(config.adam_lr_ratio * learning_rate),
+                },
+                muon_labels,
+            )
+        return optax.chain(optax.clip_by_global_norm(clip_norm), update)
+
+    return optax.inject_hyperparams(build, hyperparam_dtype=jnp.float32)(
+        learning_rate=0.0,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+    )
+
+
+def _scale_by_shape() -> optax.GradientTransformation:
+    """Muon's width scaling, ``sqrt(max(1, out / in))``, for kernels [..., in, out]."""
+    return optax.stateless(
+        lambda updates, _: jax.tree.map(
+            lambda u: u * max(1.0, u.shape[-1] / u.shape[-2]) ** 0.5, updates
+        )
+    )

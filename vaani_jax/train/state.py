@@ -1,0 +1,82 @@
+"""Everything that a resumed run needs, in one pytree."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from vaani_jax.model.config import ModelConfig
+from vaani_jax.model.names import ternary_codes
+from vaani_jax.model.transformer import init_variables
+from vaani_jax.train.tuner import HyperparameterTuner
+
+Array = jax.Array
+Tree = Any
+
+
+@flax.struct.dataclass
+class TrainState:
+    """A run, at the boundary between two steps.
+
+    Attributes:
+      step: steps done, int32 scalar.
+      params: float32 master parameters.
+      quant: thresholds and activation ranges, see `model.py`.
+      opt_state: of `make_optimizer`.
+      codes: ternary codes, int8, at the last report: what "flipped since" means.
+      key: raw data of the random key (uint32) that dropout keys are folded from.
+      tuner: a `TunerState`; None where nothing is tuned.
+    """
+
+    step: Array
+    params: Tree
+    quant: Tree
+    opt_state: Tree
+    codes: Tree
+    key: Array
+    tuner: Any = None
+
+
+def codes_of(config: ModelConfig, params: Tree, quant: Tree) -> Tree:
+    """The int8 codes of every ternary kernel, by name."""
+    return {k: t for k, (t, _) in ternary_codes(config, params, quant).items()}
+
+
+def init_state(
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    tuner: HyperparameterTuner | None = None,
+) -> TrainState:
+    """The state before the first step. Pure: `jax.eval_shape` gives its structure."""
+    init_key, dropout_key = jax.random.split(jax.random.key(seed))
+    params, quant = init_variables(config, init_key)
+    codes = codes_of(config, params, quant)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        quant=quant,
+        opt_state=optimizer.init(params),
+        codes=codes,
+        key=jax.random.key_data(dropout_key),
+        tuner=tuner.init(codes, layer_norms(params)) if tuner else None,
+    )
+
+
+def layer_norms(grads: Tree) -> dict[str, Array]:
+    """Gradient norm of every layer, embedding and head, by its name in the tree.
+
+    Float32 scalars; [layers] for stacked layers. The root of their summed squares is
+    the global norm.
+    """
+    norms = {}
+    for name, part in grads.items():
+        first = 1 if name == "layers" else 0  # stacked: one norm per layer
+        squares = [
+            jnp.sum(jnp.square(g.astype(jnp.float32)), axis=tuple(range(first, g.ndim)))
+            for g in jax.tree.leaves(part)
+        ]
+        norms[name] = jnp.sqrt(sum(squares))
+    return norms
