@@ -16,6 +16,7 @@ FLOORS = (
     "errors",
     "files",
     "words",
+    "settings",
     "devices",
     "quant",
     "kernels",

@@ -15,7 +15,8 @@ from vaani_jax.data.corpus import make_tokenizer
 from vaani_jax.data.sources import Corpus, load_corpus
 from vaani_jax.errors import VaaniError
 from vaani_jax.model.size import model_size
-from vaani_jax.train.config import Config, differences, from_dict
+from vaani_jax.settings import differences
+from vaani_jax.train.config import Config, from_dict
 from vaani_jax.train.schedules import Schedule
 
 # ml_collections still imports files in the way of Python 3.11.

@@ -6,10 +6,7 @@ import pathlib
 import numpy as np
 
 from vaani_jax.data.config import DataConfig
-from vaani_jax.data.sources import (
-    Corpus,
-    read_bytes,
-)
+from vaani_jax.data.sources import Corpus, read_bytes
 from vaani_jax.errors import VaaniError
 from vaani_jax.text.tokenizers import (
     ByteTokenizer,

@@ -36,8 +36,9 @@ from vaani_jax.model.transformer import stack_layers, unrolled
 from vaani_jax.runs.checkpoints import Checkpoints, Meta
 from vaani_jax.runs.curves import plot_curves
 from vaani_jax.runs.metrics import MetricWriter, Row
+from vaani_jax.settings import differences
 from vaani_jax.text.tokenizers import Tokenizer, from_json
-from vaani_jax.train.config import Config, differences
+from vaani_jax.train.config import Config
 from vaani_jax.train.display import Display
 from vaani_jax.train.journal import Journal
 from vaani_jax.train.program import make_program

@@ -1,0 +1,94 @@
+"""Settings: frozen dataclasses from nested plain values, checked key by key."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any, Literal, TypeVar
+
+from vaani_jax.errors import VaaniError
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], values: Any, prefix: str = "") -> T:
+    """A frozen dataclass from nested plain values.
+
+    Args:
+      cls: the dataclass; fields that are dataclasses are sections of their own.
+      values: a dict, as `dataclasses.asdict` gives it; what it lacks has its default.
+      prefix: of its keys in messages, such as ``model.``.
+
+    Raises VaaniError, naming the key, for unknown keys and for values of another type.
+    """
+    if not isinstance(values, dict):
+        raise VaaniError(f"config section {prefix.rstrip('.')!r} must hold keys")
+    fields = typing.get_type_hints(cls)
+    arguments = {}
+    for key, value in values.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+            raise VaaniError(f"unknown config key {prefix}{key}{hint}")
+        if dataclasses.is_dataclass(fields[key]):
+            arguments[key] = build(fields[key], value, f"{prefix}{key}.")
+        else:
+            arguments[key] = _checked(fields[key], value, prefix + key)
+    return cls(**arguments)
+
+
+def _checked(kind: Any, value: Any, key: str) -> Any:
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        # A number, or one of a few words, or None.
+        choices = typing.get_args(kind)
+        if value is None and types.NoneType in choices:
+            return None
+        words = [w for k in choices for w in typing.get_args(k)]
+        if isinstance(value, str) and value in words:
+            return value
+        number = next(k for k in choices if k in (int, float))
+        try:
+            return _checked(number, value, key)
+        except VaaniError:
+            others = "".join(f" or {w!r}" for w in words)
+            others += " or None" if types.NoneType in choices else ""
+            raise VaaniError(
+                f"config key {key} is {value!r}: it must be a number{others}"
+            ) from None
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            known = ", ".join(map(str, choices))
+            raise VaaniError(
+                f"config key {key} is {value!r}: it must be one of {known}"
+            )
+        return value
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple) or not all(
+            isinstance(v, str) for v in value
+        ):
+            raise VaaniError(f"config key {key} must be a tuple of strings")
+        return tuple(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise VaaniError(
+            f"config key {key} is {value!r}: it must be of type {kind.__name__}"
+        )
+    return value
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """The keys, dotted, whose values differ between two nested dicts."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= differences(a, b, f"{prefix}{key}.")
+        elif a != b and not (
+            isinstance(a, list | tuple)
+            and isinstance(b, list | tuple)
+            and tuple(a) == tuple(b)
+        ):
+            found[prefix + key] = (a, b)
+    return found
