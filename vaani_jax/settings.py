@@ -1,14 +1,44 @@
-"""Settings: frozen dataclasses from nested plain values, checked key by key."""
+"""Settings: frozen dataclasses from nested plain values, checked key by key.
+
+A key is written once, as a field made by `key`: its type, its default, and what it says
+with its unit. Where it names something that people may add to, a table decides (`named`).
+"""
 
 import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 from vaani_jax.errors import VaaniError
 
 T = TypeVar("T")
+
+
+def key(default: T, text: str) -> T:
+    """A field of a settings dataclass.
+
+    Args:
+      default: an immutable value, or a frozen dataclass for a section.
+      text: what it is, with its unit; shown by ``vaani config`` and in the docs.
+    """
+    field: Any = dataclasses.field(default=default, metadata={"text": text})
+    return field
+
+
+def named(table: Mapping[str, T], name: str, what: str) -> T:
+    """The entry of a table; VaaniError, with what the table has, where there is none.
+
+    Args:
+      table: by name.
+      name: what a config or a caller says.
+      what: the key that says it, such as ``model.activation``.
+    """
+    if name not in table:
+        known = ", ".join(map(str, table))
+        raise VaaniError(f"{what} is {name!r}: it must be one of {known}")
+    return table[name]
 
 
 def build(cls: type[T], values: Any, prefix: str = "") -> T:
