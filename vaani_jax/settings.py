@@ -1,7 +1,8 @@
 """Settings: frozen dataclasses from nested plain values, checked key by key.
 
 A key is written once, as a field made by `key`: its type, its default, and what it says
-with its unit. Where it names something that people may add to, a table decides (`named`).
+with its unit. Where it names something that people may add to, a table decides
+(`named`).
 """
 
 import dataclasses
