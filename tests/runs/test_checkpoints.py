@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from vaani_jax.errors import VaaniError
-from vaani_jax.runs.checkpoints import Checkpoints
-from vaani_jax.runs.checkpoints import fingerprints
+from vaani_jax.runs.checkpoints import Checkpoints, fingerprints
 
 
 def make_items(seed: int) -> dict:

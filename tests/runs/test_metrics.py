@@ -10,14 +10,10 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from vaani_jax.runs.metrics import MetricWriter
-from vaani_jax.runs.metrics import flatten
-from vaani_jax.runs.metrics import history
-from vaani_jax.runs.metrics import read_rows
+from vaani_jax.runs.metrics import MetricWriter, flatten, history, read_rows
 from vaani_jax.train import display as display_module
 from vaani_jax.train.display import Display
-from vaani_jax.words import duration
-from vaani_jax.words import size
+from vaani_jax.words import duration, size
 
 
 def _crc32c(data: bytes) -> int:

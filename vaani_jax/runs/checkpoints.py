@@ -8,21 +8,21 @@ computed on the device when saving, and compared on restoring.
 This module knows pytrees and JSON only.
 """
 
-from collections.abc import Callable
-from collections.abc import Iterator
-from contextlib import contextmanager
-from orbax.checkpoint import checkpoint_managers
-from typing import Any
-from vaani_jax.devices.processes import is_first
-from vaani_jax.devices.processes import wait_for_all
-from vaani_jax.errors import VaaniError
 import dataclasses
-import jax
-import jax.numpy as jnp
-import orbax.checkpoint as ocp
 import pathlib
 import shutil
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from vaani_jax.devices.processes import is_first, wait_for_all
+from vaani_jax.errors import VaaniError
 
 Tree = Any
 

@@ -1,17 +1,14 @@
 """Training curves as a picture."""
 
-from collections.abc import Iterable
-from collections.abc import Mapping
-from typing import Any
-from vaani_jax.files import write_atomically
-from vaani_jax.runs.metrics import Row
-from vaani_jax.runs.metrics import history
 import io
-import numpy as np
 import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+import numpy as np
 
-
+from vaani_jax.files import write_atomically
+from vaani_jax.runs.metrics import Row, history
 
 Columns = dict[str, dict[str, list[float]]]
 

@@ -1,15 +1,14 @@
 """Rows of metrics on disk: JSON lines, TensorBoard event files, a history."""
 
-from collections.abc import Mapping
-from tensorboardX import SummaryWriter
-from typing import Any
-from vaani_jax.files import write_atomically
 import json
-import numpy as np
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
+from tensorboardX import SummaryWriter
 
-
+from vaani_jax.files import write_atomically
 
 Row = dict[str, float]
 
