@@ -1,13 +1,63 @@
 """How the next token is drawn."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from vaani_jax.errors import VaaniError
+from vaani_jax.settings import named
 
 Array = jax.Array
+
+
+def _top_k(logits: Array, k: Any) -> Array:
+    if k >= logits.shape[-1]:
+        return logits
+    kth = jax.lax.top_k(logits, k)[0][:, -1:]
+    return jnp.where(logits >= kth, logits, -jnp.inf)
+
+
+def _top_p(logits: Array, p: Any) -> Array:
+    ordered = -jnp.sort(-logits, axis=-1)
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    last = jnp.sum(before < p, axis=-1, keepdims=True) - 1
+    least = jnp.take_along_axis(ordered, last, axis=-1)
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def _min_p(logits: Array, p: Any) -> Array:
+    floor = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(p)
+    return jnp.where(logits >= floor, logits, -jnp.inf)
+
+
+@dataclasses.dataclass(frozen=True)
+class Filter:
+    """What a sampler leaves of the logits.
+
+    Attributes:
+      apply: of logits [B, V], float32 and divided by the temperature, and the value:
+        logits with -inf where a token is out.
+      off: the value at which it does nothing.
+      allowed: whether a value makes sense.
+      rule: what `allowed` demands, for people.
+    """
+
+    apply: Callable[[Array, Any], Array]
+    off: float
+    allowed: Callable[[Any], bool]
+    rule: str
+
+
+# In the order in which they apply. A further filter is a function and a row.
+FILTERS: dict[str, Filter] = {
+    "top_k": Filter(_top_k, 0, lambda k: k >= 0, "at least 0"),
+    "top_p": Filter(_top_p, 1.0, lambda p: 0 < p <= 1, "in (0, 1]"),
+    "min_p": Filter(_min_p, 0.0, lambda p: 0 <= p <= 1, "in [0, 1]"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,18 +69,33 @@ class SamplerConfig:
       top_k: keep the k likeliest; 0 keeps all.
       top_p: keep the smallest set whose probability reaches p; 1 keeps all.
       min_p: keep tokens at least this probable relative to the likeliest; 0 keeps all.
+      others: values of further rows of `FILTERS`, as pairs of name and value.
     """
 
     temperature: float = 0.8
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    others: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0:
-            raise VaaniError("temperature and top-k must be at least 0")
-        if not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
-            raise VaaniError("top-p must be in (0, 1] and min-p in [0, 1]")
+        if not self.temperature >= 0:
+            raise VaaniError(
+                f"temperature is {self.temperature}: it must be at least 0"
+            )
+        for name, _ in self.others:
+            named(FILTERS, name, "a sampler's filter")
+        for name, kept in FILTERS.items():
+            if not kept.allowed(self.value(name)):
+                raise VaaniError(
+                    f"{name} is {self.value(name)}: it must be {kept.rule}"
+                )
+
+    def value(self, name: str) -> Any:
+        """The value of a filter, by its name in `FILTERS`; its "off" if none is given."""
+        if name in ("top_k", "top_p", "min_p"):
+            return getattr(self, name)
+        return dict(self.others).get(name, FILTERS[name].off)
 
 
 def sample_token(
@@ -45,20 +110,10 @@ def sample_token(
     if sampler.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampler.temperature
-    if 0 < sampler.top_k < logits.shape[-1]:
-        kth = jax.lax.top_k(logits, sampler.top_k)[0][:, -1:]
-        logits = jnp.where(logits >= kth, logits, -jnp.inf)
-    if sampler.top_p < 1:
-        ordered = -jnp.sort(-logits, axis=-1)
-        probabilities = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        last = jnp.sum(before < sampler.top_p, axis=-1, keepdims=True) - 1
-        logits = jnp.where(
-            logits >= jnp.take_along_axis(ordered, last, axis=-1), logits, -jnp.inf
-        )
-    if sampler.min_p > 0:
-        floor = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(sampler.min_p)
-        logits = jnp.where(logits >= floor, logits, -jnp.inf)
+    for name, kept in FILTERS.items():
+        value = sampler.value(name)
+        if value != kept.off:
+            logits = kept.apply(logits, value)
     # Adding Gumbel noise and taking the largest draws from the softmax.
     noise = jax.random.gumbel(key, (num_samples or len(logits), logits.shape[-1]))
     noise = jnp.tile(noise, (len(logits) // len(noise), 1))

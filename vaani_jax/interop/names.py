@@ -253,7 +253,7 @@ def config_from_hf(content: dict[str, Any]) -> tuple[ModelConfig, Storage]:
     std = content.get("initializer_range", 0.02)
     config = ModelConfig(
         **values,
-        activation=named[act],  # type: ignore[arg-type]
+        activation=named[act],
         sub_norms=row.sub_norms,
         tie_embeddings=tied,
         init_std=_number("initializer_range", std, 0.0, 10.0),

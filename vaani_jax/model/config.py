@@ -4,7 +4,9 @@ import dataclasses
 from typing import Literal
 
 from vaani_jax.errors import VaaniError
+from vaani_jax.model.activations import ACTIVATIONS
 from vaani_jax.quant.spec import TernarySpec, Wire
+from vaani_jax.settings import named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,7 @@ class ModelConfig:
     ffn_dim: int = 0
     max_seq_len: int = 64
     dropout: float = 0.0
-    activation: Literal["swiglu", "relu2"] = "swiglu"
+    activation: str = "swiglu"
     rope_theta: float = 500_000.0
     norm_eps: float = 1e-5
     init_std: float = 0.02
@@ -84,6 +86,7 @@ class ModelConfig:
     remat_save: Literal["nothing", "products"] = "nothing"
 
     def __post_init__(self) -> None:
+        named(ACTIVATIONS, self.activation, "model.activation")
         for name in ("dim", "n_layers", "n_heads", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise VaaniError(

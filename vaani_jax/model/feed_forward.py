@@ -1,41 +1,15 @@
 """The gated feed-forward layer and its activations."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from vaani_jax.devices.mesh import BATCH, constrain
+from vaani_jax.model.activations import ACTIVATIONS
 from vaani_jax.model.config import ModelConfig
 from vaani_jax.model.linear import BitLinear, project
 from vaani_jax.model.norm import RMSNorm
 
 Array = jax.Array
-
-
-@jax.custom_vjp
-def swiglu(gate: Array, up: Array) -> Array:
-    """``silu(gate) * up`` (arXiv:2002.05202), with the sigmoid computed once."""
-    return _swiglu_fwd(gate, up)[0]
-
-
-def _swiglu_fwd(gate: Array, up: Array) -> tuple[Array, Any]:
-    sigmoid = jax.nn.sigmoid(gate)
-    return gate * sigmoid * up, (gate, up, sigmoid)
-
-
-def _swiglu_bwd(residuals: Any, g: Array) -> tuple[Array, Array]:
-    gate, up, sigmoid = residuals
-    return g * up * sigmoid * (1 + gate * (1 - sigmoid)), g * gate * sigmoid
-
-
-swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
-
-
-def relu2(gate: Array, up: Array) -> Array:
-    """``relu(gate)^2 * up``."""
-    return jnp.square(nn.relu(gate)) * up
 
 
 class FeedForward(nn.Module):
@@ -67,7 +41,7 @@ class FeedForward(nn.Module):
         gate, up = project(
             x, (self.gate_proj, self.up_proj), norm=norm, train=train, mix=mix
         )
-        gated = swiglu if self.config.activation == "swiglu" else relu2
+        gated = ACTIVATIONS[self.config.activation]
         hidden = constrain(gated(gate, up), BATCH, None, "tensor")
         (y,) = project(
             hidden, (self.down_proj,), norm=self.sub_norm, train=train, mix=mix

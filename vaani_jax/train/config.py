@@ -8,8 +8,9 @@ from vaani_jax.devices.mesh import MeshConfig
 from vaani_jax.errors import VaaniError
 from vaani_jax.inference.sampling import SamplerConfig
 from vaani_jax.model.config import ModelConfig
-from vaani_jax.settings import build
+from vaani_jax.settings import build, named
 from vaani_jax.train.optimizers import OptimConfig
+from vaani_jax.train.schedules import SCHEDULES
 from vaani_jax.train.tuner import TunerConfig
 
 
@@ -102,6 +103,7 @@ class Config:
         for name in ("seed", "num_steps", "quantize_steps", "sample_interval"):
             if getattr(self, name) < 0:
                 raise VaaniError(f"{name} is {getattr(self, name)}: it must be >= 0")
+        named(SCHEDULES, self.optim.schedule, "optim.schedule")
         if not self.num_steps and self.num_epochs < 1:
             raise VaaniError("set num_steps or num_epochs to at least 1")
         if self.batch_size % self.optim.accumulation_steps:

@@ -6,6 +6,7 @@ schedule (and whatever adjusts it), so that what was applied can be read back.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -14,6 +15,7 @@ import optax
 from optax import contrib
 
 from vaani_jax.errors import VaaniError
+from vaani_jax.settings import named
 
 Array = jax.Array
 Tree = Any
@@ -44,7 +46,7 @@ class OptimConfig:
       accumulation_steps: micro-batches per step; the result is the large batch's.
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: str = "adamw"
     adam_lr_ratio: float = 0.15
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -54,12 +56,13 @@ class OptimConfig:
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     clip_norm: float = 1.0
     warmup_steps: int = 100
-    schedule: Literal["linear", "cosine", "constant", "two_stage"] = "linear"
+    schedule: str = "linear"
     final_ratio: float = 0.0
     second_stage_ratio: float = 2 / 3
     accumulation_steps: int = 1
 
     def __post_init__(self) -> None:
+        named(OPTIMIZERS, self.name, "optim.name")
         if self.warmup_steps < 0 or self.accumulation_steps < 1:
             raise VaaniError(
                 "optim.warmup_steps must be at least 0 and optim.accumulation_steps at"
@@ -102,49 +105,76 @@ def _muon_dimensions(params: Tree) -> Tree:
     return jax.tree.map(lambda _: dimensions, params)
 
 
+def _adamw(
+    config: OptimConfig, learning_rate: Any, weight_decay: Any
+) -> optax.GradientTransformation:
+    return optax.adamw(
+        learning_rate,
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.eps,
+        mu_dtype=jnp.dtype(config.moment_dtype),
+        weight_decay=weight_decay,
+        mask=decay_mask,
+    )
+
+
+def _muon(
+    config: OptimConfig, learning_rate: Any, weight_decay: Any
+) -> optax.GradientTransformation:
+    matrices = optax.chain(
+        contrib.scale_by_muon(
+            beta=config.momentum,
+            mu_dtype=jnp.dtype(config.moment_dtype),
+            weight_dimension_numbers=_muon_dimensions,
+        ),
+        _scale_by_shape(),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    rest = _adamw(config, config.adam_lr_ratio * learning_rate, weight_decay)
+    return optax.partition({"muon": matrices, "adamw": rest}, muon_labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """A kind of optimizer.
+
+    Attributes:
+      build: of the config, the learning rate and the weight decay, both float32
+        scalars that may be traced: the transformation after clipping.
+      usual_learning_rate: the peak for where nothing better is known, measured on a
+        small character model.
+    """
+
+    build: Callable[[OptimConfig, Any, Any], optax.GradientTransformation]
+    usual_learning_rate: float
+
+
+# A further optimizer is a function and a row.
+OPTIMIZERS: dict[str, Optimizer] = {
+    "adamw": Optimizer(_adamw, 3e-3),
+    "muon": Optimizer(_muon, 1e-2),
+}
+
+
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """AdamW or Muon behind clipping, with injected numbers.
+    """The optimizer that a config names behind clipping, with injected numbers.
 
     ``state.hyperparams`` holds ``learning_rate``, ``weight_decay`` and ``clip_norm``,
     float32 scalars: write them before each update.
-    """
 
-    moment_dtype = jnp.dtype(config.moment_dtype)
+    Raises VaaniError for a name that `OPTIMIZERS` doesn't have.
+    """
+    kind = named(OPTIMIZERS, config.name, "optim.name")
 
     def build(
         learning_rate: Any, weight_decay: Any, clip_norm: Any
     ) -> optax.GradientTransformation:
-        def adamw(rate: Any) -> optax.GradientTransformation:
-            return optax.adamw(
-                rate,
-                b1=config.beta1,
-                b2=config.beta2,
-                eps=config.eps,
-                mu_dtype=moment_dtype,
-                weight_decay=weight_decay,
-                mask=decay_mask,
-            )
-
-        if config.name == "adamw":
-            update = adamw(learning_rate)
-        else:
-            update = optax.partition(
-                {
-                    "muon": optax.chain(
-                        contrib.scale_by_muon(
-                            beta=config.momentum,
-                            mu_dtype=moment_dtype,
-                            weight_dimension_numbers=_muon_dimensions,
-                        ),
-                        _scale_by_shape(),
-                        optax.add_decayed_weights(weight_decay),
-                        optax.scale_by_learning_rate(learning_rate),
-                    ),
-                    "adamw": adamw(config.adam_lr_ratio * learning_rate),
-                },
-                muon_labels,
-            )
-        return optax.chain(optax.clip_by_global_norm(clip_norm), update)
+        return optax.chain(
+            optax.clip_by_global_norm(clip_norm),
+            kind.build(config, learning_rate, weight_decay),
+        )
 
     return optax.inject_hyperparams(build, hyperparam_dtype=jnp.float32)(
         learning_rate=0.0,

@@ -14,8 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vaani_jax.devices.mesh import BATCH, check_batch, replicated, state_shardings
 from vaani_jax.evaluate.loss import make_eval_step
 from vaani_jax.train.config import Config
-from vaani_jax.train.optimizers import make_optimizer
-from vaani_jax.train.schedules import USUAL_LEARNING_RATES, Schedule
+from vaani_jax.train.optimizers import OPTIMIZERS, make_optimizer
+from vaani_jax.train.schedules import Schedule
 from vaani_jax.train.state import TrainState, init_state
 from vaani_jax.train.steps import make_adjust_step, make_report_step, make_train_step
 from vaani_jax.train.tuner import HyperparameterTuner
@@ -69,7 +69,7 @@ def make_program(config: Config, mesh: Mesh, num_steps: int) -> Program:
     optimizer = make_optimizer(config.optim)
     peak = config.learning_rate
     if peak == "auto":
-        peak = USUAL_LEARNING_RATES[config.optim.name]
+        peak = OPTIMIZERS[config.optim.name].usual_learning_rate
     schedule = Schedule(config.optim, peak, num_steps)
     tuner = None
     if config.use_tuner:

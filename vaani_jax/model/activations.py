@@ -1,0 +1,44 @@
+"""Activations of the gated feed-forward layer.
+
+Each is a function of gate and up projections [..., F], of one dtype, to the hidden
+layer [..., F].
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+@jax.custom_vjp
+def swiglu(gate: Array, up: Array) -> Array:
+    """``silu(gate) * up`` (arXiv:2002.05202), with the sigmoid computed once."""
+    return _swiglu_fwd(gate, up)[0]
+
+
+def _swiglu_fwd(gate: Array, up: Array) -> tuple[Array, Any]:
+    sigmoid = jax.nn.sigmoid(gate)
+    return gate * sigmoid * up, (gate, up, sigmoid)
+
+
+def _swiglu_bwd(residuals: Any, g: Array) -> tuple[Array, Array]:
+    gate, up, sigmoid = residuals
+    return g * up * sigmoid * (1 + gate * (1 - sigmoid)), g * gate * sigmoid
+
+
+swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
+
+
+def relu2(gate: Array, up: Array) -> Array:
+    """``relu(gate)^2 * up``."""
+    return jnp.square(jax.nn.relu(gate)) * up
+
+
+# A further activation is a function and a row.
+ACTIVATIONS: dict[str, Callable[[Array, Array], Array]] = {
+    "swiglu": swiglu,
+    "relu2": relu2,
+}
