@@ -86,13 +86,14 @@ class SamplerConfig:
         for name, _ in self.others:
             named(FILTERS, name, "a sampler's filter")
         for name, kept in FILTERS.items():
-            if not kept.allowed(self.value(name)):
+            value = self.value(name)
+            if not kept.allowed(value):
                 raise VaaniError(
-                    f"{name} is {self.value(name)}: it must be {kept.rule}"
+                    f"{name.replace('_', '-')} must be {kept.rule}, it is {value}"
                 )
 
     def value(self, name: str) -> Any:
-        """The value of a filter, by its name in `FILTERS`; its "off" if none is given."""
+        """The value of the filter of that name; its "off" where none is given."""
         if name in ("top_k", "top_p", "min_p"):
             return getattr(self, name)
         return dict(self.others).get(name, FILTERS[name].off)

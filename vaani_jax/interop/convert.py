@@ -22,7 +22,13 @@ from vaani_jax.errors import VaaniError
 from vaani_jax.files import appearing
 from vaani_jax.inference.model import load_model
 from vaani_jax.interop.formats import gguf, hf
-from vaani_jax.interop.names import Storage, Tensor, architecture_of, tensors
+from vaani_jax.interop.names import (
+    ACTIVATIONS,
+    Storage,
+    Tensor,
+    architecture_of,
+    tensors,
+)
 from vaani_jax.model.config import ModelConfig
 from vaani_jax.model.names import ternary_kernels
 from vaani_jax.model.transformer import Vaani
@@ -100,6 +106,11 @@ def _check_holdable(
     config: ModelConfig, quant: Tree, target: Format, gguf_type: str
 ) -> None:
     """Raises VaaniError, with what works instead, for what a format can't hold."""
+    if config.activation not in ACTIVATIONS:
+        raise VaaniError(
+            f"no other tool is known to have the activation {config.activation}: export"
+            f" knows {', '.join(ACTIVATIONS)}"
+        )
     if config.ternary_head and config.quantize:
         raise VaaniError(
             "this model's head is ternary, which no other tool can read: train with"

@@ -158,6 +158,7 @@ SETTINGS = (
 )
 
 
+# What other tools call our activations; one that isn't here can't be exported.
 ACTIVATIONS = {"swiglu": "silu", "relu2": "relu2"}
 
 
