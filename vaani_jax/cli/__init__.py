@@ -150,6 +150,7 @@ def _held_out(model: Any, data: str = "") -> Any:
     from vaani_jax.data.config import DataConfig
     from vaani_jax.data.corpus import Split, split_tokens
     from vaani_jax.data.sources import load_corpus
+    from vaani_jax.settings import build
 
     seq_len = model.config.max_seq_len
     if data:
@@ -160,26 +161,27 @@ def _held_out(model: Any, data: str = "") -> Any:
                 f" max_seq_len + 1 = {seq_len + 1}: take a longer text"
             )
         return Split(ids[:0], ids)
-    if model.meta["corpus"] is None:
+    trained_on = model.metadata.corpus
+    if trained_on is None:
         raise VaaniError(
             "an imported model has no text of its own: name one with --data FILE"
         )
-    corpus = load_corpus(model.run.data, _notify)
-    if corpus.sha256 != model.meta["corpus"]["sha256"]:
+    config = build(DataConfig, model.metadata.run["data"], "data.")
+    corpus = load_corpus(config, _notify)
+    if corpus.sha256 != trained_on["sha256"]:
         raise VaaniError(
-            f"the run was trained on {model.meta['corpus']['source']}, which is not"
+            f"the run was trained on {trained_on['source']}, which is not"
             f" {corpus.source} as it is now: bring the text back"
         )
-    return split_tokens(model.run.data, corpus, model.tokenizer, seq_len)
+    return split_tokens(config, corpus, model.tokenizer, seq_len)
 
 
 def _measured(model: Any, split: Any) -> Any:
     import jax
 
-    from vaani_jax.evaluate.loss import make_eval_step
-    from vaani_jax.train.loop import validation_set
+    from vaani_jax.evaluate.loss import make_eval_step, validation_set
 
-    return validation_set(model.run, split, model.tokenizer).evaluate(
+    return validation_set(model.config.max_seq_len, split, model.tokenizer).evaluate(
         jax.jit(make_eval_step(model.config)), model.params, model.quant
     )
 

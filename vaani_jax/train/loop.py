@@ -21,24 +21,25 @@ from rich.table import Table
 
 from vaani_jax import __version__
 from vaani_jax.data.batches import Batches
-from vaani_jax.data.corpus import Split, make_tokenizer, split_tokens
+from vaani_jax.data.corpus import make_tokenizer, split_tokens
 from vaani_jax.data.sources import Corpus, as_json, load_corpus
 from vaani_jax.devices import processes
 from vaani_jax.devices.memory import keep_freed_memory
 from vaani_jax.devices.mesh import batch_parts, make_mesh, place, place_parts
 from vaani_jax.errors import VaaniError
-from vaani_jax.evaluate.loss import Evaluation, ValidationSet
+from vaani_jax.evaluate.loss import Evaluation, validation_set
 from vaani_jax.files import write_atomically
 from vaani_jax.inference.generate import generate
-from vaani_jax.inference.model import LoadedModel, load_model, run_config
+from vaani_jax.inference.model import LoadedModel, load_model
 from vaani_jax.model.size import model_size
 from vaani_jax.model.transformer import stack_layers, unrolled
-from vaani_jax.runs.checkpoints import Checkpoints, Meta
+from vaani_jax.runs.checkpoints import Checkpoints
 from vaani_jax.runs.curves import plot_curves
+from vaani_jax.runs.metadata import Metadata
 from vaani_jax.runs.metrics import MetricWriter, Row
 from vaani_jax.settings import differences
 from vaani_jax.text.tokenizers import Tokenizer, from_json
-from vaani_jax.train.config import Config
+from vaani_jax.train.config import Config, config_of
 from vaani_jax.train.display import Display
 from vaani_jax.train.journal import Journal
 from vaani_jax.train.program import make_program
@@ -79,23 +80,6 @@ FREE_KEYS = (
     "model.wire",
     "sample.",
 )
-
-
-def validation_set(
-    config: Config, split: Split, tokenizer: Tokenizer, parts: int = 1
-) -> ValidationSet:
-    """The held-out windows of a run, in batches of about 8192 tokens.
-
-    Batches can be cut into ``parts`` equal ones.
-    """
-    seq_len = config.model.max_seq_len
-    return ValidationSet(
-        split.validation,
-        tokenizer,
-        seq_len=seq_len,
-        batch_size=max(1, 8192 // seq_len),
-        parts=parts,
-    )
 
 
 @contextlib.contextmanager
@@ -236,7 +220,7 @@ class Trainer:
         found = self._newest_meta()
         source = None
         if found is not None:
-            self.tokenizer = from_json(found["tokenizer"])
+            self.tokenizer = from_json(found.tokenizer)
         elif config.init_from:
             source = load_model(config.init_from, notify=self.say)
             self.tokenizer = source.tokenizer
@@ -255,7 +239,7 @@ class Trainer:
             seed=config.seed,
         )
         self.validation = validation_set(
-            config, split, self.tokenizer, batch_parts(self.mesh)
+            model.max_seq_len, split, self.tokenizer, batch_parts(self.mesh)
         )
         steps = config.num_steps
         self.num_steps = steps or config.num_epochs * self.batches.steps_per_epoch
@@ -277,9 +261,10 @@ class Trainer:
             self.state = TrainState(
                 **restored.items["model"], **restored.items["training"]
             )
-            self.elapsed = restored.meta["elapsed_seconds"]
-            self.best = restored.meta["best"]
-            self.window = list(restored.meta["window"])
+            saved = Metadata.from_json(restored.meta)
+            self.elapsed = saved.elapsed_seconds
+            self.best = saved.best
+            self.window = list(saved.window)
             self.start = restored.step
         else:
             self.state = self._first_state(source)
@@ -292,17 +277,17 @@ class Trainer:
         self.writer = MetricWriter(self.output, self.start)
         self._announce(len(split.train), restored is not None)
 
-    def _newest_meta(self) -> Meta | None:
+    def _newest_meta(self) -> Metadata | None:
         """Metadata of the newest checkpoint whose metadata can be read."""
         for step in reversed(self.checkpoints.steps()):
             try:
-                return self.checkpoints.meta(step)
+                return Metadata.from_json(self.checkpoints.meta(step))
             except Exception:  # damaged: `restore` will say so
                 continue
         return None
 
-    def _check_fit(self, meta: Meta, corpus: Corpus) -> None:
-        if meta["corpus"] is None:
+    def _check_fit(self, meta: Metadata, corpus: Corpus) -> None:
+        if meta.corpus is None:
             raise VaaniError(
                 f"{self.workdir} holds an imported model: train from it with"
                 f" --config.init_from={self.workdir} and another --workdir"
@@ -311,7 +296,7 @@ class Trainer:
             key: values
             for key, values in differences(
                 # Through Config, so that keys younger than the run have a value.
-                run_config(meta).to_dict(),
+                config_of(meta).to_dict(),
                 self.config.to_dict(),
             ).items()
             if not key.startswith(FREE_KEYS)
@@ -326,10 +311,10 @@ class Trainer:
                 " run's config, another --workdir, or --config.init_from="
                 f"{self.workdir} in a new one to start from its weights"
             )
-        if meta["corpus"]["sha256"] != corpus.sha256:
+        if meta.corpus["sha256"] != corpus.sha256:
             raise VaaniError(
-                f"the run in {self.workdir} was trained on {meta['corpus']['source']}"
-                f" ({meta['corpus']['characters']:,} characters), this is another text:"
+                f"the run in {self.workdir} was trained on {meta.corpus['source']}"
+                f" ({meta.corpus['characters']:,} characters), this is another text:"
                 f" {corpus.source} ({len(corpus.text):,} characters). Give it the same"
                 " text, or use another --workdir"
             )
@@ -344,7 +329,7 @@ class Trainer:
                 f"{self.config.init_from} holds a packed model, which has no weights to"
                 " train: start from the run that it was packed from"
             )
-        ours, theirs = self.config.model, source.run.model
+        ours, theirs = self.config.model, source.config
         shaping = "vocab_size dim n_layers n_heads kv_heads hidden_dim tie_embeddings"
         shaping += " activation"
         changed = [
@@ -766,21 +751,27 @@ class Trainer:
         return self.best is not None and self.best["step"] == step
 
     def _save(self, step: int, result: Evaluation | None) -> None:
-        meta = {
-            "version": __version__,
-            "config": self.config.to_dict(),
-            "tokenizer": self.tokenizer.to_json(),
-            "corpus": as_json(self.corpus),
-            "elapsed_seconds": self.elapsed,
-            "best": self.best,
-            "window": [
-                {key: float(value) for key, value in metrics.items()}
-                for metrics in jax.device_get(self.window)
-            ],
-        }
+        run = self.config.to_dict()
+        del run["model"]
+        window = tuple(
+            {key: float(value) for key, value in metrics.items()}
+            for metrics in jax.device_get(self.window)
+        )
+        metadata = Metadata(
+            version=__version__,
+            model=self.config.model,
+            tokenizer=self.tokenizer.to_json(),
+            corpus=as_json(self.corpus),
+            run=run,
+            elapsed_seconds=self.elapsed,
+            best=self.best,
+            window=window,
+        )
         loss = None if result is None else result.loss
         with self._writing():
-            self.checkpoints.save(step, _items(self.state), meta, loss=loss)
+            self.checkpoints.save(
+                step, _items(self.state), metadata.to_json(), loss=loss
+            )
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
