@@ -34,6 +34,7 @@ from vaani_jax.model.names import ternary_kernels
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.quant.weights import ternarize
 from vaani_jax.runs.checkpoints import Checkpoints
+from vaani_jax.runs.workdir import Workdir
 from vaani_jax.text.tokenizers import CharTokenizer
 from vaani_jax.train.config import Config
 
@@ -388,7 +389,7 @@ def import_model(
             "window": [],
         }
         params, quant = folder.variables()
-        checkpoints = Checkpoints(temporary / "checkpoints")
+        checkpoints = Checkpoints(Workdir(temporary).checkpoints)
         try:
             checkpoints.save(0, {"model": {"params": params, "quant": quant}}, meta)
             del params

@@ -16,6 +16,7 @@ import numpy as np
 
 from vaani_jax.files import write_atomically
 from vaani_jax.runs.metrics import read_rows
+from vaani_jax.runs.workdir import Workdir
 from vaani_jax.train.tuner import (
     ACCEPTED,
     CALM,
@@ -48,7 +49,7 @@ class Journal:
         self, workdir: pathlib.Path, start_step: int, say: Callable[[str], None]
     ) -> None:
         self.say = say
-        path = workdir / "tuner.jsonl"
+        path = Workdir(workdir).events
         # A resumed run repeats the steps after its checkpoint: their events go. One
         # that begins again repeats the range test too, whose event is of step 0.
         self.events = [e for e in read_events(path) if e["step"] <= start_step > 0]
