@@ -176,10 +176,12 @@ def _held_out(model: Any, data: str = "") -> Any:
 def _measured(model: Any, split: Any) -> Any:
     import jax
 
-    from vaani_jax.evaluate.loss import make_eval_step
-    from vaani_jax.train.loop import validation_set
+    from vaani_jax.evaluate.loss import ValidationSet, make_eval_step
 
-    return validation_set(model.run, split, model.tokenizer).evaluate(
+    held_out = ValidationSet(
+        split.validation, model.tokenizer, seq_len=model.run.model.max_seq_len
+    )
+    return held_out.evaluate(
         jax.jit(make_eval_step(model.config)), model.params, model.quant
     )
 

@@ -19,6 +19,9 @@ Array = jax.Array
 Tree = Any
 
 
+BATCH_TOKENS = 8192  # of a batch of evaluation, where nobody says
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """What a model makes of a text.
@@ -59,10 +62,20 @@ class ValidationSet:
         tokenizer: Tokenizer,
         *,
         seq_len: int,
-        batch_size: int,
+        batch_size: int = 0,
         parts: int = 1,
     ) -> None:
-        """Batches of ``batch_size`` windows or a few more: a multiple of ``parts``."""
+        """Cuts the windows and puts them in batches.
+
+        Args:
+          tokens: the held-out part.
+          tokenizer: of these tokens, for their length in bytes.
+          seq_len: tokens predicted in a window.
+          batch_size: windows in a batch; 0 takes what makes about `BATCH_TOKENS`.
+          parts: into which a batch must be cut evenly: it is a few windows larger
+            where ``batch_size`` is no multiple.
+        """
+        batch_size = batch_size or max(1, BATCH_TOKENS // seq_len)
         windows = validation_windows(tokens, seq_len)
         targets = windows[:, 1:]
         self.tokens = targets.size

@@ -73,9 +73,7 @@ class MetricWriter:
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_atomically(path, lines.encode())
         self._file = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(
-            str(paths.tensorboard), purge_step=start_step + 1
-        )
+        self._events = SummaryWriter(str(paths.tensorboard), purge_step=start_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> Row:
         """Writes scalars; returns them flattened."""
