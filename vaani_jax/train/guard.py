@@ -164,9 +164,11 @@ class TunedGuard(Guard):
         self, state: TrainState, take_step: TakeStep, stop: Callable[[], bool]
     ) -> TrainState:
         """Lets the tuner find, or check, the peak of the learning rate."""
-        # The weights may be those of another run: flips are counted from their codes.
-        codes = jax.tree.map(jnp.copy, state.codes)
-        state = _with_tuner(state, codes=codes)
+        if self._config.init_from:
+            # The weights are those of another run: flips are counted from their codes.
+            unused = state.tuner.codes
+            state = _with_tuner(state, codes=jax.tree.map(jnp.copy, state.codes))
+            jax.tree.map(lambda leaf: leaf.delete(), unused)  # `start` refers to them
         tuner, given = self._tuner, self._config.learning_rate
         rates = tuner.probe_rates(self._num_steps)
         if not rates:
@@ -283,9 +285,8 @@ class TunedGuard(Guard):
         rescues = int(jax.device_get(state.tuner.rescues_running))
         if rescues >= self._tuner.config.rescues_max:
             if rescues:
-                cause += (
-                    f", after {times(rescues)} going back without a new lowest loss"
-                )
+                often = times(rescues)
+                cause += f", after going back {often} without a new lowest loss"
             raise self.diverged(step, cause)
         if step >= self._num_steps:
             raise self.diverged(step, f"{cause}, and no steps are left to go back")
