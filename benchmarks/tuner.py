@@ -181,7 +181,7 @@ def run_other(job: Job) -> dict[str, Any]:
     from vaani_jax.data.corpus import make_tokenizer, split_tokens
     from vaani_jax.data.sources import load_corpus
     from vaani_jax.devices.memory import keep_freed_memory
-    from vaani_jax.evaluate.loss import ValidationSet, make_eval_step
+    from vaani_jax.evaluate.loss import make_eval_step, validation_set
     from vaani_jax.train.schedules import Schedule
     from vaani_jax.train.state import init_state
     from vaani_jax.train.steps import make_train_step
@@ -225,8 +225,9 @@ def run_other(job: Job) -> dict[str, Any]:
     if name == "schedule_free_adamw":
         inner = state.opt_state.inner_state[1]
         params = contrib.schedule_free_eval_params(inner, params)
-    held_out = ValidationSet(split.validation, tokenizer, seq_len=model.max_seq_len)
-    result = held_out.evaluate(jax.jit(make_eval_step(model)), params, state.quant)
+    result = validation_set(config.model.max_seq_len, split, tokenizer).evaluate(
+        jax.jit(make_eval_step(model)), params, state.quant
+    )
     assert result is not None
     return {"loss": result.loss}
 

@@ -176,12 +176,9 @@ def _held_out(model: Any, data: str = "") -> Any:
 def _measured(model: Any, split: Any) -> Any:
     import jax
 
-    from vaani_jax.evaluate.loss import ValidationSet, make_eval_step
+    from vaani_jax.evaluate.loss import make_eval_step, validation_set
 
-    held_out = ValidationSet(
-        split.validation, model.tokenizer, seq_len=model.run.model.max_seq_len
-    )
-    return held_out.evaluate(
+    return validation_set(model.config.max_seq_len, split, model.tokenizer).evaluate(
         jax.jit(make_eval_step(model.config)), model.params, model.quant
     )
 

@@ -11,15 +11,13 @@ import numpy as np
 import optax
 
 from vaani_jax.data.batches import validation_windows
+from vaani_jax.data.corpus import Split
 from vaani_jax.model.config import ModelConfig
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.text.tokenizers import Tokenizer
 
 Array = jax.Array
 Tree = Any
-
-
-BATCH_TOKENS = 8192  # of a batch of evaluation, where nobody says
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,20 +60,10 @@ class ValidationSet:
         tokenizer: Tokenizer,
         *,
         seq_len: int,
-        batch_size: int = 0,
+        batch_size: int,
         parts: int = 1,
     ) -> None:
-        """Cuts the windows and puts them in batches.
-
-        Args:
-          tokens: the held-out part.
-          tokenizer: of these tokens, for their length in bytes.
-          seq_len: tokens predicted in a window.
-          batch_size: windows in a batch; 0 takes what makes about `BATCH_TOKENS`.
-          parts: into which a batch must be cut evenly: it is a few windows larger
-            where ``batch_size`` is no multiple.
-        """
-        batch_size = batch_size or max(1, BATCH_TOKENS // seq_len)
+        """Batches of ``batch_size`` windows or a few more: a multiple of ``parts``."""
         windows = validation_windows(tokens, seq_len)
         targets = windows[:, 1:]
         self.tokens = targets.size
@@ -117,6 +105,22 @@ class ValidationSet:
                 sums[-2].block_until_ready()  # bounds the queue, keeps one in flight
         total = sum(float(s) for s in jax.device_get(sums))
         return Evaluation(total / self.tokens, self.tokens, self.bytes)
+
+
+def validation_set(
+    seq_len: int, split: Split, tokenizer: Tokenizer, parts: int = 1
+) -> ValidationSet:
+    """The held-out windows of a corpus, in batches of about 8192 tokens.
+
+    Batches can be cut into ``parts`` equal ones.
+    """
+    return ValidationSet(
+        split.validation,
+        tokenizer,
+        seq_len=seq_len,
+        batch_size=max(1, 8192 // seq_len),
+        parts=parts,
+    )
 
 
 def make_eval_step(

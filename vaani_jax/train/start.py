@@ -16,7 +16,7 @@ from vaani_jax.data.corpus import make_tokenizer, split_tokens
 from vaani_jax.data.sources import Corpus, load_corpus
 from vaani_jax.devices.mesh import batch_parts, place
 from vaani_jax.errors import VaaniError
-from vaani_jax.evaluate.loss import ValidationSet
+from vaani_jax.evaluate.loss import ValidationSet, validation_set
 from vaani_jax.inference.model import LoadedModel, load_model, run_config
 from vaani_jax.model.transformer import stack_layers, unrolled
 from vaani_jax.runs.checkpoints import Checkpoints, Meta
@@ -225,9 +225,7 @@ def _data(config: Config, mesh: Mesh, corpus: Corpus, tokenizer: Tokenizer) -> D
             batch_size=config.batch_size,
             seed=config.seed,
         ),
-        validation=ValidationSet(
-            split.validation, tokenizer, seq_len=seq_len, parts=batch_parts(mesh)
-        ),
+        validation=validation_set(seq_len, split, tokenizer, batch_parts(mesh)),
     )
 
 
