@@ -329,30 +329,30 @@ def _plan(options: argparse.Namespace) -> int:
 def _plot(options: argparse.Namespace) -> int:
     from vaani_jax.runs.curves import plot_curves
     from vaani_jax.runs.metrics import read_rows
+    from vaani_jax.runs.workdir import Workdir
     from vaani_jax.train.journal import read_events
 
     workdir = pathlib.Path(options.workdir)
-    rows = read_rows(workdir / "metrics.jsonl")
+    paths = Workdir(workdir)
+    rows = read_rows(paths.metrics)
     if not rows:
-        raise VaaniError(f"{workdir} holds no metrics.jsonl with rows to plot")
-    output = pathlib.Path(options.output or workdir / "training_curves.png")
+        raise VaaniError(f"{workdir} holds no {paths.metrics.name} with rows to plot")
+    output = pathlib.Path(options.output or paths.curves)
     plot_curves(
         rows,
         output,
         title=workdir.resolve().name,
-        sparsity_band=_sparsity_band(workdir),
-        events=read_events(workdir / "tuner.jsonl"),
+        sparsity_band=_sparsity_band(paths.summary),
+        events=read_events(paths.events),
     )
     print(output)
     return 0
 
 
-def _sparsity_band(workdir: pathlib.Path) -> tuple[float, float] | None:
+def _sparsity_band(summary: pathlib.Path) -> tuple[float, float] | None:
     """The band that a run aimed at, where it has written its results."""
     try:
-        config = json.loads((workdir / "run.json").read_text(encoding="utf-8"))[
-            "config"
-        ]
+        config = json.loads(summary.read_text(encoding="utf-8"))["config"]
         low, high = config["target_sparsity_min"], config["target_sparsity_max"]
     except (OSError, ValueError, KeyError):
         return None

@@ -24,6 +24,7 @@ from vaani_jax.model.packing import Embedding, pack_params
 from vaani_jax.model.transformer import init_variables, unrolled
 from vaani_jax.quant.packed import PackedRows, PackedTernary, relayout
 from vaani_jax.runs.metadata import Metadata
+from vaani_jax.runs.workdir import Workdir
 from vaani_jax.text.tokenizers import Tokenizer, from_json
 
 Notify = Callable[[str], None]
@@ -87,7 +88,7 @@ def load_model(
     # Orbax takes a second to import; packed models start without it.
     from vaani_jax.runs.checkpoints import Checkpoints
 
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    checkpoints = Checkpoints(Workdir(workdir).checkpoints, read_only=True)
     try:
         if checkpoint == "best":
             step = checkpoints.best_step()

@@ -35,6 +35,7 @@ from vaani_jax.model.transformer import Vaani
 from vaani_jax.quant.weights import ternarize
 from vaani_jax.runs.checkpoints import Checkpoints
 from vaani_jax.runs.metadata import Metadata
+from vaani_jax.runs.workdir import Workdir
 from vaani_jax.text.tokenizers import CharTokenizer
 
 Tree = Any
@@ -386,7 +387,7 @@ def import_model(
             },
         )
         params, quant = folder.variables()
-        checkpoints = Checkpoints(temporary / "checkpoints")
+        checkpoints = Checkpoints(Workdir(temporary).checkpoints)
         try:
             items = {"model": {"params": params, "quant": quant}}
             checkpoints.save(0, items, metadata.to_json())
