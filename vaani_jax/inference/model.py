@@ -103,8 +103,13 @@ def load_model(
 
         def target(meta: dict[str, Any]) -> dict[str, Any]:
             model = Metadata.from_json(meta).model
-            params, quant = jax.eval_shape(
-                lambda: init_variables(model, jax.random.key(0))
+            # Onto one device, however many the run had.
+            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            params, quant = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=device
+                ),
+                jax.eval_shape(lambda: init_variables(model, jax.random.key(0))),
             )
             return {"model": {"params": params, "quant": quant}}
 
