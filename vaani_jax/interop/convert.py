@@ -20,7 +20,7 @@ from vaani_jax import __version__
 from vaani_jax.devices.memory import return_freed_memory
 from vaani_jax.errors import VaaniError
 from vaani_jax.files import appearing
-from vaani_jax.inference.model import load_model
+from vaani_jax.inference.model import load
 from vaani_jax.interop.formats import gguf, hf
 from vaani_jax.interop.names import (
     ACTIVATIONS,
@@ -181,7 +181,7 @@ def export_model(
       target: the format.
       gguf_type: of the kernels in GGUF, a key of `gguf.BLOCKS`.
       embedding: type of the embedding in GGUF; folders have float32.
-      checkpoint: see `load_model`.
+      checkpoint: see `load`.
       shard_bytes: largest file of a folder.
       notify: receives a line for what a person should know.
 
@@ -194,7 +194,7 @@ def export_model(
     """
     return_freed_memory()
     output = pathlib.Path(output)
-    model = load_model(workdir, checkpoint=checkpoint, notify=notify)
+    model = load(workdir, checkpoint=checkpoint, notify=notify)
     if model.packed:
         raise VaaniError(
             f"{workdir} holds a packed model: export the run that it was packed from"
