@@ -125,6 +125,7 @@ def get_config() -> ConfigDict:
     tuner.dead_band = 0.1  # least relative change of clipping and momentum
 
     config.data = data = ConfigDict()
+    data.source = ""  # path, tiny_shakespeare, python; empty: by the path
     data.path = ""  # text file, folder or glob; empty: Tiny Shakespeare
     data.data_dir = ""  # download cache; empty: $VAANI_DATA_DIR, ~/.cache/vaani
     data.fallback = True  # no network: train on Python's sources; False: an error

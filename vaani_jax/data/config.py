@@ -11,6 +11,8 @@ class DataConfig:
     """Where text comes from and how it is cut.
 
     Attributes:
+      source: "path", "tiny_shakespeare" or "python" (the sources of Python's standard
+        library); empty for the path, where there is one, else Tiny Shakespeare.
       path: a text file, a folder (every file below it, sorted) or a glob; empty for
         Tiny Shakespeare.
       data_dir: cache for downloads; empty for $VAANI_DATA_DIR, else
@@ -24,6 +26,7 @@ class DataConfig:
       validation_fraction: share of the corpus, at its end, that is held out.
     """
 
+    source: str = ""
     path: str = ""
     data_dir: str = ""
     fallback: bool = True
