@@ -437,7 +437,8 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--checkpoint", default="best", help="best, last or a step")
 
     sub = command("export", _export, "Write a model for other tools, and check it.")
-    sub.add_argument("--format", required=True, choices=["hf", "hf-packed", "gguf"])
+    # The table decides, and lists itself: reading it here would load JAX for --help.
+    sub.add_argument("--format", required=True, help="such as hf, hf-packed or gguf")
     sub.add_argument("--output", required=True, help="folder, or GGUF file")
     sub.add_argument(
         "--type",
