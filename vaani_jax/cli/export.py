@@ -9,7 +9,8 @@ HELP = "Write a model for other tools, and check it."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="of the run, or packed")
-    parser.add_argument("--format", required=True, choices=["hf", "hf-packed", "gguf"])
+    # The table decides, and lists itself: reading it here would load JAX for --help.
+    parser.add_argument("--format", required=True, help="such as hf, hf-packed or gguf")
     parser.add_argument("--output", required=True, help="folder, or GGUF file")
     parser.add_argument(
         "--type",

@@ -11,6 +11,11 @@ from vaani_jax.text.tokenizers import maker
 class DataConfig:
     """Where text comes from and how it is cut."""
 
+    source: str = key(
+        "",
+        "path, tiny_shakespeare or python (the sources of Python's standard library); "
+        "empty: the path, where there is one, else Tiny Shakespeare",
+    )
     path: str = key(
         "",
         "a text file, a folder (every file below it, sorted) or a glob; empty for "
