@@ -98,11 +98,12 @@ def accident(kind: str, steps: int) -> Iterator[None]:
     import jax.numpy as jnp
 
     from vaani_jax.data.batches import Batches
-    from vaani_jax.train import loop as trainer
+    from vaani_jax.train import program
+    from vaani_jax.train.schedules import Schedule
 
     middle = steps // 2
 
-    class Multiplied(trainer.Schedule):
+    class Multiplied(Schedule):
         def decay(self, step: Any) -> Any:
             hit = (step >= middle) & (step < middle + 20)
             return super().decay(step) * jnp.where(hit, 100.0, 1.0)
@@ -115,7 +116,7 @@ def accident(kind: str, steps: int) -> Iterator[None]:
         return tokens * 0 + 1_000_000 if step == middle else tokens
 
     if kind == "rate":
-        with mock.patch.object(trainer, "Schedule", Multiplied):
+        with mock.patch.object(program, "Schedule", Multiplied):
             yield
     elif kind == "nan":
         with mock.patch.object(Batches, "batch_at", poisoned):
