@@ -31,9 +31,6 @@ import jax
 import numpy as np
 from rich.console import Console
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from vaani_jax.cli.flags import config_from_flags
 from vaani_jax.data.batches import validation_windows
 from vaani_jax.data.corpus import split_tokens
@@ -46,6 +43,7 @@ from vaani_jax.interop.convert import export_model
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.train.loop import train
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROMPT, NEW = 16, 32
 
 
