@@ -98,16 +98,16 @@ def main() -> int:
 
 def make_toy(folder: pathlib.Path) -> str:
     """A run of two steps, as wide as a block of GGUF's ternary types."""
-    config = config_from_flags(
-        [
-            f"--config={ROOT / 'configs' / 'gguf.py'}",
-            f"--config.data.path={ROOT / 'README.md'}",
-            *("--config.num_steps=2", "--config.batch_size=2"),
-            *("--config.model.n_layers=1", "--config.model.dim=256"),
-            *("--config.model.n_heads=4", "--config.model.ffn_dim=256"),
-            *("--config.model.max_seq_len=64", "--config.sample_interval=0"),
-        ]
-    ).config
+    flags = [
+        f"--config={ROOT / 'configs' / 'gguf.py'}",
+        f"--config.data.path={ROOT / 'README.md'}",
+        *("--config.num_steps=2", "--config.batch_size=2"),
+        *("--config.model.n_layers=1", "--config.model.dim=256"),
+        *("--config.model.n_heads=4", "--config.model.ffn_dim=256"),
+        *("--config.model.max_seq_len=64", "--config.sample_interval=0"),
+    ]
+    sys.argv = ["train.py", *flags]  # ml_collections looks for overrides there
+    config = config_from_flags(flags).config
     with open(os.devnull, "w") as sink:
         train(config, folder / "run", console=Console(file=sink))
     return str(folder / "run")

@@ -190,8 +190,11 @@ def test_errors_are_one_line(workdir, capsys, arguments, message):
     assert captured.out == ""
 
 
-def one_error(capsys, arguments, message):
+def one_error(capsys, monkeypatch, arguments, message):
     """Training from these flags ends in one line with the message."""
+    monkeypatch.chdir(ROOT)
+    # ml_collections looks for overrides there.
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     capsys.readouterr()
     assert cli.run_guarded(train_script.main, arguments) == 1
     captured = capsys.readouterr()
@@ -232,8 +235,9 @@ def run_script(*command, **environment):
 def test_train_errors_leave_nothing_behind(
     tmp_path, capsys, monkeypatch, arguments, message
 ):
-    monkeypatch.chdir(ROOT)
-    one_error(capsys, [*arguments, f"--workdir={tmp_path / 'run'}"], message)
+    one_error(
+        capsys, monkeypatch, [*arguments, f"--workdir={tmp_path / 'run'}"], message
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -258,8 +262,7 @@ def test_no_network_falls_back_with_a_notice(tmp_path, capsys, monkeypatch):
     strict = [*flags, "--config.data.fallback=False", f"--workdir={tmp_path / 'b'}"]
     for name in ("https_proxy", "HTTPS_PROXY"):
         monkeypatch.setenv(name, proxy)
-    monkeypatch.chdir(ROOT)
-    one_error(capsys, strict, "could not download Tiny Shakespeare")
+    one_error(capsys, monkeypatch, strict, "could not download Tiny Shakespeare")
 
 
 def test_example_runs(workdir):
@@ -276,5 +279,4 @@ def test_unwritable_workdir_is_one_line(tmp_path, capsys, monkeypatch):
     flags = ["--config=configs/debug.py", f"--workdir={tmp_path / 'file' / 'run'}"]
     text = tmp_path / "t.txt"
     text.write_text("some text to train on\n" * 100)
-    monkeypatch.chdir(ROOT)
-    one_error(capsys, [*flags, f"--config.data.path={text}"], "")
+    one_error(capsys, monkeypatch, [*flags, f"--config.data.path={text}"], "")
