@@ -33,6 +33,7 @@ from rich.console import Console
 
 from vaani_jax.cli.flags import config_from_flags
 from vaani_jax.data.batches import validation_windows
+from vaani_jax.data.config import DataConfig
 from vaani_jax.data.corpus import split_tokens
 from vaani_jax.data.sources import load_corpus
 from vaani_jax.evaluate.loss import ValidationSet, make_eval_step
@@ -41,7 +42,11 @@ from vaani_jax.inference.model import load_model
 from vaani_jax.inference.sampling import SamplerConfig
 from vaani_jax.interop.convert import export_model
 from vaani_jax.model.transformer import Vaani
+<<<<<<< HEAD
 from vaani_jax.train.loop import train
+=======
+from vaani_jax.settings import build
+>>>>>>> main
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROMPT, NEW = 16, 32
@@ -120,8 +125,9 @@ def compare(options: argparse.Namespace) -> int:
         print("llama-cpp-python is not installed: its rows are left out")
     model = load_model(options.workdir)
     length = model.config.max_seq_len
-    corpus = load_corpus(model.run.data)
-    split = split_tokens(model.run.data, corpus, model.tokenizer, length)
+    data = build(DataConfig, model.metadata.run["data"], "data.")
+    corpus = load_corpus(data)
+    split = split_tokens(data, corpus, model.tokenizer, length)
     ids = split.validation
     if options.windows:
         ids = ids[: options.windows * length + 1]

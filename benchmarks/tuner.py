@@ -99,11 +99,18 @@ def accident(kind: str, steps: int) -> Iterator[None]:
 
     from vaani_jax.data.batches import Batches
     from vaani_jax.train import program
+<<<<<<< HEAD
     from vaani_jax.train.schedules import Schedule
 
     middle = steps // 2
 
     class Multiplied(Schedule):
+=======
+
+    middle = steps // 2
+
+    class Multiplied(program.Schedule):
+>>>>>>> main
         def decay(self, step: Any) -> Any:
             hit = (step >= middle) & (step < middle + 20)
             return super().decay(step) * jnp.where(hit, 100.0, 1.0)
@@ -182,8 +189,7 @@ def run_other(job: Job) -> dict[str, Any]:
     from vaani_jax.data.corpus import make_tokenizer, split_tokens
     from vaani_jax.data.sources import load_corpus
     from vaani_jax.devices.memory import keep_freed_memory
-    from vaani_jax.evaluate.loss import make_eval_step
-    from vaani_jax.train.loop import validation_set
+    from vaani_jax.evaluate.loss import make_eval_step, validation_set
     from vaani_jax.train.schedules import Schedule
     from vaani_jax.train.state import init_state
     from vaani_jax.train.steps import make_train_step
@@ -227,7 +233,7 @@ def run_other(job: Job) -> dict[str, Any]:
     if name == "schedule_free_adamw":
         inner = state.opt_state.inner_state[1]
         params = contrib.schedule_free_eval_params(inner, params)
-    result = validation_set(config, split, tokenizer).evaluate(
+    result = validation_set(config.model.max_seq_len, split, tokenizer).evaluate(
         jax.jit(make_eval_step(model)), params, state.quant
     )
     assert result is not None
