@@ -568,16 +568,44 @@ def test_a_signal_in_the_range_test_decides_nothing(text, tuned, tmp_path):
     assert final_state(workdir, 48) == final_state(tuned[0], 48)
 
 
-def test_twin_trains_with_the_same_parameters(text, uninterrupted, tmp_path):
-    run(make_config(text, model={"quantize": False}), tmp_path / "twin")
-    twin = load(tmp_path / "twin")
-    ternary = load(uninterrupted[0])
-    assert jax.tree.structure(twin.params) == jax.tree.structure(ternary.params)
+EACH_STEP = {"num_steps": 16, "log_interval": 1}
 
 
-def test_gradual_quantisation_trains(text, tmp_path):
-    config = make_config(text, quantize_steps=12)
-    assert run(config, tmp_path / "run").loss < 3.2
+def losses(workdir) -> list[float]:
+    history = json.loads((workdir / "training_history.json").read_text())
+    return history["train/loss"]["value"]
+
+
+@pytest.fixture(scope="module")
+def twin(text, tmp_path_factory):
+    """A run in full precision that tells every loss."""
+    workdir = tmp_path_factory.mktemp("twin") / "run"
+    run(make_config(text, model={"quantize": False}, **EACH_STEP), workdir)
+    return workdir
+
+
+def test_twin_trains_with_the_same_parameters(twin, uninterrupted):
+    """Equal names, shapes and dtypes; its own loss, which falls."""
+    trees = [load(workdir).params for workdir in (twin, uninterrupted[0])]
+    one, other = (
+        jax.tree.map(lambda x: (x.shape, x.dtype.name), tree) for tree in trees
+    )
+    assert one == other
+    assert load(twin).quant == {}
+    seen = losses(twin)
+    assert np.mean(seen[-3:]) < seen[0] - 0.1
+
+
+def test_gradual_quantisation_trains(text, twin, tmp_path):
+    """It begins as the twin, to the last rounding, and leaves it from the next step."""
+    config = make_config(text, quantize_steps=12, **EACH_STEP)
+    run(config, tmp_path / "run")
+    gradual, full = losses(tmp_path / "run"), losses(twin)
+    assert len(gradual) == len(full) == 16
+    assert gradual[0] == pytest.approx(full[0], rel=1e-5)
+    apart = np.abs(np.asarray(gradual) / full - 1)
+    assert apart[-4:].min() > 1e-4  # all ternary by now
+    assert np.mean(gradual[-3:]) < gradual[0] - 0.1
 
 
 def test_full_disk_is_one_line(text, tmp_path, monkeypatch):

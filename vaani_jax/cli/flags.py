@@ -6,6 +6,7 @@ This is the only module that knows ml_collections.
 import dataclasses
 import difflib
 import pathlib
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -108,12 +109,16 @@ def config_from_flags(arguments: Sequence[str]) -> Invocation:
     flags.DEFINE_integer("process_id", None, "from 0", lower_bound=0, **define)
     flags.DEFINE_boolean("distributed", False, "join other processes", **define)
     path = str(find_config(_config_path(arguments)))
+    given = ["train", *_with_path(arguments, path)]
+    told, sys.argv = sys.argv, given  # where ml_collections looks for overrides
     try:
-        extra = values(["train", *_with_path(arguments, path)])[1:]
+        extra = values(given)[1:]
     except flags.Error as error:
         raise VaaniError(_one_line(error)) from None
     except (AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
         raise VaaniError(_explain(path, arguments, error)) from None
+    finally:
+        sys.argv = told
     if extra:
         raise VaaniError(f"unexpected argument {extra[0]!r}: flags begin with --")
     return Invocation(

@@ -25,12 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     import jax
 
-    from vaani_jax.inference.model import (
-        PACKED_ARRAYS,
-        load,
-        pack_model,
-        save_packed,
-    )
+    from vaani_jax.inference.model import PACKED_ARRAYS, load, pack_model, save_packed
     from vaani_jax.model.packing import packed_bytes
     from vaani_jax.model.size import model_size
     from vaani_jax.quant.packed import PackedTernary

@@ -22,12 +22,7 @@ from vaani_jax.errors import VaaniError
 from vaani_jax.files import appearing
 from vaani_jax.inference.model import load
 from vaani_jax.interop.formats import FORMATS, Options, gguf, hf
-from vaani_jax.interop.names import (
-    ACTIVATIONS,
-    Tensor,
-    architecture_of,
-    tensors,
-)
+from vaani_jax.interop.names import ACTIVATIONS, Tensor, architecture_of, tensors
 from vaani_jax.model.config import ModelConfig
 from vaani_jax.model.names import ternary_kernels
 from vaani_jax.model.transformer import Vaani

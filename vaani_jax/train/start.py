@@ -44,6 +44,7 @@ FREE_KEYS = (
     "log_interval",
     "sample_interval",
     "keep_checkpoints",
+    "data.source",
     "data.path",  # the corpus itself is compared instead
     "data.data_dir",
     "data.fallback",
