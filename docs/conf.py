@@ -1,0 +1,45 @@
+"""Sphinx: ``sphinx-build -W --keep-going -b html docs build/docs``."""
+
+import importlib.metadata
+import pathlib
+import sys
+
+HERE = pathlib.Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE / "_ext")]
+
+project = "Vaani"
+author = "The authors of Vaani"
+copyright = "the authors of Vaani, MIT license"
+try:
+    release = importlib.metadata.version("vaani-jax")
+except importlib.metadata.PackageNotFoundError:
+    release = ""
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "results",
+    "keys",
+]
+exclude_patterns = ["_ext"]
+
+# Notebooks run at every build; an error in a cell is an error of the build.
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
+nb_merge_streams = True
+myst_enable_extensions = ["deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+# A word in single backquotes is code, as in the docstrings of JAX and Flax.
+default_role = "code"
+
+html_theme = "furo"
+html_title = "Vaani"
