@@ -30,6 +30,7 @@ nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
+nb_output_stderr = "remove"  # warnings of libraries, with paths of this machine
 myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
 
@@ -38,6 +39,8 @@ autodoc_typehints = "none"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+# "Returns:" is prose here: the words before its first colon are no type.
+napoleon_custom_sections = ["Returns", "Yields"]
 # A word in single backquotes is code, as in the docstrings of JAX and Flax.
 default_role = "code"
 

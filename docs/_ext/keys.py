@@ -1,11 +1,12 @@
-"""What the code says of itself: ``{keys}`` and ``{help}``.
+"""What the code says of itself: ``{keys}`` and ``{commands}``.
 
-``{keys} SECTION`` is a table of the keys of a section of the config ("run" for those
-outside sections), from the dataclasses; ``{help} COMMAND`` what the command prints.
+``{keys}`` makes a table of each section of the config from the dataclasses that hold
+the keys; ``{commands}`` shows what each command prints when asked for ``--help``.
 """
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import typing
@@ -39,55 +40,65 @@ def _default(field: "dataclasses.Field[Any]") -> str:
     return ""
 
 
-class Keys(SphinxDirective):
-    """The keys of one section of the config."""
+def _table(cls: type[Any], prefix: str) -> list[str]:
+    """The keys of one dataclass, but for those that are sections."""
+    kinds = typing.get_type_hints(cls)
+    lines = ["| key | type | default | what |", "|---|---|---|---|"]
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(kinds[field.name]):
+            continue
+        cells = [
+            f"`{prefix}{field.name}`",
+            _kind(kinds[field.name]),
+            f"`{_default(field)}`",
+            field.metadata.get("text", ""),
+        ]
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return lines
 
-    required_arguments = 1
+
+class Keys(SphinxDirective):
+    """The keys of a run, then those of each section."""
 
     def run(self) -> list[nodes.Node]:
-        section = self.arguments[0]
-        kinds = typing.get_type_hints(Config)
-        cls = Config if section == "run" else kinds.get(section)
-        if cls is None:
-            raise self.error(f"the config has no section {section!r}")
-        prefix = "" if section == "run" else f"{section}."
-        kinds = typing.get_type_hints(cls)
-        lines = ["| key | type | default | what |", "|---|---|---|---|"]
-        for field in dataclasses.fields(cls):
-            if dataclasses.is_dataclass(kinds[field.name]):
-                continue
-            cells = [
-                f"`{prefix}{field.name}`",
-                _kind(kinds[field.name]),
-                f"`{_default(field)}`",
-                field.metadata.get("text", "").replace("|", r"\|"),
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
+        lines = _table(Config, "")
+        for name, kind in typing.get_type_hints(Config).items():
+            if dataclasses.is_dataclass(kind):
+                lines += ["", f"**Section `{name}`**", ""]
+                lines += _table(typing.cast(type[Any], kind), f"{name}.")
         return self.parse_text_to_nodes("\n".join(lines))
 
 
-class Help(SphinxDirective):
-    """What ``vaani COMMAND --help`` prints."""
-
-    optional_arguments = 1
+class Commands(SphinxDirective):
+    """What ``vaani --help`` prints, and ``vaani COMMAND --help`` for each command."""
 
     def run(self) -> list[nodes.Node]:
-        command = [sys.executable, "-m", "vaani_jax", *self.arguments, "--help"]
+        overview = self._help()
+        names = re.findall(r"^ {4}(\w+)(?: {2,}|$)", overview, re.MULTILINE)
+        if not names:
+            raise self.error(f"no commands in:\n{overview}")
+        found: list[nodes.Node] = []
+        for text in [overview, *map(self._help, names)]:
+            block = nodes.literal_block(text, text)
+            block["language"] = "text"
+            found.append(block)
+        return found
+
+    def _help(self, *command: str) -> str:
+        path = os.pathsep.join(filter(None, sys.path))
         result = subprocess.run(
-            command,
+            [sys.executable, "-m", "vaani_jax", *command, "--help"],
             capture_output=True,
             text=True,
             check=False,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "80"},
+            env={**os.environ, "PYTHONPATH": path, "COLUMNS": "80"},
         )
         if result.returncode or not result.stdout.strip():
-            raise self.error(f"{' '.join(command)} failed: {result.stderr}")
-        block = nodes.literal_block(result.stdout, result.stdout)
-        block["language"] = "text"
-        return [block]
+            raise self.error(f"vaani {' '.join(command)} --help: {result.stderr}")
+        return result.stdout
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("keys", Keys)
-    app.add_directive("help", Help)
+    app.add_directive("commands", Commands)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
