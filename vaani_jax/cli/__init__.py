@@ -300,6 +300,7 @@ def _plan(options: argparse.Namespace) -> int:
     from vaani_jax.data.sources import load_corpus
     from vaani_jax.devices.chips import CHIPS
     from vaani_jax.plan import as_dict, as_text, make_plan
+    from vaani_jax.text.tokenizers import maker
 
     unknown = [name for name in options.chip if name not in CHIPS]
     if unknown:
@@ -310,8 +311,8 @@ def _plan(options: argparse.Namespace) -> int:
     config = config_from_flags(options.flags).config
     if not config.model.vocab_size:
         data = config.data
-        characters = not data.tokenizer_file and data.tokenizer == "char"
-        corpus = load_corpus(data, _notify) if characters else None
+        wanted = not data.tokenizer_file and maker(data.tokenizer).needs_text
+        corpus = load_corpus(data, _notify) if wanted else None
         tokenizer = make_tokenizer(data, corpus)
         model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
         config = dataclasses.replace(config, model=model)

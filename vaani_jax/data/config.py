@@ -1,9 +1,9 @@
 """Where text comes from and how it is cut."""
 
 import dataclasses
-from typing import Literal
 
 from vaani_jax.errors import VaaniError
+from vaani_jax.text.tokenizers import maker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +29,12 @@ class DataConfig:
     fallback: bool = True
     download_timeout: float = 10.0
     download_attempts: int = 3
-    tokenizer: Literal["char", "byte"] = "char"
+    tokenizer: str = "char"
     tokenizer_file: str = ""
     validation_fraction: float = 0.1
 
     def __post_init__(self) -> None:
+        maker(self.tokenizer)
         if not 0 < self.validation_fraction < 1:
             raise VaaniError(
                 f"data.validation_fraction is {self.validation_fraction}: it must be"

@@ -8,18 +8,13 @@ import numpy as np
 from vaani_jax.data.config import DataConfig
 from vaani_jax.data.sources import Corpus, read_bytes
 from vaani_jax.errors import VaaniError
-from vaani_jax.text.tokenizers import (
-    ByteTokenizer,
-    CharTokenizer,
-    HFTokenizer,
-    Tokenizer,
-)
+from vaani_jax.text.tokenizers import HFTokenizer, Tokenizer, maker
 
 
 def make_tokenizer(config: DataConfig, corpus: Corpus | None) -> Tokenizer:
     """The tokenizer that a config names, made for a corpus.
 
-    None will do for one where characters are not the tokens.
+    None will do for one that does not look at the text (`Kind.needs_text`).
     """
     if config.tokenizer_file:
         path = pathlib.Path(config.tokenizer_file).expanduser()
@@ -27,10 +22,9 @@ def make_tokenizer(config: DataConfig, corpus: Corpus | None) -> Tokenizer:
             return HFTokenizer(read_bytes(path).decode("utf-8"))
         except UnicodeDecodeError:
             raise VaaniError(f"{path} is not UTF-8 text") from None
-    if config.tokenizer == "byte":
-        return ByteTokenizer()
-    assert corpus is not None
-    return CharTokenizer.from_text(corpus.text)
+    make = maker(config.tokenizer).make
+    assert make is not None
+    return make("" if corpus is None else corpus.text)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,14 @@
 """Text to token ids and back. A tokenizer is saved beside the weights, as JSON."""
 
+import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from vaani_jax.errors import VaaniError
+from vaani_jax.settings import named
 
 
 @runtime_checkable
@@ -184,20 +187,66 @@ def _tokenizers() -> Any:
     return Library
 
 
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of tokenizer.
+
+    Attributes:
+      read: rebuilds one from what its `to_json` returned; KeyError or TypeError where
+        that is no such description.
+      make: makes one for a text; None where it has to come from a file.
+      needs_text: whether `make` looks at the text; else any, such as "", will do.
+    """
+
+    read: Callable[[dict[str, Any]], Tokenizer]
+    make: Callable[[str], Tokenizer] | None = None
+    needs_text: bool = False
+
+
+def _read_huggingface(description: dict[str, Any]) -> Tokenizer:
+    return HFTokenizer(
+        _text(description["tokenizer"]),
+        description.get("vocab_size", 0),
+        description.get("special"),
+    )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("not a text")
+    return value
+
+
+# By the "type" of their descriptions. A further tokenizer is a class and a row.
+TOKENIZERS: dict[str, Kind] = {
+    "char": Kind(
+        lambda description: CharTokenizer(_text(description["characters"])),
+        CharTokenizer.from_text,
+        needs_text=True,
+    ),
+    "byte": Kind(lambda description: ByteTokenizer(), lambda text: ByteTokenizer()),
+    "huggingface": Kind(_read_huggingface),
+}
+
+
 def from_json(description: Any) -> Tokenizer:
     """Rebuilds a tokenizer from what its `to_json` returned."""
     kind = description.get("type") if isinstance(description, dict) else None
-    if kind == "char" and isinstance(description.get("characters"), str):
-        return CharTokenizer(description["characters"])
-    if kind == "byte":
-        return ByteTokenizer()
-    if kind == "huggingface" and isinstance(description.get("tokenizer"), str):
-        return HFTokenizer(
-            description["tokenizer"],
-            description.get("vocab_size", 0),
-            description.get("special"),
-        )
+    if isinstance(kind, str) and kind in TOKENIZERS:
+        try:
+            return TOKENIZERS[kind].read(description)
+        except (KeyError, TypeError):  # not what `to_json` writes
+            pass
     raise VaaniError(f"unknown tokenizer description (type {kind!r})")
+
+
+def maker(name: str) -> Kind:
+    """The kind of that name, if one can be made for a text.
+
+    Raises VaaniError, with those that can, for any other name.
+    """
+    makers = {n: kind for n, kind in TOKENIZERS.items() if kind.make is not None}
+    return named(makers, name, "data.tokenizer")
 
 
 def _code_points(text: str) -> np.ndarray:
