@@ -53,7 +53,8 @@ def _table(cls: type[Any], prefix: str) -> list[str]:
             f"`{_default(field)}`",
             field.metadata.get("text", ""),
         ]
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+        cells = [cell.replace("|", r"\|") for cell in cells]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
