@@ -18,6 +18,9 @@ from vaani_jax.cli.flags import config_from_flags
 from vaani_jax.train.config import from_dict
 from vaani_jax.train.loop import train
 
+# ml_collections loads config files in a way that Python means to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
