@@ -70,11 +70,12 @@ def embedding(shape: str) -> Any:
 def write_vaani(shape: str, folder: pathlib.Path) -> None:
     import jax.numpy as jnp
 
+    from vaani_jax import __version__
     from vaani_jax.inference.model import LoadedModel, save_packed
     from vaani_jax.model.config import ModelConfig
     from vaani_jax.quant.packed import pack, pack_rows
+    from vaani_jax.runs.metadata import Metadata
     from vaani_jax.text.tokenizers import ByteTokenizer
-    from vaani_jax.train.config import Config
 
     layers, d, f, heads, v = SHAPES[shape]
     config = ModelConfig(
@@ -102,8 +103,9 @@ def write_vaani(shape: str, folder: pathlib.Path) -> None:
             codes, scale = weights(shape, i, index, k, n)
             layer[part][name] = {"kernel": pack(codes, jnp.float32(scale))}
         params[f"layers_{i}"] = layer
-    run = Config(model=config)
-    model = LoadedModel(config, params, {}, ByteTokenizer(), 0, run, {"corpus": None})
+    tokenizer = ByteTokenizer()
+    metadata = Metadata(__version__, config, tokenizer.to_json(), corpus=None, run={})
+    model = LoadedModel(config, params, {}, tokenizer, metadata)
     save_packed(model, folder)
 
 

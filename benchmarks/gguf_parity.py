@@ -28,6 +28,7 @@ import jax
 import numpy as np
 
 from vaani_jax.data.batches import validation_windows
+from vaani_jax.data.config import DataConfig
 from vaani_jax.data.corpus import split_tokens
 from vaani_jax.data.sources import load_corpus
 from vaani_jax.evaluate.loss import ValidationSet, make_eval_step
@@ -36,6 +37,7 @@ from vaani_jax.inference.model import load_model
 from vaani_jax.inference.sampling import SamplerConfig
 from vaani_jax.interop.convert import export_model
 from vaani_jax.model.transformer import Vaani
+from vaani_jax.settings import build
 
 PROMPT, NEW = 16, 32
 
@@ -81,8 +83,9 @@ def main() -> int:
 
     model = load_model(options.workdir)
     length = model.config.max_seq_len
-    corpus = load_corpus(model.run.data)
-    split = split_tokens(model.run.data, corpus, model.tokenizer, length)
+    data = build(DataConfig, model.metadata.run["data"], "data.")
+    corpus = load_corpus(data)
+    split = split_tokens(data, corpus, model.tokenizer, length)
     ids = split.validation
     if options.windows:
         ids = ids[: options.windows * length + 1]

@@ -98,11 +98,11 @@ def accident(kind: str, steps: int) -> Iterator[None]:
     import jax.numpy as jnp
 
     from vaani_jax.data.batches import Batches
-    from vaani_jax.train import loop as trainer
+    from vaani_jax.train import program
 
     middle = steps // 2
 
-    class Multiplied(trainer.Schedule):
+    class Multiplied(program.Schedule):
         def decay(self, step: Any) -> Any:
             hit = (step >= middle) & (step < middle + 20)
             return super().decay(step) * jnp.where(hit, 100.0, 1.0)
@@ -115,7 +115,7 @@ def accident(kind: str, steps: int) -> Iterator[None]:
         return tokens * 0 + 1_000_000 if step == middle else tokens
 
     if kind == "rate":
-        with mock.patch.object(trainer, "Schedule", Multiplied):
+        with mock.patch.object(program, "Schedule", Multiplied):
             yield
     elif kind == "nan":
         with mock.patch.object(Batches, "batch_at", poisoned):
@@ -181,8 +181,7 @@ def run_other(job: Job) -> dict[str, Any]:
     from vaani_jax.data.corpus import make_tokenizer, split_tokens
     from vaani_jax.data.sources import load_corpus
     from vaani_jax.devices.memory import keep_freed_memory
-    from vaani_jax.evaluate.loss import make_eval_step
-    from vaani_jax.train.loop import validation_set
+    from vaani_jax.evaluate.loss import make_eval_step, validation_set
     from vaani_jax.train.schedules import Schedule
     from vaani_jax.train.state import init_state
     from vaani_jax.train.steps import make_train_step
@@ -226,7 +225,7 @@ def run_other(job: Job) -> dict[str, Any]:
     if name == "schedule_free_adamw":
         inner = state.opt_state.inner_state[1]
         params = contrib.schedule_free_eval_params(inner, params)
-    result = validation_set(config, split, tokenizer).evaluate(
+    result = validation_set(config.model.max_seq_len, split, tokenizer).evaluate(
         jax.jit(make_eval_step(model)), params, state.quant
     )
     assert result is not None

@@ -1,4 +1,4 @@
-"""Numbers in words for people: durations, sizes."""
+"""Numbers in words for people: durations, sizes, counts."""
 
 
 def duration(seconds: float) -> str:
@@ -18,3 +18,13 @@ def size(number: float) -> str:
             return f"{number:.3g} {unit}"
         number /= 1000
     return f"{number:.3g} GB"
+
+
+def plural(count: int, one: str, many: str = "") -> str:
+    """ "1 step", "2,000 steps"; ``many`` is ``one`` with an s where it isn't given."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def times(count: int) -> str:
+    """ "once", "twice", "3 times"."""
+    return {1: "once", 2: "twice"}.get(count) or plural(count, "time")

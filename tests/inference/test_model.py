@@ -307,8 +307,8 @@ def test_files_that_are_missing(copy):
     ("change", "match"),
     [
         ({"format": "other"}, "format"),
-        ({"config": {"nonsense": 1}}, "unknown config key"),
-        ({"config": 7}, "must hold keys"),
+        ({"model": {"nonsense": 1}}, "unknown config key"),
+        ({"model": 7}, "must hold keys"),
         ({"tokenizer": {"type": "bird"}}, "tokenizer"),
         ({"packed": 7}, "damaged"),
         ({"step": "x"}, "damaged"),

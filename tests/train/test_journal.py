@@ -179,9 +179,9 @@ def test_the_summary_says_it_all(journal):
     assert "\n" not in text
     for words in (
         "peak learning rate 0.0123 (from a range test)",
-        "cut 2 times (1 x the loss rises, 1 x validation loss rises)",
+        "cut twice (1 x the loss rises, 1 x validation loss rises)",
         "stood at 0.49",
-        "1 steps skipped",
-        "1 times back to an earlier state",
+        "1 step skipped",
+        "rolled back once",
     ):
         assert words in text

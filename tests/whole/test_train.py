@@ -20,7 +20,7 @@ from vaani_jax.errors import VaaniError
 from vaani_jax.inference.model import load_model
 from vaani_jax.runs.checkpoints import Checkpoints
 from vaani_jax.train.config import from_dict
-from vaani_jax.train.loop import train
+from vaani_jax.train.loop import Callback, train
 from vaani_jax.train.schedules import Schedule
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -64,9 +64,24 @@ def make_config(text, **changes):
     return from_dict(values)
 
 
-def run(config, workdir):
+def run(config, workdir, *callbacks):
     with open(os.devnull, "w") as sink:
-        return train(config, workdir, console=Console(file=sink))
+        return train(config, workdir, console=Console(file=sink), callbacks=callbacks)
+
+
+class KilledError(Exception):
+    pass
+
+
+class Kill(Callback):
+    """Raises out of the loop, once a step is done and the next one runs."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step(self, step, metrics):
+        if step == self.step:
+            raise KilledError
 
 
 def final_state(workdir, step=24):
@@ -121,29 +136,8 @@ def test_two_equal_runs_are_equal(text, uninterrupted, tmp_path):
 def test_resumed_equals_uninterrupted(text, uninterrupted, tmp_path):
     """2N steps = N steps + restore + N steps, with the schedule of the whole run."""
     workdir = tmp_path / "run"
-    stopped = []
-
-    class StopError(Exception):
-        pass
-
-    # Stop where no checkpoint is due by raising out of the loop.
-    from vaani_jax.train import loop as module
-
-    original = module.Trainer._log
-
-    def log(self, report):
-        original(self, report)
-        if report.step >= 9 and not stopped:
-            stopped.append(report.step)
-            raise StopError
-
-    module.Trainer._log = log
-    try:
-        with pytest.raises(StopError):
-            run(make_config(text), workdir)
-    finally:
-        module.Trainer._log = original
-    assert stopped == [9]
+    with pytest.raises(KilledError):
+        run(make_config(text), workdir, Kill(10))  # no checkpoint is due there
     run(make_config(text), workdir)
     assert final_state(workdir) == final_state(uninterrupted[0])
     ours = (workdir / "training_history.json").read_text()
@@ -151,6 +145,60 @@ def test_resumed_equals_uninterrupted(text, uninterrupted, tmp_path):
     for key, column in json.loads(theirs).items():
         if not key.startswith("perf/"):
             assert json.loads(ours)[key] == column, key
+
+
+class Watch(Callback):
+    """Notes down what it is called with, in order."""
+
+    def __init__(self):
+        self.steps, self.boundaries, self.order = {}, {}, []
+
+    def on_step(self, step, metrics):
+        assert metrics["train/loss"].is_ready()
+        self.steps[step] = float(metrics["train/loss"])
+        self.order.append(("step", step))
+
+    def on_boundary(self, step, evaluation):
+        self.boundaries[step] = evaluation
+        self.order.append(("boundary", step))
+
+
+def test_callbacks_see_steps_and_boundaries(text, uninterrupted, tmp_path):
+    watch = Watch()
+    result = run(make_config(text, num_steps=24), tmp_path / "run", watch)
+    assert list(watch.steps) == list(range(1, 25))
+    assert list(watch.boundaries) == [4, 8, 12, 16, 20, 24]
+    assert [s for s, e in watch.boundaries.items() if e is not None] == [8, 16, 24]
+    assert watch.boundaries[24] == result
+    for step in watch.boundaries:  # a step comes before its boundary
+        assert watch.order.index(("boundary", step)) == 1 + watch.order.index(
+            ("step", step)
+        )
+    history = json.loads((tmp_path / "run" / "training_history.json").read_text())
+    assert history["train/loss"]["value"][0] == np.mean(
+        [watch.steps[i] for i in (1, 2, 3)]
+    )
+    # Watching changes nothing.
+    assert final_state(tmp_path / "run") == final_state(uninterrupted[0])
+
+
+def test_callbacks_see_the_last_step_of_a_stopped_run(text, tmp_path):
+    watch, calls = Watch(), []
+
+    def stop():
+        calls.append(1)
+        return len(calls) > 5
+
+    with open(os.devnull, "w") as sink:
+        train(
+            make_config(text),
+            tmp_path / "run",
+            console=Console(file=sink),
+            stop=stop,
+            callbacks=[watch],
+        )
+    assert load_model(tmp_path / "run", checkpoint="last").step == max(watch.steps)
+    assert list(watch.steps) == list(range(1, len(watch.steps) + 1))
 
 
 def start(arguments, **options):
@@ -294,9 +342,19 @@ def test_a_finished_run_says_so_and_can_be_extended(text, uninterrupted, tmp_pat
     before = final_state(workdir)
     assert run(make_config(text), workdir) is None
     assert final_state(workdir) == before
-    result = run(make_config(text, num_steps=28), workdir)
+    file = io.StringIO()
+    longer = make_config(
+        text, num_steps=28, eval_interval=7, save_interval=5, log_interval=2
+    )
+    result = train(longer, workdir, console=Console(file=file, width=200))
     assert result is not None
     assert final_state(workdir, 28) != before
+    said = file.getvalue()
+    schedule = "the schedule from here on is that of the new length"
+    assert f"num_steps was 24, is 28 now: {schedule}" in said
+    assert "eval_interval was 8, is 7 now: the tuner sees" in said
+    assert "save_interval was 4, is 5 now: a rescue may" in said
+    assert "log_interval" not in said  # changes nothing that is computed
 
 
 def test_epochs_set_the_length(text, tmp_path):
@@ -438,25 +496,15 @@ def test_a_run_that_is_stuck_goes_back_and_goes_on(text, tmp_path, monkeypatch):
     assert event["learning_rate_factor"] == 0.5
     assert result.loss < 3.2  # from 3.33
     assert "rescued: no step can be applied" in file.getvalue()
-    assert "1 times back to an earlier state" in " ".join(file.getvalue().split())
+    assert "rolled back once" in " ".join(file.getvalue().split())
 
 
 def test_a_rescue_is_repeated_bit_for_bit(text, tmp_path, monkeypatch):
     """Killed before it and resumed, a run is rescued as it would have been."""
     poison(monkeypatch, *range(20, 28))
     run(tuned_config(text), tmp_path / "whole")
-    from vaani_jax.train import loop as module
-
-    original = module.Trainer._dispatch
-
-    def dispatch(self, step, **options):
-        if step == 25 and step > self.start + 20:
-            raise KeyError("killed")
-        return original(self, step, **options)
-
-    monkeypatch.setattr(module.Trainer, "_dispatch", dispatch)
-    with pytest.raises(KeyError):
-        run(tuned_config(text), tmp_path / "killed")
+    with pytest.raises(KilledError):
+        run(tuned_config(text), tmp_path / "killed", Kill(25))
     run(tuned_config(text), tmp_path / "killed")
     assert final_state(tmp_path / "killed", 48) == final_state(tmp_path / "whole", 48)
     assert events(tmp_path / "killed") == events(tmp_path / "whole")
@@ -470,7 +518,7 @@ def test_a_run_beyond_rescue_ends_with_its_checkpoint_intact(
         VaaniError, match=r"diverged at step \d+: no step can"
     ) as caught:
         run(tuned_config(text, tuner={**KEEN, "rescues_max": 1}), tmp_path / "run")
-    assert "after going back 1 times" in str(caught.value)
+    assert "after going back once" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert load_model(tmp_path / "run").step == 24
     assert events(tmp_path / "run", "state")

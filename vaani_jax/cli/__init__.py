@@ -150,6 +150,7 @@ def _held_out(model: Any, data: str = "") -> Any:
     from vaani_jax.data.config import DataConfig
     from vaani_jax.data.corpus import Split, split_tokens
     from vaani_jax.data.sources import load_corpus
+    from vaani_jax.settings import build
 
     seq_len = model.config.max_seq_len
     if data:
@@ -160,26 +161,27 @@ def _held_out(model: Any, data: str = "") -> Any:
                 f" max_seq_len + 1 = {seq_len + 1}: take a longer text"
             )
         return Split(ids[:0], ids)
-    if model.meta["corpus"] is None:
+    trained_on = model.metadata.corpus
+    if trained_on is None:
         raise VaaniError(
             "an imported model has no text of its own: name one with --data FILE"
         )
-    corpus = load_corpus(model.run.data, _notify)
-    if corpus.sha256 != model.meta["corpus"]["sha256"]:
+    config = build(DataConfig, model.metadata.run["data"], "data.")
+    corpus = load_corpus(config, _notify)
+    if corpus.sha256 != trained_on["sha256"]:
         raise VaaniError(
-            f"the run was trained on {model.meta['corpus']['source']}, which is not"
+            f"the run was trained on {trained_on['source']}, which is not"
             f" {corpus.source} as it is now: bring the text back"
         )
-    return split_tokens(model.run.data, corpus, model.tokenizer, seq_len)
+    return split_tokens(config, corpus, model.tokenizer, seq_len)
 
 
 def _measured(model: Any, split: Any) -> Any:
     import jax
 
-    from vaani_jax.evaluate.loss import make_eval_step
-    from vaani_jax.train.loop import validation_set
+    from vaani_jax.evaluate.loss import make_eval_step, validation_set
 
-    return validation_set(model.run, split, model.tokenizer).evaluate(
+    return validation_set(model.config.max_seq_len, split, model.tokenizer).evaluate(
         jax.jit(make_eval_step(model.config)), model.params, model.quant
     )
 
@@ -327,30 +329,30 @@ def _plan(options: argparse.Namespace) -> int:
 def _plot(options: argparse.Namespace) -> int:
     from vaani_jax.runs.curves import plot_curves
     from vaani_jax.runs.metrics import read_rows
+    from vaani_jax.runs.workdir import Workdir
     from vaani_jax.train.journal import read_events
 
     workdir = pathlib.Path(options.workdir)
-    rows = read_rows(workdir / "metrics.jsonl")
+    paths = Workdir(workdir)
+    rows = read_rows(paths.metrics)
     if not rows:
-        raise VaaniError(f"{workdir} holds no metrics.jsonl with rows to plot")
-    output = pathlib.Path(options.output or workdir / "training_curves.png")
+        raise VaaniError(f"{workdir} holds no {paths.metrics.name} with rows to plot")
+    output = pathlib.Path(options.output or paths.curves)
     plot_curves(
         rows,
         output,
         title=workdir.resolve().name,
-        sparsity_band=_sparsity_band(workdir),
-        events=read_events(workdir / "tuner.jsonl"),
+        sparsity_band=_sparsity_band(paths.summary),
+        events=read_events(paths.events),
     )
     print(output)
     return 0
 
 
-def _sparsity_band(workdir: pathlib.Path) -> tuple[float, float] | None:
+def _sparsity_band(summary: pathlib.Path) -> tuple[float, float] | None:
     """The band that a run aimed at, where it has written its results."""
     try:
-        config = json.loads((workdir / "run.json").read_text(encoding="utf-8"))[
-            "config"
-        ]
+        config = json.loads(summary.read_text(encoding="utf-8"))["config"]
         low, high = config["target_sparsity_min"], config["target_sparsity_max"]
     except (OSError, ValueError, KeyError):
         return None

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from vaani_jax.data.batches import validation_windows
+from vaani_jax.data.corpus import Split
 from vaani_jax.model.config import ModelConfig
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.text.tokenizers import Tokenizer
@@ -104,6 +105,22 @@ class ValidationSet:
                 sums[-2].block_until_ready()  # bounds the queue, keeps one in flight
         total = sum(float(s) for s in jax.device_get(sums))
         return Evaluation(total / self.tokens, self.tokens, self.bytes)
+
+
+def validation_set(
+    seq_len: int, split: Split, tokenizer: Tokenizer, parts: int = 1
+) -> ValidationSet:
+    """The held-out windows of a corpus, in batches of about 8192 tokens.
+
+    Batches can be cut into ``parts`` equal ones.
+    """
+    return ValidationSet(
+        split.validation,
+        tokenizer,
+        seq_len=seq_len,
+        batch_size=max(1, 8192 // seq_len),
+        parts=parts,
+    )
 
 
 def make_eval_step(

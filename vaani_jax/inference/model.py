@@ -17,25 +17,22 @@ import numpy as np
 
 from vaani_jax.errors import VaaniError
 from vaani_jax.files import appearing
-from vaani_jax.inference.tensors import FORMAT, read_tensors, write_tensors
+from vaani_jax.inference.tensors import read_tensors, write_tensors
 from vaani_jax.kernels import layout
 from vaani_jax.model.config import ModelConfig
 from vaani_jax.model.packing import Embedding, pack_params
 from vaani_jax.model.transformer import init_variables, unrolled
 from vaani_jax.quant.packed import PackedRows, PackedTernary, relayout
+from vaani_jax.runs.metadata import Metadata
+from vaani_jax.runs.workdir import Workdir
 from vaani_jax.text.tokenizers import Tokenizer, from_json
-from vaani_jax.train.config import Config, from_dict
-
-Meta = dict[str, Any]
-
 
 Notify = Callable[[str], None]
 
-
 PACKED_CONFIG = "packed.json"
-
-
 PACKED_ARRAYS = "model.safetensors"
+FORMAT = "vaani-packed-2"
+FORMATS = (FORMAT, "vaani-packed-1")  # what is read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,18 +43,19 @@ class LoadedModel:
       config: of the model, layers unrolled.
       params, quant: its variables.
       tokenizer: as trained.
-      step: of the checkpoint.
-      run: config of the run.
-      meta: everything else that was saved.
+      metadata: what was saved beside the arrays.
     """
 
     config: ModelConfig
     params: Any
     quant: Any
     tokenizer: Tokenizer
-    step: int
-    run: Config
-    meta: Meta
+    metadata: Metadata
+
+    @property
+    def step(self) -> int:
+        """Of the checkpoint."""
+        return self.metadata.step
 
     @property
     def packed(self) -> bool:
@@ -90,7 +88,7 @@ def load_model(
     # Orbax takes a second to import; packed models start without it.
     from vaani_jax.runs.checkpoints import Checkpoints
 
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    checkpoints = Checkpoints(Workdir(workdir).checkpoints, read_only=True)
     try:
         if checkpoint == "best":
             step = checkpoints.best_step()
@@ -103,10 +101,15 @@ def load_model(
                 f"checkpoint {checkpoint!r}: choose best, last or a step number"
             )
 
-        def target(meta: Meta) -> dict[str, Any]:
-            model = run_config(meta).model
-            params, quant = jax.eval_shape(
-                lambda: init_variables(model, jax.random.key(0))
+        def target(meta: dict[str, Any]) -> dict[str, Any]:
+            model = Metadata.from_json(meta).model
+            # Onto one device, however many the run had.
+            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            params, quant = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=device
+                ),
+                jax.eval_shape(lambda: init_variables(model, jax.random.key(0))),
             )
             return {"model": {"params": params, "quant": quant}}
 
@@ -122,23 +125,16 @@ def load_model(
             raise VaaniError(f"{workdir} has no checkpoint yet")
     finally:
         checkpoints.close()
-    run = run_config(restored.meta)
+    metadata = Metadata.from_json(restored.meta)
     model = restored.items["model"]
-    config, params, quant = unrolled(run.model, model["params"], model["quant"])
+    config, params, quant = unrolled(metadata.model, model["params"], model["quant"])
     return LoadedModel(
         config=config,
         params=params,
         quant=quant,
-        tokenizer=from_json(restored.meta["tokenizer"]),
-        step=restored.step,
-        run=run,
-        meta=restored.meta,
+        tokenizer=from_json(metadata.tokenizer),
+        metadata=metadata,
     )
-
-
-def run_config(meta: Meta) -> Config:
-    """The config of a checkpoint's metadata."""
-    return from_dict(meta["config"])
 
 
 # -- Packed folders -----------------------------------------------------------------
@@ -178,16 +174,10 @@ def save_packed(model: LoadedModel, folder: str | pathlib.Path) -> None:
                 arrays[f"{name}.scale"] = np.asarray(leaf.scale)
             else:
                 arrays[name] = np.asarray(leaf)
-    run = dataclasses.replace(model.run, model=model.config)
-    description = {
-        **model.meta,
-        "format": FORMAT,
-        "config": run.to_dict(),
-        "tokenizer": model.tokenizer.to_json(),
-        "step": model.step,
-        "packed": kinds,
-    }
-    description.pop("fingerprints", None)
+    metadata = dataclasses.replace(
+        model.metadata, model=model.config, tokenizer=model.tokenizer.to_json()
+    )
+    description = {**metadata.to_json(), "format": FORMAT, "packed": kinds}
     with appearing(pathlib.Path(folder), folder=True) as building:
         write_tensors(building / PACKED_ARRAYS, arrays)
         text = json.dumps(description, indent=1)
@@ -205,12 +195,12 @@ def load_packed(folder: str | pathlib.Path) -> LoadedModel:
         description = json.loads((folder / PACKED_CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise VaaniError(f"can't read {folder / PACKED_CONFIG}: {error}") from None
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
+    if not isinstance(description, dict) or description.get("format") not in FORMATS:
         raise VaaniError(f"{folder / PACKED_CONFIG} is not of format {FORMAT}")
     try:
-        run = from_dict(description["config"])
-        spelling = from_json(description["tokenizer"])
-        kinds, step = dict(description["packed"]), int(description["step"])
+        metadata = Metadata.from_json(description)
+        spelling = from_json(metadata.tokenizer)
+        kinds = dict(description["packed"])
         kind = kinds.get("params/embedding", {}).get("kind", "float32")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise VaaniError(f"{folder / PACKED_CONFIG} is damaged: {error!r}") from None
@@ -218,8 +208,8 @@ def load_packed(folder: str | pathlib.Path) -> LoadedModel:
     embedding: Embedding = "int8" if kind == "rows" else "float32"
     expected = jax.eval_shape(
         lambda: pack_params(
-            *init_variables(run.model, jax.random.key(0)),
-            run.model.spec,
+            *init_variables(metadata.model, jax.random.key(0)),
+            metadata.model.spec,
             embedding=embedding,
         )
     )
@@ -230,13 +220,11 @@ def load_packed(folder: str | pathlib.Path) -> LoadedModel:
     if arrays:
         raise VaaniError(f"{folder / PACKED_ARRAYS} holds {min(arrays)}, not expected")
     return LoadedModel(
-        config=run.model,
+        config=metadata.model,
         params=trees[0],
         quant=trees[1],
         tokenizer=spelling,
-        step=step,
-        run=run,
-        meta=description,
+        metadata=metadata,
     )
 
 

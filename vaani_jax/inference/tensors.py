@@ -11,7 +11,7 @@ import numpy as np
 
 from vaani_jax.errors import VaaniError
 
-FORMAT = "vaani-packed-1"
+FORMAT = "vaani-packed-1"  # of the file with the arrays
 
 
 ALIGNMENT = 64  # bytes; what JAX asks of memory that it uses in place

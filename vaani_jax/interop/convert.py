@@ -34,8 +34,9 @@ from vaani_jax.model.names import ternary_kernels
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.quant.weights import ternarize
 from vaani_jax.runs.checkpoints import Checkpoints
+from vaani_jax.runs.metadata import Metadata
+from vaani_jax.runs.workdir import Workdir
 from vaani_jax.text.tokenizers import CharTokenizer
-from vaani_jax.train.config import Config
 
 Tree = Any
 
@@ -373,24 +374,24 @@ def import_model(
                 " (--max-seq-len N changes that; its cache grows with it)"
             )
         config = dataclasses.replace(config, max_seq_len=limit)
-        meta: dict[str, Any] = {
-            "version": __version__,
-            "config": Config(model=config).to_dict(),
-            "tokenizer": folder.tokenizer.to_json(),
-            "corpus": None,
-            "imported": {
+        metadata = Metadata(
+            version=__version__,
+            model=config,
+            tokenizer=folder.tokenizer.to_json(),
+            corpus=None,
+            run={},
+            imported={
                 "from": source.resolve().name,
                 "model_type": architecture_of(config).model_type,
                 "storage": folder.storage,
             },
-            "elapsed_seconds": 0.0,
-            "best": None,
-            "window": [],
-        }
+        )
         params, quant = folder.variables()
-        checkpoints = Checkpoints(temporary / "checkpoints")
+        checkpoints = Checkpoints(Workdir(temporary).checkpoints)
         try:
-            checkpoints.save(0, {"model": {"params": params, "quant": quant}}, meta)
+            items = {"model": {"params": params, "quant": quant}}
+            checkpoints.save(0, items, metadata.to_json())
+            del items
             del params
             checkpoints.wait()
         finally:

@@ -30,7 +30,8 @@ Tree = Any
 Meta = dict[str, Any]
 
 
-FORMAT = "vaani-checkpoint-1"
+FORMAT = "vaani-checkpoint-2"
+FORMATS = (FORMAT, "vaani-checkpoint-1")  # what is read
 
 
 @jax.jit
@@ -199,7 +200,7 @@ class Checkpoints:
             step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
         )
         meta = restored["meta"]
-        if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        if not isinstance(meta, dict) or meta.get("format") not in FORMATS:
             raise ValueError(f"its format is not {FORMAT}")
         return meta
 

@@ -9,6 +9,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from vaani_jax.files import write_atomically
+from vaani_jax.runs.workdir import Workdir
 
 Row = dict[str, float]
 
@@ -64,16 +65,15 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: pathlib.Path, start_step: int) -> None:
-        self._history = workdir / "training_history.json"
-        path = workdir / "metrics.jsonl"
+        paths = Workdir(workdir)
+        self._history = paths.history
+        path = paths.metrics
         # A resumed run repeats the steps after its checkpoint: their rows go.
         self.rows = [row for row in read_rows(path) if row["step"] <= start_step]
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_atomically(path, lines.encode())
         self._file = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=start_step + 1
-        )
+        self._events = SummaryWriter(str(paths.tensorboard), purge_step=start_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> Row:
         """Writes scalars; returns them flattened."""

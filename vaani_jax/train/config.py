@@ -8,6 +8,7 @@ from vaani_jax.devices.mesh import MeshConfig
 from vaani_jax.errors import VaaniError
 from vaani_jax.inference.sampling import SamplerConfig
 from vaani_jax.model.config import ModelConfig
+from vaani_jax.runs.metadata import Metadata
 from vaani_jax.settings import build, named
 from vaani_jax.train.optimizers import OptimConfig
 from vaani_jax.train.schedules import SCHEDULES
@@ -145,6 +146,12 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, for JSON."""
         return dataclasses.asdict(self)
+
+
+def config_of(metadata: Metadata) -> Config:
+    """The config of a run, from what was saved beside its arrays."""
+    model = dataclasses.asdict(metadata.model)
+    return from_dict({**metadata.run, "model": model})
 
 
 def from_dict(values: dict[str, Any]) -> Config:

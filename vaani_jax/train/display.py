@@ -75,9 +75,13 @@ class Display:
                 soft_wrap=True,
             )
 
-    def say(self, message: Any) -> None:
-        """Prints a line, or anything that rich prints, above the bar."""
+    def say(self, message: str) -> None:
+        """Prints a line above the bar."""
         self._console.print(message, highlight=False, soft_wrap=True, markup=False)
+
+    def print(self, table: Table) -> None:
+        """Prints a table."""
+        self._console.print(table)
 
     def note(self, message: str) -> None:
         """What is going on besides training; empty for nothing."""

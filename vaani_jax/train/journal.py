@@ -16,6 +16,7 @@ import numpy as np
 
 from vaani_jax.files import write_atomically
 from vaani_jax.runs.metrics import read_rows
+from vaani_jax.runs.workdir import Workdir
 from vaani_jax.train.tuner import (
     ACCEPTED,
     CALM,
@@ -28,6 +29,7 @@ from vaani_jax.train.tuner import (
     Change,
     Verdict,
 )
+from vaani_jax.words import plural, times
 
 Event = dict[str, Any]
 
@@ -48,7 +50,7 @@ class Journal:
         self, workdir: pathlib.Path, start_step: int, say: Callable[[str], None]
     ) -> None:
         self.say = say
-        path = workdir / "tuner.jsonl"
+        path = Workdir(workdir).events
         # A resumed run repeats the steps after its checkpoint: their events go. One
         # that begins again repeats the range test too, whose event is of step 0.
         self.events = [e for e in read_events(path) if e["step"] <= start_step > 0]
@@ -165,23 +167,25 @@ class Journal:
             causes = Counter(e["cause"] for e in cuts)
             listed = ", ".join(f"{n} x {cause}" for cause, n in causes.items())
             parts.append(
-                f"it was cut {len(cuts)} times ({listed}) and stood at"
+                f"it was cut {times(len(cuts))} ({listed}) and stood at"
                 f" {last['learning_rate_factor']['new']:.2f} of the schedule at last"
             )
         else:
             parts.append("it followed the schedule")
         for done in ("skipped", "shrunk"):
             if n := sum(event.get("done") == done for event in self.events):
-                parts.append(f"{n} steps {done}")
+                parts.append(f"{plural(n, 'step')} {done}")
         if n := by_setting["state"]:
-            parts.append(f"{n} times back to an earlier state")
+            parts.append(f"rolled back {times(n)}")
         if event := last.get("warmup_steps"):
-            parts.append(f"warm-up of {event['new']} steps (planned {event['old']})")
+            warmup = plural(event["new"], "step")
+            parts.append(f"warm-up of {warmup} (planned {event['old']})")
         if event := last.get("clip_norm"):
             parts.append(f"gradients clipped at {event['new']:.3g} at last")
         if n := by_setting["threshold"]:
             kernels = {e["kernel"] for e in self.events if e["setting"] == "threshold"}
-            parts.append(f"{n} threshold moves in {len(kernels)} kernels")
+            moves = plural(n, "threshold move")
+            parts.append(f"{moves} in {plural(len(kernels), 'kernel')}")
         if event := last.get("activation_momentum"):
             parts.append(f"activation momentum {event['new']:.3f} at last")
         return "The tuner: " + "; ".join(parts) + "."

@@ -65,6 +65,30 @@ def init_state(
     )
 
 
+def to_items(state: TrainState) -> dict[str, Any]:
+    """A state in the two parts that a checkpoint holds: what inference needs, the rest.
+
+    The tuner's part is missing where nothing is tuned.
+    """
+    training = {
+        "step": state.step,
+        "opt_state": state.opt_state,
+        "codes": state.codes,
+        "key": state.key,
+    }
+    if state.tuner is not None:
+        training["tuner"] = state.tuner
+    return {
+        "model": {"params": state.params, "quant": state.quant},
+        "training": training,
+    }
+
+
+def from_items(items: dict[str, Any]) -> TrainState:
+    """The state that `to_items` took apart."""
+    return TrainState(**items["model"], **items["training"])
+
+
 def layer_norms(grads: Tree) -> dict[str, Array]:
     """Gradient norm of every layer, embedding and head, by its name in the tree.
 
