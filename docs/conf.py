@@ -2,7 +2,11 @@
 
 import importlib.metadata
 import pathlib
+import re
 import sys
+from typing import Any
+
+from sphinx.application import Sphinx
 
 HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE / "_ext")]
@@ -37,6 +41,7 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 # "Returns:" is prose here: the words before its first colon are no type.
@@ -46,3 +51,14 @@ default_role = "code"
 
 html_theme = "furo"
 html_title = "Vaani"
+
+
+def _own_arguments(
+    _app: Any, _what: str, _name: str, _object: Any, _options: Any, given: str, to: str
+) -> tuple[str, str]:
+    """A signature without the two arguments that Flax adds to every module's."""
+    return re.sub(r",? ?parent=<[^>]*>, name=None", "", given or ""), to
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("autodoc-process-signature", _own_arguments)
