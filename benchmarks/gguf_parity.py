@@ -36,15 +36,14 @@ from vaani_jax.data.batches import validation_windows
 from vaani_jax.data.config import DataConfig
 from vaani_jax.data.corpus import split_tokens
 from vaani_jax.data.sources import load_corpus
-from vaani_jax.evaluate.loss import ValidationSet
-from vaani_jax.evaluate.loss import make_eval_step
+from vaani_jax.evaluate.loss import ValidationSet, make_eval_step
 from vaani_jax.inference.generate import generate
 from vaani_jax.inference.model import load
 from vaani_jax.inference.sampling import SamplerConfig
 from vaani_jax.interop.convert import export_model
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.settings import build
->>>>>>> main
+from vaani_jax.train.loop import train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROMPT, NEW = 16, 32
@@ -98,9 +97,6 @@ def main() -> int:
             parser.error("the following arguments are required: --workdir")
         return compare(options)
 
-<<<<<<< HEAD
-    model = load(options.workdir)
-=======
 
 def make_toy(folder: pathlib.Path) -> str:
     """A run of two steps, as wide as a block of GGUF's ternary types."""

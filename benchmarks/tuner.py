@@ -99,18 +99,11 @@ def accident(kind: str, steps: int) -> Iterator[None]:
 
     from vaani_jax.data.batches import Batches
     from vaani_jax.train import program
-<<<<<<< HEAD
     from vaani_jax.train.schedules import Schedule
 
     middle = steps // 2
 
     class Multiplied(Schedule):
-=======
-
-    middle = steps // 2
-
-    class Multiplied(program.Schedule):
->>>>>>> main
         def decay(self, step: Any) -> Any:
             hit = (step >= middle) & (step < middle + 20)
             return super().decay(step) * jnp.where(hit, 100.0, 1.0)
@@ -186,12 +179,10 @@ def run_other(job: Job) -> dict[str, Any]:
     from optax import contrib
 
     from vaani_jax.data.batches import Batches
-    from vaani_jax.data.corpus import make_tokenizer
-    from vaani_jax.data.corpus import split_tokens
+    from vaani_jax.data.corpus import make_tokenizer, split_tokens
     from vaani_jax.data.sources import load_corpus
     from vaani_jax.devices.memory import keep_freed_memory
-    from vaani_jax.evaluate.loss import make_eval_step
-    from vaani_jax.evaluate.loss import validation_set
+    from vaani_jax.evaluate.loss import make_eval_step, validation_set
     from vaani_jax.train.schedules import Schedule
     from vaani_jax.train.state import init_state
     from vaani_jax.train.steps import make_train_step

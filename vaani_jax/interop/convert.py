@@ -58,7 +58,7 @@ class Comparison:
     """Logits of a model and of its export, over a probe.
 
     Attributes:
-      largest, median: of |difference|.
+      largest, median: of the absolute difference.
       spread: standard deviation of the model's logits.
       tokens: length of the probe.
     """
