@@ -42,11 +42,8 @@ from vaani_jax.inference.model import load_model
 from vaani_jax.inference.sampling import SamplerConfig
 from vaani_jax.interop.convert import export_model
 from vaani_jax.model.transformer import Vaani
-<<<<<<< HEAD
-from vaani_jax.train.loop import train
-=======
 from vaani_jax.settings import build
->>>>>>> main
+from vaani_jax.train.loop import train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROMPT, NEW = 16, 32

@@ -99,18 +99,11 @@ def accident(kind: str, steps: int) -> Iterator[None]:
 
     from vaani_jax.data.batches import Batches
     from vaani_jax.train import program
-<<<<<<< HEAD
     from vaani_jax.train.schedules import Schedule
 
     middle = steps // 2
 
     class Multiplied(Schedule):
-=======
-
-    middle = steps // 2
-
-    class Multiplied(program.Schedule):
->>>>>>> main
         def decay(self, step: Any) -> Any:
             hit = (step >= middle) & (step < middle + 20)
             return super().decay(step) * jnp.where(hit, 100.0, 1.0)
