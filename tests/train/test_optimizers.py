@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from vaani_jax.errors import VaaniError
-from vaani_jax.train import schedules as optim
+from vaani_jax.train import optimizers
 from vaani_jax.train.optimizers import OptimConfig, make_optimizer
 from vaani_jax.train.schedules import Schedule
 
@@ -274,9 +274,9 @@ def test_the_first_moment_may_be_kept_in_bfloat16(name):
 
 def test_masks_know_stacked_and_unrolled_names():
     for params in (_tree(0), _stacked(_tree(0))):
-        for name, decays in _leaves(optim.decay_mask(params)).items():
+        for name, decays in _leaves(optimizers.decay_mask(params)).items():
             assert bool(decays) == (not name.endswith("scale"))
-        for name, label in _leaves(optim.muon_labels(params)).items():
+        for name, label in _leaves(optimizers.muon_labels(params)).items():
             inside = name.startswith("layers") and name.endswith("kernel")
             assert str(label) == ("muon" if inside else "adamw")
 
