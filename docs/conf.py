@@ -54,10 +54,18 @@ html_title = "Vaani"
 
 
 def _own_arguments(
-    _app: Any, _what: str, _name: str, _object: Any, _options: Any, given: str, to: str
-) -> tuple[str, str]:
+    app: Sphinx,
+    what: str,
+    name: str,
+    item: Any,
+    options: Any,
+    signature: str | None,
+    returned: str | None,
+) -> tuple[str, str | None] | None:
     """A signature without the two arguments that Flax adds to every module's."""
-    return re.sub(r",? ?parent=<[^>]*>, name=None", "", given or ""), to
+    if what != "class" or signature is None:
+        return None
+    return re.sub(r",? ?parent=<[^>]*>, name=None", "", signature), returned
 
 
 def setup(app: Sphinx) -> None:
