@@ -38,7 +38,7 @@ from vaani_jax.data.corpus import split_tokens
 from vaani_jax.data.sources import load_corpus
 from vaani_jax.evaluate.loss import ValidationSet, make_eval_step
 from vaani_jax.inference.generate import generate
-from vaani_jax.inference.model import load_model
+from vaani_jax.inference.model import load
 from vaani_jax.inference.sampling import SamplerConfig
 from vaani_jax.interop.convert import export_model
 from vaani_jax.model.transformer import Vaani
@@ -120,7 +120,7 @@ def compare(options: argparse.Namespace) -> int:
     llama = importlib.util.find_spec("llama_cpp") is not None
     if not llama:
         print("llama-cpp-python is not installed: its rows are left out")
-    model = load_model(options.workdir)
+    model = load(options.workdir)
     length = model.config.max_seq_len
     data = build(DataConfig, model.metadata.run["data"], "data.")
     corpus = load_corpus(data)

@@ -19,7 +19,7 @@ from vaani_jax.inference.generate import generate, prefill
 from vaani_jax.inference.model import (
     PACKED_ARRAYS,
     PACKED_CONFIG,
-    load_model,
+    load,
     load_packed,
     pack_model,
     save_packed,
@@ -95,7 +95,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(run, tmp_path_factory):
     target = tmp_path_factory.mktemp("packed") / "model"
-    save_packed(pack_model(load_model(run)), target)
+    save_packed(pack_model(load(run)), target)
     return target
 
 
@@ -105,7 +105,7 @@ def copy(folder, tmp_path):
 
 
 def test_what_is_loaded_is_what_was_packed(run, folder):
-    packed, loaded = pack_model(load_model(run)), load_packed(folder)
+    packed, loaded = pack_model(load(run)), load_packed(folder)
     assert jax.tree.structure(packed.params) == jax.tree.structure(loaded.params)
     for a, b in zip(
         jax.tree.leaves(packed.params), jax.tree.leaves(loaded.params), strict=True
@@ -129,7 +129,7 @@ def test_packed_kernels_are_the_mapped_file(folder):
 def test_logits_differ_by_roundings_that_fall_the_other_way_only(run, folder):
     """Float parts are compiled in other pieces, so last bits differ, and now and then
     one of the 8-bit roundings. Without such a fall, nothing else shows."""
-    trained, packed = load_model(run), load_packed(folder)
+    trained, packed = load(run), load_packed(folder)
     tokens = jnp.asarray(trained.tokenizer.encode(TEXT[: 48 * 24])).reshape(24, 48)
     logits = [
         np.asarray(
@@ -147,7 +147,7 @@ def test_logits_differ_by_roundings_that_fall_the_other_way_only(run, folder):
 
 
 def test_decoding_gives_the_logits_of_masters_to_the_bit(run, folder):
-    trained, packed = load_model(run), load_packed(folder)
+    trained, packed = load(run), load_packed(folder)
     ids = trained.tokenizer.encode(TEXT[:40])
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -173,7 +173,7 @@ def test_decoding_gives_the_logits_of_masters_to_the_bit(run, folder):
 
 def test_greedy_text_is_that_of_training(run, folder):
     """256 tokens for each of 20 prompts."""
-    trained, packed = load_model(run), load_packed(folder)
+    trained, packed = load(run), load_packed(folder)
     words = TEXT.split()
     prompts = [
         trained.tokenizer.encode(" ".join(words[i : i + 1 + i % 4])) for i in range(20)
@@ -285,7 +285,7 @@ def test_a_full_disk_leaves_nothing(run, tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    model = pack_model(load_model(run))
+    model = pack_model(load(run))
     monkeypatch.setattr(model_module, "write_tensors", full)
     with pytest.raises(OSError, match="No space"):
         save_packed(model, tmp_path / "out" / "model")
@@ -293,7 +293,7 @@ def test_a_full_disk_leaves_nothing(run, tmp_path, monkeypatch):
 
 
 def test_a_twin_is_refused(run):
-    model = load_model(run)
+    model = load(run)
     import dataclasses
 
     config = dataclasses.replace(model.config, quantize=False)
@@ -387,6 +387,6 @@ def test_headers_that_lie(tmp_path):
 
 def test_no_packed_leaf_in_a_run(run):
     leaves = jax.tree.leaves(
-        load_model(run).params, is_leaf=lambda x: isinstance(x, PackedTernary)
+        load(run).params, is_leaf=lambda x: isinstance(x, PackedTernary)
     )
     assert not any(isinstance(x, PackedTernary) for x in leaves)

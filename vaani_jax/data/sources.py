@@ -16,6 +16,7 @@ from typing import Any
 from vaani_jax.data.config import DataConfig
 from vaani_jax.errors import VaaniError
 from vaani_jax.files import write_atomically
+from vaani_jax.settings import named
 
 TINY_SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
@@ -67,11 +68,14 @@ def load_corpus(config: DataConfig, notify: Notify = print) -> Corpus:
         download, a fallback.
 
     Raises:
-      VaaniError: nothing there, nothing in it, not text, or no network and no
-        fallback allowed.
+      VaaniError: no such source; nothing there, nothing in it, not text, or no
+        network and no fallback allowed.
     """
-    if config.path:
-        return _read_path(config.path)
+    name = config.source or ("path" if config.path else "tiny_shakespeare")
+    return named(SOURCES, name, "data.source")(config, notify)
+
+
+def _tiny_shakespeare(config: DataConfig, notify: Notify) -> Corpus:
     cached = data_dir(config) / "tinyshakespeare.txt"
     name = "Tiny Shakespeare"
     if cached.exists():
@@ -96,7 +100,7 @@ def load_corpus(config: DataConfig, notify: Notify = print) -> Corpus:
         )
         if not config.fallback:
             raise VaaniError(hint) from None
-        corpus = _standard_library()
+        corpus = _standard_library(config, notify)
         notify(
             f"NOTICE: {hint}. Training on {corpus.source} instead"
             f" ({len(corpus.text):,} characters)."
@@ -180,7 +184,11 @@ def read_bytes(path: pathlib.Path) -> bytes:
         raise VaaniError(f"can't read {path}: {error.strerror or error}") from None
 
 
-def _read_path(pattern: str) -> Corpus:
+def _files(config: DataConfig, notify: Notify) -> Corpus:
+    del notify
+    pattern = config.path
+    if not pattern:
+        raise VaaniError("data.source is 'path': say which with --config.data.path")
     path = pathlib.Path(pattern).expanduser()
     if path.is_file():
         files = [path]
@@ -213,7 +221,8 @@ def _read_path(pattern: str) -> Corpus:
     )
 
 
-def _standard_library() -> Corpus:
+def _standard_library(config: DataConfig, notify: Notify) -> Corpus:
+    del config, notify  # there is nothing to choose, and nothing to say
     folder = pathlib.Path(sysconfig.get_path("stdlib"))
     parts: list[str] = []
     size = 0
@@ -233,3 +242,12 @@ def _standard_library() -> Corpus:
     return Corpus.of(
         "\n".join(parts), f"the sources of Python {version}'s standard library"
     )
+
+
+# A source gives the corpus of a config, and says by `Notify` what a person should know;
+# it raises VaaniError where there is nothing. A further source is a function and a row.
+SOURCES: dict[str, Callable[[DataConfig, Notify], Corpus]] = {
+    "path": _files,
+    "tiny_shakespeare": _tiny_shakespeare,
+    "python": _standard_library,
+}

@@ -10,7 +10,7 @@ import gc
 import hashlib
 import pathlib
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,9 @@ from vaani_jax import __version__
 from vaani_jax.devices.memory import return_freed_memory
 from vaani_jax.errors import VaaniError
 from vaani_jax.files import appearing
-from vaani_jax.inference.model import load_model
-from vaani_jax.interop.formats import gguf, hf
-from vaani_jax.interop.names import (
-    ACTIVATIONS,
-    Storage,
-    Tensor,
-    architecture_of,
-    tensors,
-)
+from vaani_jax.inference.model import load
+from vaani_jax.interop.formats import FORMATS, Options, gguf, hf
+from vaani_jax.interop.names import ACTIVATIONS, Tensor, architecture_of, tensors
 from vaani_jax.model.config import ModelConfig
 from vaani_jax.model.names import ternary_kernels
 from vaani_jax.model.transformer import Vaani
@@ -36,7 +30,7 @@ from vaani_jax.quant.weights import ternarize
 from vaani_jax.runs.checkpoints import Checkpoints
 from vaani_jax.runs.metadata import Metadata
 from vaani_jax.runs.workdir import Workdir
-from vaani_jax.text.tokenizers import CharTokenizer
+from vaani_jax.settings import named
 
 Tree = Any
 
@@ -45,9 +39,6 @@ Notify = Callable[[str], None]
 
 
 Flat = dict[tuple[str, ...], Any]  # arrays of a tree by their keys
-
-
-Format = Literal["hf", "hf-packed", "gguf"]
 
 
 PROBE_TOKENS = 64
@@ -67,7 +58,7 @@ class Comparison:
     """Logits of a model and of its export, over a probe.
 
     Attributes:
-      largest, median: of |difference|.
+      largest, median: of the absolute difference.
       spread: standard deviation of the model's logits.
       tokens: length of the probe.
     """
@@ -103,10 +94,8 @@ def _codes(
     return found
 
 
-def _check_holdable(
-    config: ModelConfig, quant: Tree, target: Format, gguf_type: str
-) -> None:
-    """Raises VaaniError, with what works instead, for what a format can't hold."""
+def _check_holdable(config: ModelConfig) -> None:
+    """Raises VaaniError, with what works instead, for what no format can hold."""
     if config.activation not in ACTIVATIONS:
         raise VaaniError(
             f"no other tool is known to have the activation {config.activation}: export"
@@ -127,45 +116,13 @@ def _check_holdable(
             "this model quantises activations with a tracked range, and other tools per"
             " token: train with model.activation_tracking=token to export"
         )
-    if target == "gguf":
-        gguf.check(config, gguf_type)
-    if target == "hf-packed":
-        if not config.quantize:
-            raise VaaniError("this model is in full precision: use --format hf")
-        narrow = {t.shape[1] for t in tensors(config) if t.kind == "linear"}
-        odd = [n for n in sorted(narrow) if n % 4]
-        if odd:
-            raise VaaniError(
-                f"packed weights need outputs in multiples of 4, and this model has"
-                f" {odd[0]}: use --format hf"
-            )
-    if target == "hf" and config.quantize:
-        if config.weight_scale != "absmean":
-            raise VaaniError(
-                f"readers of masters take mean|W| for the scale, and this model has"
-                f" weight_scale = {config.weight_scale}: use --format hf-packed"
-            )
-        for entry in ternary_kernels(_stand_ins(quant), quant):
-            if float(entry.threshold) != 0.5:
-                raise VaaniError(
-                    "readers of masters quantise with the threshold 0.5, and"
-                    f" {entry.name} has {float(entry.threshold):.4g}: use --format"
-                    " hf-packed"
-                )
-
-
-def _stand_ins(quant: Tree) -> Tree:
-    """Stand-ins for the parameters, where only thresholds are asked for."""
-    if "weight_quantizer" in quant:
-        return {"kernel": None}
-    return {k: _stand_ins(v) for k, v in quant.items() if isinstance(v, dict)}
 
 
 def export_model(
     workdir: str | pathlib.Path,
     output: str | pathlib.Path,
     *,
-    target: Format,
+    target: str,
     gguf_type: str = "tq2_0",
     embedding: gguf.Embedding = "float16",
     checkpoint: str = "best",
@@ -178,10 +135,10 @@ def export_model(
       workdir: of the run.
       output: a folder for "hf" and "hf-packed", a file for "gguf"; appears whole or
         not at all.
-      target: the format.
+      target: the format, a key of `vaani_jax.interop.formats.FORMATS`.
       gguf_type: of the kernels in GGUF, a key of `gguf.BLOCKS`.
       embedding: type of the embedding in GGUF; folders have float32.
-      checkpoint: see `load_model`.
+      checkpoint: see `load`.
       shard_bytes: largest file of a folder.
       notify: receives a line for what a person should know.
 
@@ -189,23 +146,27 @@ def export_model(
       How the logits of the export compare.
 
     Raises:
-      VaaniError: no model there, one that the format can't hold, a target that is
-        taken, or an export that does not come back as it was.
+      VaaniError: no such format, no model there, one that the format can't hold, a
+        target that is taken, or an export that does not come back as it was.
     """
+    form = named(FORMATS, target, "the format")
     return_freed_memory()
     output = pathlib.Path(output)
-    model = load_model(workdir, checkpoint=checkpoint, notify=notify)
+    model = load(workdir, checkpoint=checkpoint, notify=notify)
     if model.packed:
         raise VaaniError(
             f"{workdir} holds a packed model: export the run that it was packed from"
         )
-    tokenizer, name = model.tokenizer, pathlib.Path(workdir).resolve().name
+    tokenizer = model.tokenizer
+    name = pathlib.Path(workdir).resolve().name
+    options = Options(gguf_type, embedding, shard_bytes, name)
     config = dataclasses.replace(
         model.config, dtype="float32", dropout=0.0, remat=False
     )
     params, quant = model.params, model.quant
     del model
-    _check_holdable(config, quant, target, gguf_type)
+    _check_holdable(config)
+    form.check(config, quant, options)
     probe = np.random.Generator(np.random.Philox(0)).integers(
         min(config.vocab_size, tokenizer.vocab_size),
         size=(1, min(PROBE_TOKENS, config.max_seq_len)),
@@ -220,41 +181,25 @@ def export_model(
     del params
     gc.collect()  # reading the checkpoint left cycles that hold the arrays
     expected = before
-    if target == "gguf":
-        _round(left, config, gguf_type, embedding)
+    if form.rounded is not None:
+        # In place; rounding again changes nothing.
+        for tensor in tensors(config):
+            left[tensor.path] = form.rounded(
+                tensor, left[tensor.path], options, config.quantize
+            )
         expected = np.array(_logits(config, _nested(left), quant, probe))
 
     def take(tensor: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
         array = left.pop(tensor.path)
-        if tensor.kind != "linear" or not config.quantize or target == "hf":
+        if tensor.kind != "linear" or not config.quantize or not form.codes:
             return np.asarray(array), None
         threshold, stored = kernels["/".join(tensor.module)]
         t, scale = _ternarize(array, threshold, config.spec, stored)
         return np.asarray(t), np.asarray(scale)
 
-    with appearing(output, folder=target != "gguf") as temporary:
-        if target == "gguf":
-            gguf.write(
-                temporary,
-                config,
-                gguf_type,
-                tokenizer,
-                take,
-                name=name,
-                embedding=embedding,
-            )
-            found, params, quant = gguf.read(temporary, config)
-            gguf.check_vocabulary(temporary, tokenizer)
-        else:
-            storage: Storage = "masters" if target == "hf" else "multiply"
-            if not config.quantize:
-                storage = "full"
-            hf.write_folder(
-                temporary, config, storage, tokenizer, take, shard_bytes=shard_bytes
-            )
-            folder = hf.Folder(temporary)
-            _check_tokenizer(folder.tokenizer, tokenizer)
-            found, (params, quant) = folder.config, folder.variables()
+    with appearing(output, folder=form.folder) as temporary:
+        form.write(temporary, config, tokenizer, take, options)
+        found, params, quant = form.read(temporary, config, tokenizer)
         found = dataclasses.replace(found, operands=config.operands)
         after = np.asarray(_logits(found, params, quant, probe))
         result = _compare(before, after)
@@ -268,26 +213,9 @@ def export_model(
                 f" {off.spread:.3g}; nothing was kept. This is a defect: please report"
                 " it"
             )
-    ascii_only = not isinstance(tokenizer, CharTokenizer) or (
-        tokenizer.characters.isascii()
-    )
-    if target == "gguf" and not ascii_only:
-        notify(
-            "note: llama.cpp does not return from characters outside the vocabulary"
-            " that begin with the same byte as one inside: keep to the characters of"
-            " the training text"
-        )
+    if note := form.note(tokenizer):
+        notify(f"note: {note}")
     return result
-
-
-def _round(
-    left: Flat, config: ModelConfig, gguf_type: str, embedding: gguf.Embedding
-) -> None:
-    """Rounds parameters in place as GGUF does; rounding them again changes nothing."""
-    for tensor in tensors(config):
-        left[tensor.path] = gguf.rounded(
-            tensor, left[tensor.path], gguf_type, embedding, ternary=config.quantize
-        )
 
 
 def _flat(params: Tree) -> Flat:
@@ -326,13 +254,6 @@ def _check_codes(before: dict[str, Any], after: dict[str, Any]) -> None:
             f" {after[off[0]][1]!r}, not {before[off[0]][1]!r}; nothing was kept. This"
             " is a defect: please report it"
         )
-
-
-def _check_tokenizer(found: Any, expected: Any) -> None:
-    ids = np.arange(expected.vocab_size)
-    same = found.decode(ids) == expected.decode(ids)
-    if not same or found.to_json() != expected.to_json():
-        raise VaaniError("the tokenizer does not come back as it was")
 
 
 def import_model(

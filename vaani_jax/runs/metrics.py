@@ -1,5 +1,9 @@
-"""Rows of metrics on disk: JSON lines, TensorBoard event files, a history."""
+"""Metrics: what they are called, and their rows on disk.
 
+Rows are JSON lines, TensorBoard event files and a history.
+"""
+
+import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
@@ -12,6 +16,77 @@ from vaani_jax.files import write_atomically
 from vaani_jax.runs.workdir import Workdir
 
 Row = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """How a metric is shown, wherever it is.
+
+    Attributes:
+      label: what it is, for people.
+      unit: what it counts; empty for a pure number.
+      panel: of the curves that it belongs to, a key of `vaani_jax.runs.curves.PANELS`
+        or a name of its own for a panel of its own; empty for none.
+      legend: what it is called there; empty for its label.
+      format: of its value.
+      console: of its part of the progress line, ``{}`` being the formatted value;
+        empty for no part.
+    """
+
+    label: str
+    unit: str = ""
+    panel: str = ""
+    legend: str = ""
+    format: str = "{:.4g}"
+    console: str = ""
+
+    @property
+    def title(self) -> str:
+        """The label with its unit."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
+    def shown(self, value: float) -> str:
+        """A value, formatted."""
+        return self.format.format(value)
+
+
+# In the order of the progress line. What isn't here is written all the same, under its
+# key alone. A metric kept per layer has the key that its layers share.
+METRICS: dict[str, Metric] = {
+    "train/loss": Metric(
+        "training loss", "nats per token", "loss", "training", "{:.4f}", "loss {}"
+    ),
+    "eval/loss": Metric(
+        "validation loss", "nats per token", "loss", "validation", "{:.4f}", "val {}"
+    ),
+    "eval/perplexity": Metric("perplexity", format="{:.3f}"),
+    "eval/bits_per_byte": Metric("bits per byte", format="{:.4f}"),
+    "train/learning_rate": Metric(
+        "learning rate", "", "learning rate", "", "{:.2e}", "lr {}"
+    ),
+    "train/gradient_norm": Metric(
+        "gradient norm", "", "gradient norm", "before clipping", "{:.2f}", "grad {}"
+    ),
+    "tuner/clip_norm": Metric(
+        "norm that gradients are clipped to", "", "gradient norm", "clipped at"
+    ),
+    "quant/sparsity": Metric("share of zeros", "", "sparsity", format="{:.1%}"),
+    "quant/scale": Metric("weight scale", "", "scale"),
+    "quant/mean_sparsity": Metric(
+        "share of zeros, mean of layers", format="{:.1%}", console="zeros {}"
+    ),
+    "perf/tokens_per_second": Metric(
+        "training speed", "tokens/s", format="{:,.0f}", console="{} tokens/s"
+    ),
+}
+
+
+def metric(key: str) -> Metric:
+    """The metric of a row's key; one that isn't in `METRICS` is called by its key."""
+    for name, known in METRICS.items():
+        if key == name or key.startswith(f"{name}/"):  # one layer of it
+            return known
+    return Metric(key)
 
 
 def flatten(metrics: Mapping[str, Any], prefix: str = "") -> Row:
@@ -83,7 +158,9 @@ class MetricWriter:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         for key, value in values.items():
-            self._events.add_scalar(key, value, step)
+            self._events.add_scalar(
+                key, value, step, summary_description=metric(key).title
+            )
         return values
 
     def write_text(self, step: int, tag: str, text: str) -> None:

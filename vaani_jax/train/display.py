@@ -14,7 +14,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from vaani_jax.runs.metrics import Row
+from vaani_jax.runs.metrics import METRICS, Row
 from vaani_jax.words import duration
 
 LINE_SECONDS = 5.0  # between plain lines, where there is no terminal
@@ -95,18 +95,11 @@ class Display:
     def _summary(self) -> str:
         v = self._values
         parts = [self._note] if self._note else []
-        if "train/loss" in v:
-            parts.append(f"loss {v['train/loss']:.4f}")
-        if "eval/loss" in v:
-            parts.append(f"val {v['eval/loss']:.4f}")
-        if "train/learning_rate" in v:
-            parts.append(f"lr {v['train/learning_rate']:.2e}")
-        if "train/gradient_norm" in v:
-            parts.append(f"grad {v['train/gradient_norm']:.2f}")
-        if "quant/mean_sparsity" in v:
-            parts.append(f"zeros {v['quant/mean_sparsity']:.1%}")
-        if "perf/tokens_per_second" in v:
-            parts.append(f"{v['perf/tokens_per_second']:,.0f} tokens/s")
+        parts += [
+            known.console.format(known.shown(v[key]))
+            for key, known in METRICS.items()
+            if known.console and key in v
+        ]
         if self.eta:
             parts.append(f"ETA {duration(self.eta)}")
         return "  ".join(parts)

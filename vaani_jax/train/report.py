@@ -17,7 +17,7 @@ from vaani_jax.inference.generate import generate
 from vaani_jax.model.size import model_size
 from vaani_jax.model.transformer import unrolled
 from vaani_jax.runs.curves import plot_curves
-from vaani_jax.runs.metrics import MetricWriter, Row
+from vaani_jax.runs.metrics import METRICS, MetricWriter, Row
 from vaani_jax.runs.workdir import Workdir
 from vaani_jax.train.clock import Clock
 from vaani_jax.train.display import Display
@@ -207,13 +207,10 @@ class Report:
         table.add_column("final", justify="right")
         best = self.best or {}
         last = final.as_dict() if final is not None else {}
-        for key, label, form in (
-            ("loss", "validation loss (nats per token)", "{:.4f}"),
-            ("perplexity", "perplexity", "{:.3f}"),
-            ("bits_per_byte", "bits per byte", "{:.4f}"),
-        ):
-            cells = [form.format(d[key]) if d else "-" for d in (best, last)]
-            table.add_row(label, *cells)
+        for key in ("loss", "perplexity", "bits_per_byte"):
+            known = METRICS[f"eval/{key}"]
+            cells = [known.shown(d[key]) if d else "-" for d in (best, last)]
+            table.add_row(known.title, *cells)
         table.add_row("step", f"{best.get('step', 0):,}", f"{start.num_steps:,}")
         elapsed = self._clock.elapsed
         rate = start.num_steps * self._tokens_per_step / max(elapsed, 1e-9)

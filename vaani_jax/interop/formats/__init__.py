@@ -1,1 +1,163 @@
-"""Formats of other tools: each checks, writes and reads."""
+"""Formats of other tools: each checks, writes and reads.
+
+A further format is a file with these functions, and a row of `FORMATS`.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from vaani_jax.errors import VaaniError
+from vaani_jax.interop.formats import gguf, hf
+from vaani_jax.interop.names import Storage, Tensor
+from vaani_jax.model.config import ModelConfig
+from vaani_jax.text.tokenizers import Tokenizer
+
+Tree = Any
+
+
+# Gives the array of a tensor as it is here, and a scale for kernels that leave as codes
+# (the array then holds those); to be called once for each of `names.tensors`, in order.
+Take = Callable[[Tensor], tuple[np.ndarray, np.ndarray | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a person may choose about an export; each format takes what concerns it.
+
+    Attributes:
+      gguf_type: of the kernels in GGUF, a key of `gguf.BLOCKS`.
+      embedding: type of the embedding in GGUF.
+      shard_bytes: largest file of a folder.
+      name: of the model, for people.
+    """
+
+    gguf_type: str = "tq2_0"
+    embedding: gguf.Embedding = "float16"
+    shard_bytes: int = hf.SHARD_BYTES
+    name: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A format.
+
+    Attributes:
+      check: of the config and the quantiser variables: raises VaaniError, with what
+        works instead, for what the format can't hold.
+      write: of a path, a config that passed `check`, a tokenizer, `Take` and the
+        options: writes a model.
+      read: of that path, the model's config, for what the format does not say, and the
+        tokenizer: the config, parameters and quantiser variables that are there.
+        Raises VaaniError where the tokenizer is not as it was.
+      folder: whether a model is a folder; else it is a file.
+      codes: whether ternary kernels leave as codes; else as the float32 masters.
+      rounded: a float32 tensor as it comes out, for what the format doesn't hold
+        exactly; None where it holds everything.
+      note: what a person should know of an export with that tokenizer; empty for
+        nothing.
+    """
+
+    check: Callable[[ModelConfig, Tree, Options], None]
+    write: Callable[[pathlib.Path, ModelConfig, Tokenizer, Take, Options], None]
+    read: Callable[
+        [pathlib.Path, ModelConfig, Tokenizer], tuple[ModelConfig, Tree, Tree]
+    ]
+    folder: bool = True
+    codes: bool = True
+    rounded: Callable[[Tensor, Any, Options, bool], Any] | None = None
+    note: Callable[[Tokenizer], str] = lambda tokenizer: ""
+
+
+def _check_masters(config: ModelConfig, quant: Tree, options: Options) -> None:
+    del options
+    hf.check_masters(config, quant)
+
+
+def _check_packed(config: ModelConfig, quant: Tree, options: Options) -> None:
+    del quant, options
+    hf.check_packed(config)
+
+
+def _write_folder(
+    storage: Storage,
+) -> Callable[[pathlib.Path, ModelConfig, Tokenizer, Take, Options], None]:
+    def write(
+        path: pathlib.Path,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        take: Take,
+        options: Options,
+    ) -> None:
+        kept: Storage = storage if config.quantize else "full"
+        hf.write_folder(
+            path, config, kept, tokenizer, take, shard_bytes=options.shard_bytes
+        )
+
+    return write
+
+
+def _read_folder(
+    path: pathlib.Path, like: ModelConfig, tokenizer: Tokenizer
+) -> tuple[ModelConfig, Tree, Tree]:
+    del like
+    folder = hf.Folder(path)
+    ids = np.arange(tokenizer.vocab_size)
+    same = folder.tokenizer.decode(ids) == tokenizer.decode(ids)
+    if not same or folder.tokenizer.to_json() != tokenizer.to_json():
+        raise VaaniError("the tokenizer does not come back as it was")
+    return folder.config, *folder.variables()
+
+
+def _check_gguf(config: ModelConfig, quant: Tree, options: Options) -> None:
+    del quant
+    gguf.check(config, options.gguf_type)
+
+
+def _write_gguf(
+    path: pathlib.Path,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    take: Take,
+    options: Options,
+) -> None:
+    gguf.write(
+        path,
+        config,
+        options.gguf_type,
+        tokenizer,
+        take,
+        name=options.name,
+        embedding=options.embedding,
+    )
+
+
+def _read_gguf(
+    path: pathlib.Path, like: ModelConfig, tokenizer: Tokenizer
+) -> tuple[ModelConfig, Tree, Tree]:
+    found = gguf.read(path, like)
+    gguf.check_vocabulary(path, tokenizer)
+    return found
+
+
+def _rounded_gguf(tensor: Tensor, array: Any, options: Options, ternary: bool) -> Any:
+    return gguf.rounded(
+        tensor, array, options.gguf_type, options.embedding, ternary=ternary
+    )
+
+
+FORMATS: dict[str, Format] = {
+    "hf": Format(_check_masters, _write_folder("masters"), _read_folder, codes=False),
+    "hf-packed": Format(_check_packed, _write_folder("multiply"), _read_folder),
+    "gguf": Format(
+        _check_gguf,
+        _write_gguf,
+        _read_gguf,
+        folder=False,
+        rounded=_rounded_gguf,
+        note=gguf.note,
+    ),
+}

@@ -285,3 +285,13 @@ def check_vocabulary(path: pathlib.Path, tokenizer: Tokenizer) -> None:
                 same = piece.decode("utf-8") == tokenizer.characters[i]
             if not same:
                 raise VaaniError(f"token {i} came out as {token!r}")
+
+
+def note(tokenizer: Tokenizer) -> str:
+    """What a person should know of a file with that tokenizer; empty for nothing."""
+    if not isinstance(tokenizer, CharTokenizer) or tokenizer.characters.isascii():
+        return ""
+    return (
+        "llama.cpp does not return from characters outside the vocabulary that begin"
+        " with the same byte as one inside: keep to the characters of the training text"
+    )

@@ -23,6 +23,7 @@ from vaani_jax.interop.files import read_json
 from vaani_jax.interop.names import Storage, Tensor, config_from_hf, hf_config, tensors
 from vaani_jax.interop.tokenizers import from_folder, to_hf
 from vaani_jax.model.config import ModelConfig
+from vaani_jax.model.names import ternary_kernels
 from vaani_jax.quant.rounding import EPSILON
 from vaani_jax.text.tokenizers import HFTokenizer, Tokenizer
 
@@ -71,6 +72,47 @@ def unpack(packed: np.ndarray) -> np.ndarray:
         raise VaaniError("packed weights hold a code that is none of -1, 0 and 1")
     parts = [(packed >> shift) & 3 for shift in (0, 2, 4, 6)]
     return np.concatenate(parts).view(np.int8) - np.int8(1)
+
+
+# -- Checking ---------------------------------------------------------------------
+
+
+def check_packed(config: ModelConfig) -> None:
+    """Raises VaaniError, with what works instead, for what they can't hold."""
+    if not config.quantize:
+        raise VaaniError("this model is in full precision: use --format hf")
+    narrow = {t.shape[1] for t in tensors(config) if t.kind == "linear"}
+    odd = [n for n in sorted(narrow) if n % 4]
+    if odd:
+        raise VaaniError(
+            f"packed weights need outputs in multiples of 4, and this model has"
+            f" {odd[0]}: use --format hf"
+        )
+
+
+def check_masters(config: ModelConfig, quant: Tree) -> None:
+    """Raises VaaniError, with what works instead, for what readers of masters lack."""
+    if not config.quantize:
+        return
+    if config.weight_scale != "absmean":
+        raise VaaniError(
+            f"readers of masters take mean|W| for the scale, and this model has"
+            f" weight_scale = {config.weight_scale}: use --format hf-packed"
+        )
+    for entry in ternary_kernels(_stand_ins(quant), quant):
+        if float(entry.threshold) != 0.5:
+            raise VaaniError(
+                "readers of masters quantise with the threshold 0.5, and"
+                f" {entry.name} has {float(entry.threshold):.4g}: use --format"
+                " hf-packed"
+            )
+
+
+def _stand_ins(quant: Tree) -> Tree:
+    """Stand-ins for the parameters, where only thresholds are asked for."""
+    if "weight_quantizer" in quant:
+        return {"kernel": None}
+    return {k: _stand_ins(v) for k, v in quant.items() if isinstance(v, dict)}
 
 
 # -- Writing ----------------------------------------------------------------------
