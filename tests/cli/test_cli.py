@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-import train as train_script
 from vaani_jax import cli
 from vaani_jax.model.cache import KVCache
 from vaani_jax.train.config import from_dict
@@ -196,7 +195,7 @@ def one_error(capsys, monkeypatch, arguments, message):
     # ml_collections looks for overrides there.
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     capsys.readouterr()
-    assert cli.run_guarded(train_script.main, arguments) == 1
+    assert cli.main(["train", *arguments]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     assert len(captured.err.splitlines()) == 1, captured.err
