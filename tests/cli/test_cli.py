@@ -15,6 +15,8 @@ from vaani_jax.model.cache import KVCache
 from vaani_jax.train.config import from_dict
 from vaani_jax.train.loop import train
 
+# ml_collections still imports files in the way of Python 3.11.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -192,8 +194,6 @@ def test_errors_are_one_line(workdir, capsys, arguments, message):
 def one_error(capsys, monkeypatch, arguments, message):
     """Training from these flags ends in one line with the message."""
     monkeypatch.chdir(ROOT)
-    # ml_collections looks for overrides there.
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     capsys.readouterr()
     assert cli.main(["train", *arguments]) == 1
     captured = capsys.readouterr()
