@@ -108,7 +108,6 @@ def make_toy(folder: pathlib.Path) -> str:
         *("--config.model.n_heads=4", "--config.model.ffn_dim=256"),
         *("--config.model.max_seq_len=64", "--config.sample_interval=0"),
     ]
-    sys.argv = ["train.py", *flags]  # ml_collections looks for overrides there
     config = config_from_flags(flags).config
     with open(os.devnull, "w") as sink:
         train(config, folder / "run", console=Console(file=sink))

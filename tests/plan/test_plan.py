@@ -152,7 +152,6 @@ MISTAKES = """
 import json, sys
 from vaani_jax.cli import main
 for arguments in json.loads(sys.argv[1]):
-    sys.argv = ["vaani", *arguments]  # ml_collections looks for overrides there
     print("status", main(arguments), file=sys.stderr)
 """
 
