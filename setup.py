@@ -1,13 +1,18 @@
-"""Builds the native CPU kernels; everything else is in pyproject.toml.
+"""Builds the native CPU kernels, and takes the configs along.
+
+Everything else is in pyproject.toml.
 
 Where no compiler is found the package installs without them, and says so when a model
 is run (`vaani_jax.kernels`).
 """
 
 import jax
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 
 setup(
+    # The configs lie beside the package in a checkout, in it where it is installed.
+    packages=[*find_packages(include=["vaani_jax*"]), "vaani_jax.configs"],
+    package_dir={"vaani_jax.configs": "configs"},
     ext_modules=[
         Extension(
             "vaani_jax.kernels.cpu._cpu",

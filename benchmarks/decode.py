@@ -32,6 +32,7 @@ SHAPES = {  # layers, d, ffn, heads, vocabulary
 }
 PREFILL, GENERATE = 512, 128
 REPEATS = 3  # within a process
+TOY = "toy", (1, 64, 128, 2, 256)
 KV_DTYPE = "float32"  # our default; llama.cpp keeps 16 bits
 
 
@@ -292,19 +293,36 @@ def pinned(command: list[str], threads: int) -> list[str]:
 def have_llama() -> bool:
     code = "import gguf, llama_cpp"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    if done.returncode:
+        print(
+            "llama-cpp-python or gguf is not installed: its rows are left out",
+            file=sys.stderr,
+        )
     return done.returncode == 0
+
+
+def use_toy_sizes() -> None:
+    """One tiny shape and a few tokens, in this process."""
+    global PREFILL, GENERATE, REPEATS
+    PREFILL, GENERATE, REPEATS = 32, 8, 1
+    SHAPES.clear()
+    SHAPES.update([TOY])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--shapes", default="", help="all, where not given")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--toy", action="store_true", help="seconds: does it run?")
     parser.add_argument("--types", default="TQ2_0,Q4_0", help="of llama.cpp")
     parser.add_argument("--folder", default="", help="keeps the models for a next time")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.toy:
+        use_toy_sizes()
+        options.threads, options.passes = "1", 1
     if options.work:
         engine, path, threads = options.work
         if engine == "vaani":
@@ -318,7 +336,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     kinds = options.types.split(",") if options.types and have_llama() else []
     results: list[dict[str, Any]] = []
-    for shape in options.shapes.split(","):
+    for shape in options.shapes.split(",") if options.shapes else SHAPES:
         paths = {"vaani": folder / f"{shape}-vaani"}
         if not paths["vaani"].exists():
             write_vaani(shape, paths["vaani"])
@@ -331,9 +349,11 @@ def main() -> None:
             best = machine(threads, folder)
             for _ in range(options.passes):
                 for name, path in paths.items():
-                    command = [sys.executable, __file__, "--work", name, str(path)]
+                    command = [sys.executable, __file__]
+                    command += ["--toy"] if options.toy else []
+                    command += ["--work", name, str(path), str(threads)]
                     done = subprocess.run(
-                        pinned([*command, str(threads)], threads),
+                        pinned(command, threads),
                         stdout=subprocess.PIPE,
                         text=True,
                         check=True,

@@ -18,31 +18,40 @@ quantised; compiled for AVX-512 without AMX, it runs them.
 """
 
 import argparse
+import importlib.util
 import itertools
 import math
+import os
 import pathlib
 import sys
 import tempfile
+from typing import Any
 
 import jax
 import numpy as np
+from rich.console import Console
 
+from vaani_jax.cli.flags import config_from_flags
 from vaani_jax.data.batches import validation_windows
 from vaani_jax.data.config import DataConfig
 from vaani_jax.data.corpus import split_tokens
 from vaani_jax.data.sources import load_corpus
 from vaani_jax.evaluate.loss import ValidationSet, make_eval_step
 from vaani_jax.inference.generate import generate
-from vaani_jax.inference.model import load_model
+from vaani_jax.inference.model import load
 from vaani_jax.inference.sampling import SamplerConfig
 from vaani_jax.interop.convert import export_model
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.settings import build
+from vaani_jax.train.loop import train
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROMPT, NEW = 16, 32
 
 
-def perplexity(llm, windows, likeliest):
+def perplexity(
+    llm: Any, windows: np.ndarray, likeliest: np.ndarray
+) -> tuple[float, float]:
     """Of llama.cpp, over windows [n, length + 1].
 
     Also the share of positions where the likeliest token is not ours [n, length].
@@ -60,11 +69,11 @@ def perplexity(llm, windows, likeliest):
     return math.exp(total / likeliest.size), other / likeliest.size
 
 
-def continuation(llm, prompt):
+def continuation(llm: Any, prompt: np.ndarray) -> list[int]:
     """The greedy text of llama.cpp, as ids."""
     llm.reset()
     llm.eval(prompt.tolist())
-    found = []
+    found: list[int] = []
     for _ in range(NEW):
         found.append(int(np.argmax(llm.scores[llm.n_tokens - 1])))
         llm.eval(found[-1:])
@@ -73,15 +82,45 @@ def continuation(llm, prompt):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--workdir", default="", help="of the run")
+    parser.add_argument("--toy", action="store_true", help="seconds: does it run?")
     parser.add_argument("--types", default="tq2_0,tq1_0,q8_0,f16")
     parser.add_argument("--embeddings", default="float32", help="float16,float32")
     parser.add_argument("--prompts", type=int, default=10)
     parser.add_argument("--windows", type=int, default=400)
     options = parser.parse_args()
-    from llama_cpp import Llama
+    with tempfile.TemporaryDirectory() as folder:
+        if options.toy:
+            options.types, options.prompts, options.windows = "tq2_0,f16", 2, 4
+            options.workdir = options.workdir or make_toy(pathlib.Path(folder))
+        if not options.workdir:
+            parser.error("the following arguments are required: --workdir")
+        return compare(options)
 
-    model = load_model(options.workdir)
+
+def make_toy(folder: pathlib.Path) -> str:
+    """A run of two steps, as wide as a block of GGUF's ternary types."""
+    flags = [
+        f"--config={ROOT / 'configs' / 'gguf.py'}",
+        f"--config.data.path={ROOT / 'README.md'}",
+        *("--config.num_steps=2", "--config.batch_size=2"),
+        *("--config.model.n_layers=1", "--config.model.dim=256"),
+        *("--config.model.n_heads=4", "--config.model.ffn_dim=256"),
+        *("--config.model.max_seq_len=64", "--config.sample_interval=0"),
+    ]
+    sys.argv = ["train.py", *flags]  # ml_collections looks for overrides there
+    config = config_from_flags(flags).config
+    with open(os.devnull, "w") as sink:
+        train(config, folder / "run", console=Console(file=sink))
+    return str(folder / "run")
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Prints the table; 1 where a bar is missed."""
+    llama = importlib.util.find_spec("llama_cpp") is not None
+    if not llama:
+        print("llama-cpp-python is not installed: its rows are left out")
+    model = load(options.workdir)
     length = model.config.max_seq_len
     data = build(DataConfig, model.metadata.run["data"], "data.")
     corpus = load_corpus(data)
@@ -123,6 +162,10 @@ def main() -> int:
     )
     print("|---|---|---|---|---|---|---|")
     print(f"| Vaani | | {ours.perplexity:.4f} | | | | |")
+    if not llama:
+        return 0
+    from llama_cpp import Llama
+
     missed = False
     kinds = itertools.product(options.types.split(","), options.embeddings.split(","))
     with tempfile.TemporaryDirectory() as folder:

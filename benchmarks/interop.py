@@ -109,12 +109,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", default="", help="for the models; a temporary one")
     parser.add_argument("--only", default="", help="commands, separated by commas")
+    parser.add_argument("--toy", action="store_true", help="seconds: does it run?")
     options = parser.parse_args()
+    if options.toy:
+        options.only = options.only or "export tq2_0,import packed"
     names = options.only.split(",") if options.only else list(COMMANDS)
     with tempfile.TemporaryDirectory(dir=options.folder or None) as room:
         folders = {size: pathlib.Path(room) / size for size in ("small", "large")}
         masters = {
-            size: answer(MAKE, str(folder / "run"), size)
+            size: answer(MAKE, str(folder / "run"), "small" if options.toy else size)
             for size, folder in folders.items()
         }
         print(f"masters: {masters['large'] / 1e6:.0f} MB")

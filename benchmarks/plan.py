@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 # A config, its batch and the number of devices.
 CASES = (("medium", 0, 1), ("medium", 0, 4), ("large", 8, 1), ("large", 8, 4))
+TOY = (("debug", 0, 2),)
 
 
 def resident(key: str) -> int:
@@ -88,6 +89,7 @@ def measure(name: str, batch: int, devices: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--toy", action="store_true", help="seconds: does it run?")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -95,7 +97,7 @@ def main() -> None:
         measure(name, int(batch), int(devices))
         return
     rows: list[dict[str, Any]] = []
-    for case in CASES:
+    for case in TOY if options.toy else CASES:
         print(f"measuring {case[0]} on {case[2]} devices", file=sys.stderr)
         done = subprocess.run(
             [sys.executable, __file__, "--worker", *map(str, case)],

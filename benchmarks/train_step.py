@@ -327,6 +327,7 @@ def main() -> None:
     )
     parser.add_argument("--config", action="append", help="several for --accelerator")
     parser.add_argument("--passes", type=int, default=7)
+    parser.add_argument("--toy", action="store_true", help="seconds: does it run?")
     parser.add_argument("--seconds", type=float, default=3.0, help="per turn, roughly")
     parser.add_argument("--json", action="store_true")
     parser.add_argument(
@@ -342,6 +343,11 @@ def main() -> None:
     for flag in overrides:
         if not (flag.startswith("--config.") and "=" in flag):
             parser.error(f"unknown argument {flag}")
+    if options.toy:
+        options.config = options.config or [str(ROOT / "configs" / "debug.py")]
+        options.passes, options.seconds = 1, 0.01
+        options.context = 16
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # its compiler takes most of a minute
     if options.accelerator:
         compare_variants(options, overrides)
         return

@@ -99,10 +99,11 @@ def accident(kind: str, steps: int) -> Iterator[None]:
 
     from vaani_jax.data.batches import Batches
     from vaani_jax.train import program
+    from vaani_jax.train.schedules import Schedule
 
     middle = steps // 2
 
-    class Multiplied(program.Schedule):
+    class Multiplied(Schedule):
         def decay(self, step: Any) -> Any:
             hit = (step >= middle) & (step < middle + 20)
             return super().decay(step) * jnp.where(hit, 100.0, 1.0)
@@ -232,11 +233,11 @@ def run_other(job: Job) -> dict[str, Any]:
     return {"loss": result.loss}
 
 
-def work(job: Job) -> None:
+def answer_to(job: Job) -> dict[str, Any]:
     began = time.perf_counter()
     other = job.get("optimizer") in OTHERS
     answer = run_other(job) if other else run_vaani(job)
-    print(json.dumps(answer | {"seconds": round(time.perf_counter() - began, 1)}))
+    return answer | {"seconds": round(time.perf_counter() - began, 1)}
 
 
 # -- All runs -----------------------------------------------------------------------
@@ -275,6 +276,13 @@ class Results:
             loss = answer["loss"]
             losses.append(loss if loss == loss else float("inf"))
         return statistics.median(losses)
+
+
+def run_here(jobs: list[Job], results: Results) -> None:
+    """One after another in this process, which keeps what it compiled."""
+    for job in jobs:
+        if results.get(job) is None:
+            results.put(job, answer_to(job))
 
 
 def run_all(jobs: list[Job], results: Results, processes: int) -> None:
@@ -436,6 +444,14 @@ def full_length(sweep: Sweep, results: Results) -> dict[str, list[Job]]:
     }
 
 
+def use_toy_sizes() -> None:
+    """One of each kind of run."""
+    global STARTS, GRID, THRESHOLDS, BANDS, SETTLE
+    STARTS, GRID, THRESHOLDS, BANDS = [1e-2], [1e-2], [0.5], [(0.3, 0.4)]
+    SETTLE = 8
+    del OTHERS["prodigy"], OTHERS["dadapt_adamw"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="", help="text; default: Tiny Shakespeare")
@@ -447,11 +463,17 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--parts", default="robust,others,sparsity,rescue,full")
     parser.add_argument("--results", default="", help="file to keep finished runs in")
+    parser.add_argument("--toy", action="store_true", help="seconds: does it run?")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
-        work(json.loads(options.job))
+        print(json.dumps(answer_to(json.loads(options.job))))
         return
+    if options.toy:
+        use_toy_sizes()
+        options.shape, options.seeds, options.steps = "1x32x64x16", "0", 24
+        options.parts = "robust,others,sparsity,rescue"
+        options.data = options.data or str(ROOT / "README.md")
     data = options.data and str(pathlib.Path(options.data).resolve())
     sweep = Sweep(
         shape=tuple(map(int, options.shape.split("x"))),
@@ -461,7 +483,10 @@ def main() -> None:
     )
     mark = hashlib.sha256(f"{data}{sweep}".encode()).hexdigest()[:8]
     default = pathlib.Path(tempfile.gettempdir()) / f"vaani-tuner-{mark}.jsonl"
-    results = Results(pathlib.Path(options.results) if options.results else default)
+    kept = pathlib.Path(options.results) if options.results else default
+    if options.toy:  # nothing of an earlier call: it shows that each kind still runs
+        kept = pathlib.Path(tempfile.mkdtemp(prefix="vaani-tuner-")) / "results.jsonl"
+    results = Results(kept)
     parts = options.parts.split(",")
     jobs = []
     if {"robust", "others", "full"} & set(parts):
@@ -473,7 +498,10 @@ def main() -> None:
     if "rescue" in parts:
         jobs += sweep.tuned()[1e-2] + flat(sweep.accidents())
     unique = list({json.dumps(job): job for job in jobs}.values())
-    run_all(unique, results, options.processes)
+    if options.toy:
+        run_here(unique, results)
+    else:
+        run_all(unique, results, options.processes)
     print(f"{options.shape}, {sweep.steps} steps, seeds {options.seeds}: median losses")
     report(sweep, results, parts)
     if "full" in parts:

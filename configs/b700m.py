@@ -11,11 +11,11 @@ Not run yet: no time, no memory and no score. In the paper, perplexity 12.87, it
 12.33.
 """
 
-from configs import base
+from vaani_jax import default_config
 
 
 def get_config():
-    config = base.get_config()
+    config = default_config()
     config.num_steps = 95_367  # x 1,048,576 tokens: 100 billion
     config.batch_size = 512  # x 2048 tokens: 1M a step
     config.learning_rate = 1.5e-3

@@ -10,11 +10,11 @@ With ffn_dim=768, where a row is three blocks: 1.653 in 3 min 36 s, 1.496 after 
 steps.
 """
 
-from configs import base
+from vaani_jax import default_config
 
 
 def get_config():
-    config = base.get_config()
+    config = default_config()
     config.num_steps = 1000
     config.batch_size = 12
     config.learning_rate = 0.012

@@ -5,11 +5,11 @@ python train.py --config=configs/large.py --config.data.path='corpus/*.txt'
 Not run to its end yet: no time and no score.
 """
 
-from configs import base
+from vaani_jax import default_config
 
 
 def get_config():
-    config = base.get_config()
+    config = default_config()
     config.num_steps = 20_000
     config.batch_size = 128
     config.learning_rate = 1.5e-3

@@ -6,11 +6,11 @@ Two cores of an Intel Xeon with AMX, 2026-11-24: 5.1 s a step with AdamW, so abo
 hours; only steps were measured, no score.
 """
 
-from configs import base
+from vaani_jax import default_config
 
 
 def get_config():
-    config = base.get_config()
+    config = default_config()
     config.num_steps = 5000
     config.batch_size = 64
     config.learning_rate = 1e-3

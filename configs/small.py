@@ -7,11 +7,11 @@ Shakespeare (seeds 0 to 2, each on one core, use_tuner=False); seed 0 on two cor
 1.651 in 2 min 3 s.
 """
 
-from configs import base
+from vaani_jax import default_config
 
 
 def get_config():
-    config = base.get_config()
+    config = default_config()
     config.num_steps = 2000
     config.batch_size = 12
     config.learning_rate = 0.012

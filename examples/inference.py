@@ -9,11 +9,11 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from vaani_jax.inference.model import load_model
+from vaani_jax.inference.model import load
 from vaani_jax.model.cache import KVCache
 from vaani_jax.model.transformer import Vaani
 
-model = load_model(sys.argv[1])
+model = load(sys.argv[1])
 prompt = sys.argv[2] if len(sys.argv) > 2 else "\n"
 tokens = jnp.asarray(model.tokenizer.encode(prompt))[None]  # [B = 1, T]
 steps = model.config.max_seq_len - tokens.shape[1]

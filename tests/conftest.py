@@ -1,9 +1,33 @@
-"""Settings for every test: strict numerics, no network, a cache of their own."""
+"""Settings for every test: strict numerics, no network, one cache of compiled code.
+
+The cache lies beside the temporary folders of a session, or where
+``JAX_COMPILATION_CACHE_DIR`` says: both workers of ``-n 2`` and all the commands that
+tests start as processes share it, so that no program is compiled twice.
+"""
+
+import os
+import tempfile
+
+# Before JAX is imported, which reads them once. The first process of a session makes
+# the folder: workers and the processes that they start inherit its name.
+if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="vaani-compiled-")
+    os.environ["VAANI_TESTS_OWN_CACHE"] = str(os.getpid())
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+import shutil
 
 import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_unconfigure() -> None:
+    """Removes the cache that this session made."""
+    if os.environ.get("VAANI_TESTS_OWN_CACHE") == str(os.getpid()):
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

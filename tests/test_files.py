@@ -55,7 +55,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch, call, error, exi
 def test_the_old_file_is_whole_until_the_new_one_is(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    seen = []
+    seen: list[str | tuple[bytes, bytes]] = []
     replace, fsync = os.replace, os.fsync
 
     def spy_replace(source, target):

@@ -45,6 +45,8 @@ CONFINED = {
     "gguf": {"interop.formats.gguf"},
     "tokenizers": {"text.tokenizers"},
 }
+# The face of the package: it names what lies above, and imports it when it is used.
+FACE = "__init__"
 FORBIDDEN = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "shelve", "joblib"}
 FORBIDDEN |= {"marshal", "torch", "tensorflow", "transformers"}
 
@@ -110,7 +112,7 @@ def test_imports_run_downward(module):
         for other in _modules(FILES[module])
         if other.partition(".")[0] != own and _floor(other) >= _floor(module)
     }
-    assert not upward
+    assert not upward or module == FACE
 
 
 def test_there_is_no_circle():
@@ -120,7 +122,7 @@ def test_there_is_no_circle():
         assert module not in path, " -> ".join((*path, module))
         if module in done:
             return
-        for other in _modules(FILES[module]) - {module}:
+        for other in _modules(FILES[module]) - {module, FACE}:
             visit(other, (*path, module))
         done.add(module)
 
@@ -158,9 +160,11 @@ def test_nobody_imports_the_entry_point():
         assert not tops & {"train", "configs", "tests"}, module
 
 
-@pytest.mark.parametrize("module", ["vaani_jax.cli", "vaani_jax.errors", "train"])
+@pytest.mark.parametrize(
+    "module", ["vaani_jax", "vaani_jax.cli", "vaani_jax.errors", "train"]
+)
 def test_the_command_line_starts_without_jax(module):
-    heavy = ["jax", "flax", "numpy", "orbax", "matplotlib", "rich"]
+    heavy = ["jax", "flax", "numpy", "orbax", "matplotlib", "rich", "absl"]
     code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code],

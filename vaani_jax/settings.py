@@ -123,3 +123,15 @@ def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, An
         ):
             found[prefix + key] = (a, b)
     return found
+
+
+def described(settings: Any, prefix: str = "") -> list[tuple[str, Any, str]]:
+    """Every key of a settings dataclass: dotted name, value and text, in order."""
+    found: list[tuple[str, Any, str]] = []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            found += described(value, f"{prefix}{field.name}.")
+        else:
+            found.append((prefix + field.name, value, field.metadata["text"]))
+    return found

@@ -6,10 +6,13 @@ import pathlib
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
+import train as train_script
 from vaani_jax import cli
+from vaani_jax.model.cache import KVCache
 from vaani_jax.train.config import from_dict
 from vaani_jax.train.loop import train
 
@@ -110,10 +113,31 @@ def test_generate_with_another_cache_and_other_segments(workdir, capsys):
     for more in (["--kv-dtype", "float32"], ["--segment", "7"]):
         assert cli.main([*command, "--max-new-tokens", "30", *more]) == 0
         assert capsys.readouterr().out == expected
-    for dtype in ("bfloat16", "int8"):
-        more = ["--kv-dtype", dtype]
-        assert cli.main([*command, "--max-new-tokens", "30", *more]) == 0
-        assert len(capsys.readouterr().out) == len(expected)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_the_cache_has_the_dtype_that_was_asked_for(
+    workdir, capsys, monkeypatch, dtype
+):
+    """Found in the caches that the command makes, in the place of float32."""
+    made = []
+    create = KVCache.create.__func__
+
+    def spy(cls, *args, **kwargs):
+        made.append(create(cls, *args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(KVCache, "create", classmethod(spy))
+    # A length that no other test compiles: the cache is made while it is traced.
+    segment = {"bfloat16": "11", "int8": "13"}[dtype]
+    command = ["generate", "--workdir", str(workdir), "--prompt", "abcd", "--greedy"]
+    command += ["--max-new-tokens", "9", "--segment", segment, "--kv-dtype", dtype]
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out.startswith("abcd")
+    assert made
+    assert {x.dtype for cache in made for x in (*cache.keys, *cache.values)} == {
+        jnp.dtype(dtype)
+    }
 
 
 def test_prompt_files_that_cannot_be_read(workdir, tmp_path, capsys):
@@ -166,6 +190,20 @@ def test_errors_are_one_line(workdir, capsys, arguments, message):
     assert captured.out == ""
 
 
+def one_error(capsys, monkeypatch, arguments, message):
+    """Training from these flags ends in one line with the message."""
+    monkeypatch.chdir(ROOT)
+    # ml_collections looks for overrides there.
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    capsys.readouterr()
+    assert cli.run_guarded(train_script.main, arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1, captured.err
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+
+
 def run_script(*command, **environment):
     return subprocess.run(
         [sys.executable, *command],
@@ -194,17 +232,23 @@ def run_script(*command, **environment):
         ),
     ],
 )
-def test_train_errors_leave_nothing_behind(tmp_path, arguments, message):
-    result = run_script("train.py", *arguments, f"--workdir={tmp_path / 'run'}")
-    assert result.returncode == 1
-    assert result.stdout == ""
-    assert len(result.stderr.splitlines()) == 1
-    assert result.stderr.startswith("error: ")
-    assert message in result.stderr
+def test_train_errors_leave_nothing_behind(
+    tmp_path, capsys, monkeypatch, arguments, message
+):
+    one_error(
+        capsys, monkeypatch, [*arguments, f"--workdir={tmp_path / 'run'}"], message
+    )
     assert not (tmp_path / "run").exists()
 
 
-def test_no_network_falls_back_with_a_notice(tmp_path):
+def test_the_script_ends_with_the_status_of_its_error():
+    result = run_script("train.py", "--config=configs/none.py")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr == "error: no config file at configs/none.py\n"
+
+
+def test_no_network_falls_back_with_a_notice(tmp_path, capsys, monkeypatch):
     """Trains anywhere; a proxy that refuses connections stands for no network."""
     proxy = "http://127.0.0.1:9"
     flags = ["--config=configs/debug.py", "--config.num_steps=2"]
@@ -216,10 +260,9 @@ def test_no_network_falls_back_with_a_notice(tmp_path):
     corpus = json.loads((tmp_path / "run" / "run.json").read_text())["corpus"]
     assert "standard library" in corpus["source"]
     strict = [*flags, "--config.data.fallback=False", f"--workdir={tmp_path / 'b'}"]
-    result = run_script("train.py", *strict, https_proxy=proxy, HTTPS_PROXY=proxy)
-    assert result.returncode == 1
-    assert "could not download Tiny Shakespeare" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, proxy)
+    one_error(capsys, monkeypatch, strict, "could not download Tiny Shakespeare")
 
 
 def test_example_runs(workdir):
@@ -231,12 +274,9 @@ def test_example_runs(workdir):
     assert len(result.stdout.rstrip("\n")) >= 18
 
 
-def test_unwritable_workdir_is_one_line(tmp_path):
+def test_unwritable_workdir_is_one_line(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     flags = ["--config=configs/debug.py", f"--workdir={tmp_path / 'file' / 'run'}"]
     text = tmp_path / "t.txt"
     text.write_text("some text to train on\n" * 100)
-    result = run_script("train.py", *flags, f"--config.data.path={text}")
-    assert result.returncode == 1
-    assert len(result.stderr.splitlines()) == 1, result.stderr
-    assert result.stderr.startswith("error: ")
+    one_error(capsys, monkeypatch, [*flags, f"--config.data.path={text}"], "")

@@ -39,6 +39,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         server = self.server
+        assert isinstance(server, Server)
         behaviour = server.script[min(server.requests, len(server.script) - 1)]
         server.requests += 1
         if behaviour == "hang":
@@ -82,7 +83,7 @@ def pauses(monkeypatch):
 def refusal(config) -> str:
     """The one line that a config earns."""
     with pytest.raises(VaaniError) as caught:
-        load_corpus(config, [].append)
+        load_corpus(config, lambda line: None)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -133,7 +134,7 @@ def test_cache_is_found_and_kept(server, tmp_path, monkeypatch, chosen):
         config = DataConfig(data_dir=str(tmp_path))  # goes before the environment
     else:
         monkeypatch.setenv(chosen, str(tmp_path))
-    said = []
+    said: list[str] = []
     first = load_corpus(config, said.append)
     assert (first.text, first.source) == (PLAY.decode(), "Tiny Shakespeare")
     assert first.sha256 == hashlib.sha256(PLAY).hexdigest()
@@ -148,7 +149,7 @@ def test_cache_is_found_and_kept(server, tmp_path, monkeypatch, chosen):
 def test_damaged_cache_is_downloaded_again(server, tmp_path):
     cached = tmp_path / "tinyshakespeare.txt"
     cached.write_bytes(PLAY[:-1])
-    said = []
+    said: list[str] = []
     corpus = load_corpus(DataConfig(data_dir=str(tmp_path)), said.append)
     assert "damaged" in said[0]
     assert corpus.text == PLAY.decode()
@@ -179,7 +180,7 @@ def test_bad_download(server, pauses, tmp_path, script, words, requests):
 @pytest.mark.parametrize("attempts", [1, 2, 4])
 def test_attempts(server, pauses, attempts):
     server.script = ["error"] * (attempts - 1) + ["whole"]
-    said = []
+    said: list[str] = []
     corpus = load_corpus(DataConfig(download_attempts=attempts), said.append)
     assert corpus.text == PLAY.decode()
     assert server.requests == attempts
@@ -198,7 +199,7 @@ def test_a_server_that_hangs_is_left(server, pauses):
 def test_an_unwritable_cache_is_only_told(server, tmp_path):
     blocker = tmp_path / "blocker"
     blocker.write_bytes(b"")
-    said = []
+    said: list[str] = []
     corpus = load_corpus(DataConfig(data_dir=str(blocker)), said.append)
     assert corpus.text == PLAY.decode()
     assert "could not keep the download" in said[-1]
@@ -206,9 +207,9 @@ def test_an_unwritable_cache_is_only_told(server, tmp_path):
 
 def test_no_network_falls_back_to_the_standard_library(server, pauses):
     server.script = ["truncated"]
-    said = []
+    said: list[str] = []
     first = load_corpus(DataConfig(download_attempts=1), said.append)
-    second = load_corpus(DataConfig(download_attempts=1), [].append)
+    second = load_corpus(DataConfig(download_attempts=1), lambda line: None)
     assert first == second
     assert first.text.isascii()
     assert sources.STDLIB_BYTES <= len(first.text) < 2 * sources.STDLIB_BYTES

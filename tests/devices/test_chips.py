@@ -24,7 +24,7 @@ def test_a_device_kind_is_one_chip_or_none():
     assert len(kinds) == len(set(kinds))
     for chip in CHIPS.values():
         assert {chip_of(kind) for kind in chip.device_kinds} == {chip}
-    assert chip_of("NVIDIA H100 80GB HBM3").name == "H100"
-    assert chip_of("TPU v5 lite").name == "TPU-v5e"
+    assert chip_of("NVIDIA H100 80GB HBM3") is CHIPS["H100"]
+    assert chip_of("TPU v5 lite") is CHIPS["TPU-v5e"]
     for other in ("cpu", "", "NVIDIA H100 PCIe", "NVIDIA H100", "TPU", "tpu v4"):
         assert chip_of(other) is None

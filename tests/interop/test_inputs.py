@@ -25,7 +25,7 @@ from vaani_jax.data.config import DataConfig
 from vaani_jax.data.corpus import make_tokenizer
 from vaani_jax.data.sources import Corpus
 from vaani_jax.errors import VaaniError
-from vaani_jax.inference.model import load_model
+from vaani_jax.inference.model import load
 from vaani_jax.interop import names
 from vaani_jax.interop import tokenizers as tokenizer_files
 from vaani_jax.interop.convert import export_model, import_model
@@ -200,8 +200,8 @@ def test_an_import_can_be_packed(kind, tmp_path, capsys):
     assert main(["pack", "--workdir", back, "--output", small]) == 0
     assert "next:" in capsys.readouterr().out
     # The scales are those that were imported, to the bit.
-    codes = load_model(back, notify=notify)
-    packed = load_model(small, notify=notify)
+    codes = load(back, notify=notify)
+    packed = load(small, notify=notify)
     assert packed.packed
     for name, (_, scale) in ternary_codes(
         codes.config, codes.params, codes.quant
@@ -469,7 +469,7 @@ def test_a_thousand_mutated_files_give_a_model_or_one_line(folders, tmp_path):
                 refused += 1
                 continue
             # What was imported loads, with the shapes that its config says.
-            model = load_model(workdir, notify=notify)
+            model = load(workdir, notify=notify)
             shutil.rmtree(workdir)
             assert model.config == found
             expected = jax.eval_shape(
@@ -511,4 +511,4 @@ def test_the_context_of_an_import_decides_nothing_else(tmp_path):
     run = make_run(tmp_path / "run", TINY, tokenizer=CHARACTERS)
     export_model(run, tmp_path / "out", target="hf", notify=notify)
     import_model(tmp_path / "out", tmp_path / "back", max_seq_len=8, notify=notify)
-    assert load_model(tmp_path / "back", notify=notify).config.max_seq_len == 8
+    assert load(tmp_path / "back", notify=notify).config.max_seq_len == 8

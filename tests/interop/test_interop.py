@@ -19,7 +19,7 @@ import transformers
 from vaani_jax.errors import VaaniError
 from vaani_jax.evaluate.loss import ValidationSet, make_eval_step
 from vaani_jax.inference.generate import generate
-from vaani_jax.inference.model import load_model
+from vaani_jax.inference.model import load
 from vaani_jax.inference.sampling import SamplerConfig
 from vaani_jax.interop import tokenizers as tokenizer_files
 from vaani_jax.interop.convert import as_flags, export_model, import_model
@@ -119,7 +119,7 @@ def transformers_model(folder):
 
 def agreement(workdir, folder):
     """How a folder in transformers compares with a run here."""
-    model = load_model(workdir, notify=notify)
+    model = load(workdir, notify=notify)
     theirs = transformers_model(folder)
     assert sum(p.dtype == torch.float32 for p in theirs.parameters())
     ids = model.tokenizer.encode(TEXT)
@@ -220,8 +220,8 @@ def assert_same_arrays(a, b):
 def test_masters_come_back_as_they_were(variant, runs, tmp_path):
     export_model(runs(variant), tmp_path / "out", target="hf", notify=notify)
     import_model(tmp_path / "out", tmp_path / "back", notify=notify)
-    before = load_model(runs(variant), notify=notify)
-    after = load_model(tmp_path / "back", notify=notify)
+    before = load(runs(variant), notify=notify)
+    after = load(tmp_path / "back", notify=notify)
     assert_same_arrays(before.params, after.params)
     assert_same_arrays(before.quant, after.quant)
     assert after.tokenizer.to_json() == before.tokenizer.to_json()
@@ -245,8 +245,8 @@ def test_codes_and_scales_come_back_exactly(change, tmp_path):
     run = make_run(tmp_path / "run", config)
     export_model(run, tmp_path / "out", target="hf-packed", notify=notify)
     import_model(tmp_path / "out", tmp_path / "back", notify=notify)
-    before = load_model(run, notify=notify)
-    after = load_model(tmp_path / "back", notify=notify)
+    before = load(run, notify=notify)
+    after = load(tmp_path / "back", notify=notify)
     ours = ternary_codes(before.config, before.params, before.quant)
     theirs = ternary_codes(after.config, after.params, after.quant)
     assert ours.keys() == theirs.keys()
@@ -284,7 +284,7 @@ def test_a_large_model_is_sharded(runs, tmp_path):
     assert len(files) > 3
     assert not (tmp_path / "out" / hf.SINGLE).exists()
     import_model(tmp_path / "out", tmp_path / "back", notify=notify)
-    before, after = load_model(run), load_model(tmp_path / "back")
+    before, after = load(run), load(tmp_path / "back")
     assert_same_arrays(before.params, after.params)
     expected = transformers_model(tmp_path / "out").state_dict()
     kernel = np.asarray(before.params["layers_1"]["ffn"]["down_proj"]["kernel"])
@@ -423,7 +423,7 @@ def test_a_llama_computes_the_same_and_starts_a_ternary_run(tmp_path):
     assert found["same"] == 10
     log = train_from(tmp_path, "--config.quantize_steps=4")
     assert "sub-norms are added" in log
-    trained = load_model(tmp_path / "trained", checkpoint="last", notify=notify)
+    trained = load(tmp_path / "trained", checkpoint="last", notify=notify)
     assert trained.config.quantize
     assert trained.config.sub_norms
 
@@ -432,7 +432,7 @@ def train_from(folder, *flags):
     """Trains a few steps from the run in ``folder``; returns what it printed."""
     (folder / "text.txt").write_text(TEXT * 2, encoding="utf-8")
     root = pathlib.Path(__file__).parents[2]
-    theirs = load_model(folder / "run", notify=notify).config
+    theirs = load(folder / "run", notify=notify).config
     told = [f for f in as_flags(theirs).split() if "max_seq_len" not in f]
     done = subprocess.run(
         [
@@ -465,8 +465,8 @@ def test_a_ternary_import_starts_a_run_where_it_was(target, runs, tmp_path):
         export_model(runs("relu2-gqa-tied"), tmp_path / "out", target=target)
     import_model(tmp_path / "out", tmp_path / "run", notify=notify)
     train_from(tmp_path)
-    before = load_model(tmp_path / "run", notify=notify)
-    after = load_model(tmp_path / "trained", checkpoint="last", notify=notify)
+    before = load(tmp_path / "run", notify=notify)
+    after = load(tmp_path / "trained", checkpoint="last", notify=notify)
     a = ternary_codes(before.config, before.params, before.quant)
     b = ternary_codes(after.config, after.params, after.quant)
     for name in a:
@@ -495,7 +495,7 @@ def test_ggufs_own_reader_finds_the_codes(kind, embedding, tmp_path):
         assert 0 < result.median < result.largest
     else:
         assert result.median <= 1e-6 * result.spread
-    model = load_model(run, notify=notify)
+    model = load(run, notify=notify)
     codes = ternary_codes(model.config, model.params, model.quant)
     reader = gguf.GGUFReader(path)
     found = {t.name: t for t in reader.tensors}
@@ -547,7 +547,7 @@ def test_a_full_precision_model_in_gguf(tmp_path):
     export_model(run, path, target="gguf", gguf_type="f16", notify=notify)
     found = {t.name: t for t in gguf.GGUFReader(path).tensors}
     assert not any(name.endswith(".scale") for name in found)
-    kernel = load_model(run).params["layers_0"]["attn"]["q_proj"]["kernel"]
+    kernel = load(run).params["layers_0"]["attn"]["q_proj"]["kernel"]
     np.testing.assert_allclose(
         found["blk.0.attn_q.weight"].data.T, kernel, rtol=1e-3, atol=1e-6
     )

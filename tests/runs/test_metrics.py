@@ -62,7 +62,7 @@ def test_flatten():
         "train/loss": np.float32(0.5),
         "perf/steps": 3,
         "quant/sparsity": {
-            "layers/attn/q_proj": np.float32([0.25, 0.75]),
+            "layers/attn/q_proj": np.array([0.25, 0.75], np.float32),
             "head": np.array(0.5),
         },
         "deep": {"er": {"still": 1.0}},

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from vaani_jax.errors import VaaniError
-from vaani_jax.train import schedules as optim
+from vaani_jax.train import optimizers
 from vaani_jax.train.optimizers import OptimConfig, make_optimizer
 from vaani_jax.train.schedules import Schedule
 
@@ -137,7 +137,9 @@ def test_schedule_passes_its_landmarks():
     config = OptimConfig(schedule="cosine", warmup_steps=10, final_ratio=0.1)
     schedule = Schedule(config, 1.0, 110)
     for step, rate in [(0, 0.1), (4, 0.5), (9, 1), (10, 1), (60, 0.55), (110, 0.1)]:
-        assert float(schedule.learning_rate(step)) == pytest.approx(rate, rel=1e-6)
+        assert float(schedule.learning_rate(jnp.int32(step))) == pytest.approx(
+            rate, rel=1e-6
+        )
 
 
 @pytest.mark.parametrize("stacked", [False, True])
@@ -180,7 +182,7 @@ def test_muon_update_is_nearly_orthogonal(key):
     after = _run(OptimConfig(name="muon"), params, [grads], weight_decay=0.0)
     before, after = (np.float64(t["layers_0"][key]["kernel"]) for t in (params, after))
     update, gradient = (before - after) / PEAK, grads["layers_0"][key]["kernel"]
-    rows, columns = update.shape
+    rows, columns = gradient.shape
     singular = np.linalg.svd(update, compute_uv=False) / max(1, columns / rows) ** 0.5
     assert singular.min() > 0.65
     assert singular.max() < 1.25
@@ -243,7 +245,8 @@ def test_the_state_begins_with_the_numbers_of_the_config():
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_the_first_moment_may_be_kept_in_bfloat16(name):
     params, grads = _tree(0), [_tree(i) for i in range(1, 6)]
-    results, dtypes = {}, {}
+    results = {}
+    dtypes: dict[str, dict[str, set[str]]] = {}
     for dtype in ("float32", "bfloat16"):
         config = OptimConfig(name=name, moment_dtype=dtype, weight_decay=0.0)
         init, step = _jitted(config)
@@ -271,9 +274,9 @@ def test_the_first_moment_may_be_kept_in_bfloat16(name):
 
 def test_masks_know_stacked_and_unrolled_names():
     for params in (_tree(0), _stacked(_tree(0))):
-        for name, decays in _leaves(optim.decay_mask(params)).items():
+        for name, decays in _leaves(optimizers.decay_mask(params)).items():
             assert bool(decays) == (not name.endswith("scale"))
-        for name, label in _leaves(optim.muon_labels(params)).items():
+        for name, label in _leaves(optimizers.muon_labels(params)).items():
             inside = name.startswith("layers") and name.endswith("kernel")
             assert str(label) == ("muon" if inside else "adamw")
 

@@ -71,7 +71,7 @@ def finish(processes, seconds=240) -> list[int]:
 
 def losses(workdir) -> dict[int, float]:
     rows = read_rows(workdir / "metrics.jsonl")
-    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+    return {int(row["step"]): row["train/loss"] for row in rows if "train/loss" in row}
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from vaani_jax.data.batches import Batches
 from vaani_jax.errors import VaaniError
-from vaani_jax.inference.model import load_model
+from vaani_jax.inference.model import load
 from vaani_jax.runs.checkpoints import Checkpoints
 from vaani_jax.train.config import from_dict
 from vaani_jax.train.loop import Callback, train
@@ -197,7 +197,7 @@ def test_callbacks_see_the_last_step_of_a_stopped_run(text, tmp_path):
             stop=stop,
             callbacks=[watch],
         )
-    assert load_model(tmp_path / "run", checkpoint="last").step == max(watch.steps)
+    assert load(tmp_path / "run", checkpoint="last").step == max(watch.steps)
     assert list(watch.steps) == list(range(1, len(watch.steps) + 1))
 
 
@@ -281,7 +281,7 @@ def test_signals_save_and_leave_with_exit_0(text, tmp_path, number):
     assert "everything is saved" in output
     assert f"--workdir={workdir}" in output.splitlines()[-1]
     stopped = int(output.split("stopped at step ")[1].split(" ")[0].replace(",", ""))
-    model = load_model(workdir, checkpoint="last")
+    model = load(workdir, checkpoint="last")
     assert model.step == stopped
     assert (workdir / "training_curves.png").exists()
 
@@ -360,7 +360,7 @@ def test_a_finished_run_says_so_and_can_be_extended(text, uninterrupted, tmp_pat
 def test_epochs_set_the_length(text, tmp_path):
     config = make_config(text, num_steps=0, num_epochs=1, batch_size=128)
     run(config, tmp_path / "run")
-    model = load_model(tmp_path / "run", checkpoint="last")
+    model = load(tmp_path / "run", checkpoint="last")
     tokens = int(0.9 * len(text.read_text()))
     assert model.step == ((tokens - 1) // 16 - 1) // 128
 
@@ -369,8 +369,8 @@ def test_init_from_takes_weights_and_tokenizer(text, uninterrupted, tmp_path):
     source = uninterrupted[0]
     config = make_config(text, init_from=str(source), num_steps=1, learning_rate=1e-30)
     run(config, tmp_path / "new")
-    old = load_model(source)
-    new = load_model(tmp_path / "new", checkpoint="last")
+    old = load(source)
+    new = load(tmp_path / "new", checkpoint="last")
     jax.tree.map(np.testing.assert_array_equal, old.params, new.params)
     scanned = make_config(
         text,
@@ -380,7 +380,7 @@ def test_init_from_takes_weights_and_tokenizer(text, uninterrupted, tmp_path):
         model={"scan_layers": True},
     )
     run(scanned, tmp_path / "scanned")
-    new = load_model(tmp_path / "scanned", checkpoint="last")
+    new = load(tmp_path / "scanned", checkpoint="last")
     jax.tree.map(np.testing.assert_array_equal, old.params, new.params)
     with pytest.raises(VaaniError, match=r"model.n_layers is 2 there, 3 here"):
         run(
@@ -520,7 +520,7 @@ def test_a_run_beyond_rescue_ends_with_its_checkpoint_intact(
         run(tuned_config(text, tuner={**KEEN, "rescues_max": 1}), tmp_path / "run")
     assert "after going back once" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert load_model(tmp_path / "run").step == 24
+    assert load(tmp_path / "run").step == 24
     assert events(tmp_path / "run", "state")
 
 
@@ -568,16 +568,44 @@ def test_a_signal_in_the_range_test_decides_nothing(text, tuned, tmp_path):
     assert final_state(workdir, 48) == final_state(tuned[0], 48)
 
 
-def test_twin_trains_with_the_same_parameters(text, uninterrupted, tmp_path):
-    run(make_config(text, model={"quantize": False}), tmp_path / "twin")
-    twin = load_model(tmp_path / "twin")
-    ternary = load_model(uninterrupted[0])
-    assert jax.tree.structure(twin.params) == jax.tree.structure(ternary.params)
+EACH_STEP = {"num_steps": 16, "log_interval": 1}
 
 
-def test_gradual_quantisation_trains(text, tmp_path):
-    config = make_config(text, quantize_steps=12)
-    assert run(config, tmp_path / "run").loss < 3.2
+def losses(workdir) -> list[float]:
+    history = json.loads((workdir / "training_history.json").read_text())
+    return history["train/loss"]["value"]
+
+
+@pytest.fixture(scope="module")
+def twin(text, tmp_path_factory):
+    """A run in full precision that tells every loss."""
+    workdir = tmp_path_factory.mktemp("twin") / "run"
+    run(make_config(text, model={"quantize": False}, **EACH_STEP), workdir)
+    return workdir
+
+
+def test_twin_trains_with_the_same_parameters(twin, uninterrupted):
+    """Equal names, shapes and dtypes; its own loss, which falls."""
+    trees = [load(workdir).params for workdir in (twin, uninterrupted[0])]
+    one, other = (
+        jax.tree.map(lambda x: (x.shape, x.dtype.name), tree) for tree in trees
+    )
+    assert one == other
+    assert load(twin).quant == {}
+    seen = losses(twin)
+    assert np.mean(seen[-3:]) < seen[0] - 0.1
+
+
+def test_gradual_quantisation_trains(text, twin, tmp_path):
+    """It begins as the twin, to the last rounding, and leaves it from the next step."""
+    config = make_config(text, quantize_steps=12, **EACH_STEP)
+    run(config, tmp_path / "run")
+    gradual, full = losses(tmp_path / "run"), losses(twin)
+    assert len(gradual) == len(full) == 16
+    assert gradual[0] == pytest.approx(full[0], rel=1e-5)
+    apart = np.abs(np.asarray(gradual) / full - 1)
+    assert apart[-4:].min() > 1e-4  # all ternary by now
+    assert np.mean(gradual[-3:]) < gradual[0] - 0.1
 
 
 def test_full_disk_is_one_line(text, tmp_path, monkeypatch):

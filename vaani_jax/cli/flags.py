@@ -6,14 +6,65 @@ This is the only module that knows ml_collections.
 import dataclasses
 import difflib
 import pathlib
+import sys
+import types
+import typing
 from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FieldReference, config_flags
+from ml_collections.config_dict import placeholder
 
 from vaani_jax.errors import VaaniError
 from vaani_jax.train.config import Config, from_dict
+
+
+def default_config() -> ConfigDict:
+    """Every key with its default, for config files to change; locked."""
+    return _config_dict(Config()).lock()
+
+
+def _config_dict(settings: Any) -> ConfigDict:
+    kinds = typing.get_type_hints(type(settings))
+    result = ConfigDict()
+    for field in dataclasses.fields(settings):
+        value, kind = getattr(settings, field.name), kinds[field.name]
+        if dataclasses.is_dataclass(value):
+            value = _config_dict(value)
+        elif typing.get_origin(kind) in (typing.Union, types.UnionType):
+            # ConfigDict would keep the type of the default, which is one of several.
+            number = next(k for k in typing.get_args(kind) if k in (int, float))
+            value = (
+                placeholder(number)
+                if value is None
+                else FieldReference(value, field_type=object)
+            )
+        result[field.name] = value
+    return result
+
+
+def find_config(name: str) -> pathlib.Path:
+    """A config file: as named, or one of those that come with Vaani.
+
+    Args:
+      name: a path; ``configs/small.py`` and ``small`` also name a shipped one.
+
+    Raises VaaniError where there is none.
+    """
+    path = pathlib.Path(name)
+    if path.is_file():
+        return path
+    package = pathlib.Path(__file__).parents[1]
+    shipped = package / "configs"
+    if not shipped.is_dir():  # a checkout
+        shipped = package.parent / "configs"
+    if path.parent in (pathlib.Path("."), pathlib.Path("configs")):
+        candidate = shipped / f"{path.stem}.py"
+        if candidate.is_file():
+            return candidate
+    known = ", ".join(sorted(file.stem for file in shipped.glob("*.py")))
+    raise VaaniError(f"no config file at {name}; with Vaani come {known}")
 
 
 def from_config_dict(values: ConfigDict) -> Config:
@@ -57,15 +108,17 @@ def config_from_flags(arguments: Sequence[str]) -> Invocation:
     flags.DEFINE_integer("num_processes", None, "of this job", lower_bound=1, **define)
     flags.DEFINE_integer("process_id", None, "from 0", lower_bound=0, **define)
     flags.DEFINE_boolean("distributed", False, "join other processes", **define)
-    path = _config_path(arguments)
-    if not pathlib.Path(path).is_file():
-        raise VaaniError(f"no config file at {path}")
+    path = str(find_config(_config_path(arguments)))
+    given = ["train", *_with_path(arguments, path)]
+    told, sys.argv = sys.argv, given  # where ml_collections looks for overrides
     try:
-        extra = values(["train.py", *arguments])[1:]
+        extra = values(given)[1:]
     except flags.Error as error:
         raise VaaniError(_one_line(error)) from None
     except (AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
         raise VaaniError(_explain(path, arguments, error)) from None
+    finally:
+        sys.argv = told
     if extra:
         raise VaaniError(f"unexpected argument {extra[0]!r}: flags begin with --")
     return Invocation(
@@ -87,6 +140,17 @@ def _config_path(arguments: Sequence[str]) -> str:
                 value = arguments[i + 1] if i + 1 < len(arguments) else ""
             return value
     raise VaaniError("which config? Say --config=configs/small.py, for example")
+
+
+def _with_path(arguments: Sequence[str], path: str) -> list[str]:
+    """The arguments with the config file that was found."""
+    result = list(arguments)
+    for i, argument in enumerate(result):
+        name, equals, _ = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and name == "config":
+            result[i : i + 1 + (not equals)] = [f"--config={path}"]
+            break
+    return result
 
 
 def _explain(path: str, arguments: Sequence[str], error: Exception) -> str:

@@ -27,6 +27,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vaani_jax.errors import VaaniError
+from vaani_jax.settings import key
 
 Array = jax.Array
 Tree = Any
@@ -51,17 +52,12 @@ RULES = (
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How the devices of a run are arranged.
+    """How the devices of a run are arranged."""
 
-    Attributes:
-      data, fsdp, tensor: sizes of the axes; -1, for one of them, is the rest.
-      rules: tried before `RULES`.
-    """
-
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    rules: tuple[str, ...] = ()
+    data: int = key(-1, "copies of the model; -1: as many as there are devices for")
+    fsdp: int = key(1, "parts that parameters and the optimizer's state are cut into")
+    tensor: int = key(1, "parts that heads, feed-forward and vocabulary are cut into")
+    rules: tuple[str, ...] = key((), "tried before `RULES`")
 
     def __post_init__(self) -> None:
         sizes = [getattr(self, axis) for axis in AXES]

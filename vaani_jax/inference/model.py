@@ -63,7 +63,7 @@ class LoadedModel:
         return any(map(_is_packed, _leaves(self.params).values()))
 
 
-def load_model(
+def load(
     workdir: str | pathlib.Path,
     *,
     checkpoint: str = "best",

@@ -20,14 +20,9 @@ from vaani_jax import __version__
 from vaani_jax.devices.memory import return_freed_memory
 from vaani_jax.errors import VaaniError
 from vaani_jax.files import appearing
-from vaani_jax.inference.model import load_model
+from vaani_jax.inference.model import load
 from vaani_jax.interop.formats import FORMATS, Options, gguf, hf
-from vaani_jax.interop.names import (
-    ACTIVATIONS,
-    Tensor,
-    architecture_of,
-    tensors,
-)
+from vaani_jax.interop.names import ACTIVATIONS, Tensor, architecture_of, tensors
 from vaani_jax.model.config import ModelConfig
 from vaani_jax.model.names import ternary_kernels
 from vaani_jax.model.transformer import Vaani
@@ -63,7 +58,7 @@ class Comparison:
     """Logits of a model and of its export, over a probe.
 
     Attributes:
-      largest, median: of |difference|.
+      largest, median: of the absolute difference.
       spread: standard deviation of the model's logits.
       tokens: length of the probe.
     """
@@ -143,7 +138,7 @@ def export_model(
       target: the format, a key of `vaani_jax.interop.formats.FORMATS`.
       gguf_type: of the kernels in GGUF, a key of `gguf.BLOCKS`.
       embedding: type of the embedding in GGUF; folders have float32.
-      checkpoint: see `load_model`.
+      checkpoint: see `load`.
       shard_bytes: largest file of a folder.
       notify: receives a line for what a person should know.
 
@@ -157,7 +152,7 @@ def export_model(
     form = named(FORMATS, target, "the format")
     return_freed_memory()
     output = pathlib.Path(output)
-    model = load_model(workdir, checkpoint=checkpoint, notify=notify)
+    model = load(workdir, checkpoint=checkpoint, notify=notify)
     if model.packed:
         raise VaaniError(
             f"{workdir} holds a packed model: export the run that it was packed from"

@@ -9,7 +9,7 @@ from vaani_jax.errors import VaaniError
 from vaani_jax.inference.sampling import SamplerConfig
 from vaani_jax.model.config import ModelConfig
 from vaani_jax.runs.metadata import Metadata
-from vaani_jax.settings import build, named
+from vaani_jax.settings import build, key, named
 from vaani_jax.train.optimizers import OptimConfig
 from vaani_jax.train.schedules import SCHEDULES
 from vaani_jax.train.tuner import TunerConfig
@@ -17,20 +17,17 @@ from vaani_jax.train.tuner import TunerConfig
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """The samples that a training run shows.
+    """The samples that a training run shows."""
 
-    Attributes:
-      prompts: one sample each; a prompt outside the vocabulary is skipped with a line.
-      max_new_tokens: length of a sample.
-      temperature, top_k, top_p, min_p: see `SamplerConfig`.
-    """
-
-    prompts: tuple[str, ...] = ("\n",)
-    max_new_tokens: int = 200
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    prompts: tuple[str, ...] = key(
+        ("\n",),
+        "one sample each; a prompt outside the vocabulary is skipped with a line",
+    )
+    max_new_tokens: int = key(200, "length of a sample")
+    temperature: float = key(0.8, "0: greedy")
+    top_k: int = key(0, "0: off")
+    top_p: float = key(1.0, "1: off")
+    min_p: float = key(0.0, "0: off")
 
     @property
     def sampler(self) -> SamplerConfig:
@@ -44,52 +41,52 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A run.
+    """A run."""
 
-    Attributes:
-      seed: of initial weights, dropout and the order of the data.
-      batch_size: sequences per step, all micro-batches together.
-      num_steps: length of the run; 0 takes ``num_epochs`` instead.
-      num_epochs: passes over the training part, where ``num_steps`` is 0.
-      learning_rate: peak of the schedule; for muon that of the matrices. "auto" lets
-        the tuner find it.
-      use_tuner: whether `HyperparameterTuner` adjusts the run; without it the schedule
-        is followed as it is.
-      aggressive_tuning: adjust twice as often and twice as far.
-      target_sparsity_min, target_sparsity_max: share of zeros to keep every ternary
-        kernel at; None leaves the natural share alone.
-      quantize_steps: steps over which quantisation is phased in (0: from the start).
-      eval_interval: steps between evaluations on all of the held-out part.
-      save_interval: steps between checkpoints; the best evaluation is kept besides.
-      log_interval: steps between reports of metrics.
-      sample_interval: steps between samples; 0 leaves them to the end.
-      keep_checkpoints: how many of the last checkpoints to keep, besides the best.
-      init_from: workdir of a run whose weights to start from; empty for none.
-      mesh, model, optim, tuner, data, sample: the sections.
-    """
-
-    seed: int = 0
-    batch_size: int = 12
-    num_steps: int = 0
-    num_epochs: int = 1
-    learning_rate: float | Literal["auto"] = "auto"
-    use_tuner: bool = True
-    aggressive_tuning: bool = False
-    target_sparsity_min: float | None = None
-    target_sparsity_max: float | None = None
-    quantize_steps: int = 0
-    eval_interval: int = 250
-    save_interval: int = 250
-    log_interval: int = 10
-    sample_interval: int = 500
-    keep_checkpoints: int = 2
-    init_from: str = ""
-    mesh: MeshConfig = MeshConfig()
-    model: ModelConfig = ModelConfig()
-    optim: OptimConfig = OptimConfig()
-    tuner: TunerConfig = TunerConfig()
-    data: DataConfig = DataConfig()
-    sample: SampleConfig = SampleConfig()
+    seed: int = key(0, "of initial weights, dropout and the order of the data")
+    batch_size: int = key(12, "sequences per step, all micro-batches together")
+    num_steps: int = key(0, "length of the run; 0 takes ``num_epochs`` instead")
+    num_epochs: int = key(1, "passes over the training part, where ``num_steps`` is 0")
+    learning_rate: float | Literal["auto"] = key(
+        "auto",
+        'peak of the schedule; for muon that of the matrices. "auto" lets the tuner '
+        "find it",
+    )
+    use_tuner: bool = key(
+        True,
+        "whether `HyperparameterTuner` adjusts the run; without it the schedule is "
+        "followed as it is",
+    )
+    aggressive_tuning: bool = key(False, "adjust twice as often and twice as far")
+    target_sparsity_min: float | None = key(
+        None, "lowest share of zeros of every ternary kernel; None: unconstrained"
+    )
+    target_sparsity_max: float | None = key(
+        None, "highest share of zeros of every ternary kernel; None: unconstrained"
+    )
+    quantize_steps: int = key(
+        0, "steps over which quantisation is phased in (0: from the start)"
+    )
+    eval_interval: int = key(
+        250, "steps between evaluations on all of the held-out part"
+    )
+    save_interval: int = key(
+        250, "steps between checkpoints; the best evaluation is kept besides"
+    )
+    log_interval: int = key(10, "steps between reports of metrics")
+    sample_interval: int = key(500, "steps between samples; 0 leaves them to the end")
+    keep_checkpoints: int = key(
+        2, "how many of the last checkpoints to keep, besides the best"
+    )
+    init_from: str = key(
+        "", "workdir of a run whose weights to start from; empty for none"
+    )
+    mesh: MeshConfig = key(MeshConfig(), "how the devices are arranged")
+    model: ModelConfig = key(ModelConfig(), "the model")
+    optim: OptimConfig = key(OptimConfig(), "optimizer and schedule")
+    tuner: TunerConfig = key(TunerConfig(), "the tuner's bounds and rates")
+    data: DataConfig = key(DataConfig(), "the text")
+    sample: SampleConfig = key(SampleConfig(), "the samples that the run shows")
 
     def __post_init__(self) -> None:
         for name in (

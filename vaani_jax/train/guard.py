@@ -19,7 +19,7 @@ import numpy as np
 
 from vaani_jax.devices.mesh import place
 from vaani_jax.errors import VaaniError
-from vaani_jax.inference.model import load_model
+from vaani_jax.inference.model import load
 from vaani_jax.train.clock import Clock
 from vaani_jax.train.display import Display
 from vaani_jax.train.journal import Event, Journal
@@ -320,7 +320,7 @@ class TunedGuard(Guard):
                     return restored[0], restored[1]
         source = None
         if self._config.init_from:
-            source = load_model(self._config.init_from, notify=say)
+            source = load(self._config.init_from, notify=say)
         return 0, first_state(self._config, self._program, source, say)
 
 

@@ -15,7 +15,7 @@ import optax
 from optax import contrib
 
 from vaani_jax.errors import VaaniError
-from vaani_jax.settings import named
+from vaani_jax.settings import key, named
 
 Array = jax.Array
 Tree = Any
@@ -23,43 +23,43 @@ Tree = Any
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer and its schedule; the peak learning rate is given beside it.
+    """The optimizer and its schedule; the peak learning rate is given beside it."""
 
-    Attributes:
-      name: "adamw", or "muon" for the matrices of the blocks with AdamW for the rest.
-      adam_lr_ratio: for muon, the rest's learning rate over that of the matrices.
-      weight_decay: decoupled, times the learning rate, on matrices only (kernels,
-        embedding, head; not on norms).
-      beta1, beta2, eps: of Adam.
-      momentum: of Muon.
-      moment_dtype: in which the first moment (Muon's momentum) is kept between steps;
-        "bfloat16" saves two bytes a parameter. Updates are computed in float32, and
-        Adam's second moment stays there.
-      clip_norm: largest global gradient norm.
-      warmup_steps: linear ramp from 0 to the peak.
-      schedule: after it, "linear" or "cosine" to ``final_ratio`` of the peak,
-        "constant", or "two_stage" (b1.58): a linear decay to ``final_ratio`` whose
-        peak drops to ``second_stage_ratio`` at half of the run, where weight decay
-        goes to 0.
-      final_ratio: learning rate at the end over the peak.
-      second_stage_ratio: see "two_stage"; 2/3 is the paper's 1.5e-3 -> 1e-3.
-      accumulation_steps: micro-batches per step; the result is the large batch's.
-    """
-
-    name: str = "adamw"
-    adam_lr_ratio: float = 0.15
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    momentum: float = 0.95
-    moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    clip_norm: float = 1.0
-    warmup_steps: int = 100
-    schedule: str = "linear"
-    final_ratio: float = 0.0
-    second_stage_ratio: float = 2 / 3
-    accumulation_steps: int = 1
+    name: str = key(
+        "adamw",
+        '"adamw", or "muon" for the matrices of the blocks with AdamW for the rest',
+    )
+    adam_lr_ratio: float = key(
+        0.15, "for muon, the rest's learning rate over that of the matrices"
+    )
+    weight_decay: float = key(
+        0.1,
+        "decoupled, times the learning rate, on matrices only (kernels, embedding, "
+        "head; not on norms)",
+    )
+    beta1: float = key(0.9, "decay of Adam's first moment")
+    beta2: float = key(0.95, "decay of Adam's second moment")
+    eps: float = key(1e-8, "added to the root of Adam's second moment")
+    momentum: float = key(0.95, "of Muon")
+    moment_dtype: Literal["float32", "bfloat16"] = key(
+        "float32",
+        "in which the first moment (Muon's momentum) is kept between steps; "
+        '"bfloat16" saves two bytes a parameter. Updates are computed in float32, and '
+        "Adam's second moment stays there",
+    )
+    clip_norm: float = key(1.0, "largest global gradient norm")
+    warmup_steps: int = key(100, "linear ramp from 0 to the peak")
+    schedule: str = key(
+        "linear",
+        'after it, "linear" or "cosine" to ``final_ratio`` of the peak, "constant", '
+        'or "two_stage" (b1.58): a linear decay to ``final_ratio`` whose peak drops '
+        "to ``second_stage_ratio`` at half of the run, where weight decay goes to 0",
+    )
+    final_ratio: float = key(0.0, "learning rate at the end over the peak")
+    second_stage_ratio: float = key(2 / 3, "two_stage: peak of the second half / first")
+    accumulation_steps: int = key(
+        1, "micro-batches per step; the result is the large batch's"
+    )
 
     def __post_init__(self) -> None:
         named(OPTIMIZERS, self.name, "optim.name")

@@ -17,7 +17,7 @@ from vaani_jax.data.sources import Corpus, load_corpus
 from vaani_jax.devices.mesh import batch_parts, place
 from vaani_jax.errors import VaaniError
 from vaani_jax.evaluate.loss import ValidationSet, validation_set
-from vaani_jax.inference.model import LoadedModel, load_model
+from vaani_jax.inference.model import LoadedModel, load
 from vaani_jax.model.transformer import stack_layers, unrolled
 from vaani_jax.runs.checkpoints import Checkpoints
 from vaani_jax.runs.metadata import Metadata
@@ -44,6 +44,7 @@ FREE_KEYS = (
     "log_interval",
     "sample_interval",
     "keep_checkpoints",
+    "data.source",
     "data.path",  # the corpus itself is compared instead
     "data.data_dir",
     "data.fallback",
@@ -177,7 +178,7 @@ def _start(
     if found is not None:
         tokenizer = from_json(found.tokenizer)
     elif config.init_from:
-        source = load_model(config.init_from, notify=say)
+        source = load(config.init_from, notify=say)
         tokenizer = source.tokenizer
     else:
         tokenizer = make_tokenizer(config.data, corpus)

@@ -35,6 +35,7 @@ import jax.numpy as jnp
 from jax.scipy.special import ndtri
 
 from vaani_jax.errors import VaaniError
+from vaani_jax.settings import key
 
 Array = jax.Array
 
@@ -86,98 +87,112 @@ DEVIATION = 1.4826  # standard deviation of a normal over its median deviation
 
 @dataclasses.dataclass(frozen=True)
 class TunerConfig:
-    """Every bound and rate of the tuner.
+    """Every bound and rate of the tuner."""
 
-    Attributes:
-      interval: steps between adjustments.
-      probe_share: of the run, the most that the range test costs.
-      probe_steps: of the range test, at most; below ``probe_steps_min`` of them (in a
-        short run) there is none.
-      probe_steps_min: see ``probe_steps``.
-      probe_low, probe_high: learning rates that the range test begins and ends with.
-      probe_drop: share of the range test's whole drop of the loss; the learning rate
-        where it is reached is the one that is read.
-      probe_gain: the peak over that learning rate, for a test of ``probe_share``.
-      probe_exponent: how the peak falls with the length of a run whose test is shorter
-        than that share: about 1/3 in arXiv:2409.19913.
-      trust: factor around the picked peak within which a learning rate that the user
-        gave is kept.
-      cut: factor on the learning rate at a sign of instability, once per ``cooldown``.
-      cooldown: steps.
-      recovery: factor on the learning rate per calm interval, back up to 1.
-      factor_min: lowest factor on the schedule, without rescues.
-      overfit_rise: share by which validation loss must exceed its lowest, at two
-        evaluations running, for the learning rate to be cut for good.
-      skip_ratio: gradient norm over its running median at which a step is skipped.
-      update_skip_ratio: update norm over its running median likewise.
-      update_ratio: update norm over its running median to which updates are shrunk.
-      patience: skipped steps running that are borne; more are a divergence where the
-        gradients explode, and are let through, shrunk, where only the update does.
-      spike_ratio: norms over their running medians that count as not calm.
-      rise_sigma: standard errors by which the loss must rise to be a sign.
-      flip_ratio: codes that flip in a step, over their running mean, likewise.
-      diverged_share: share of the loss's whole drop that must be lost again for a
-        divergence.
-      diverged_floor: least rise of the loss for a divergence, as a share of it.
-      diverged_ratio: loss over that of the first step that is one in any case.
-      rescue_cut: factor on the learning rate after going back, for good.
-      rescues_max: times to go back without a new lowest loss in between.
-      clip_percentile: of past gradient norms, in [0, 100].
-      clip_margin: clipping threshold over that percentile.
-      clip_range: how far below the configured clipping threshold it may come, a factor;
-        it is never above.
-      warmup_fast: speed of the warm-up after ``warmup_calm`` calm steps.
-      warmup_slow: its speed at a step that is not calm.
-      warmup_calm: steps.
-      threshold_rate: largest factor on a ternary threshold per interval.
-      threshold_min, threshold_max: its bounds, in units of mean|W|.
-      band_margin: share of the sparsity band at either edge that is left in time.
-      momentum_min, momentum_max: bounds of the activation range's momentum.
-      momentum_steps: after n calm steps the momentum is ``1 - m / (n + m)``.
-      dead_band: least relative change of clipping threshold and ``1 - momentum``.
-    """
-
-    interval: int = 10
-    probe_share: float = 0.05
-    probe_steps: int = 100
-    probe_steps_min: int = 20
-    probe_low: float = 1e-5
-    probe_high: float = 1.0
-    probe_drop: float = 0.5
-    probe_gain: float = 4.5
-    probe_exponent: float = 1 / 3
-    trust: float = 2.0
-    cut: float = 0.7
-    cooldown: int = 50
-    recovery: float = 1.1
-    factor_min: float = 0.1
-    overfit_rise: float = 0.02
-    skip_ratio: float = 10.0
-    update_skip_ratio: float = 20.0
-    update_ratio: float = 5.0
-    patience: int = 30
-    spike_ratio: float = 4.0
-    rise_sigma: float = 4.0
-    flip_ratio: float = 4.0
-    diverged_share: float = 0.3
-    diverged_floor: float = 0.2
-    diverged_ratio: float = 10.0
-    rescue_cut: float = 0.5
-    rescues_max: int = 3
-    clip_percentile: float = 90.0
-    clip_margin: float = 1.5
-    clip_range: float = 10.0
-    warmup_fast: float = 1.5
-    warmup_slow: float = 0.25
-    warmup_calm: int = 20
-    threshold_rate: float = 1.15
-    threshold_min: float = 0.02
-    threshold_max: float = 5.0
-    band_margin: float = 0.25
-    momentum_min: float = 0.9
-    momentum_max: float = 0.999
-    momentum_steps: float = 10.0
-    dead_band: float = 0.1
+    interval: int = key(10, "steps between adjustments")
+    probe_share: float = key(0.05, "of the run, the most that the range test costs")
+    probe_steps: int = key(
+        100,
+        "of the range test, at most; below ``probe_steps_min`` of them (in a short "
+        "run) there is none",
+    )
+    probe_steps_min: int = key(20, "fewer than these: no range test")
+    probe_low: float = key(1e-5, "learning rate that it begins with")
+    probe_high: float = key(1.0, "and ends with")
+    probe_drop: float = key(
+        0.5,
+        "share of the range test's whole drop of the loss; the learning rate where it "
+        "is reached is the one that is read",
+    )
+    probe_gain: float = key(
+        4.5, "the peak over that learning rate, for a test of ``probe_share``"
+    )
+    probe_exponent: float = key(
+        1 / 3,
+        "how the peak falls with the length of a run whose test is shorter than that "
+        "share: about 1/3 in arXiv:2409.19913",
+    )
+    trust: float = key(
+        2.0,
+        "factor around the picked peak within which a learning rate that the user "
+        "gave is kept",
+    )
+    cut: float = key(
+        0.7,
+        "factor on the learning rate at a sign of instability, once per ``cooldown``",
+    )
+    cooldown: int = key(50, "steps")
+    recovery: float = key(
+        1.1, "factor on the learning rate per calm interval, back up to 1"
+    )
+    factor_min: float = key(0.1, "lowest factor on the schedule, without rescues")
+    overfit_rise: float = key(
+        0.02,
+        "share by which validation loss must exceed its lowest, at two evaluations "
+        "running, for the learning rate to be cut for good",
+    )
+    skip_ratio: float = key(
+        10.0, "gradient norm over its running median at which a step is skipped"
+    )
+    update_skip_ratio: float = key(20.0, "update norm over its running median likewise")
+    update_ratio: float = key(
+        5.0, "update norm over its running median to which updates are shrunk"
+    )
+    patience: int = key(
+        30,
+        "skipped steps running that are borne; more are a divergence where the "
+        "gradients explode, and are let through, shrunk, where only the update does",
+    )
+    spike_ratio: float = key(
+        4.0, "norms over their running medians that count as not calm"
+    )
+    rise_sigma: float = key(
+        4.0, "standard errors by which the loss must rise to be a sign"
+    )
+    flip_ratio: float = key(
+        4.0, "codes that flip in a step, over their running mean, likewise"
+    )
+    diverged_share: float = key(
+        0.3, "share of the loss's whole drop that must be lost again for a divergence"
+    )
+    diverged_floor: float = key(
+        0.2, "least rise of the loss for a divergence, as a share of it"
+    )
+    diverged_ratio: float = key(
+        10.0, "loss over that of the first step that is one in any case"
+    )
+    rescue_cut: float = key(
+        0.5, "factor on the learning rate after going back, for good"
+    )
+    rescues_max: int = key(3, "times to go back without a new lowest loss in between")
+    clip_percentile: float = key(90.0, "of past gradient norms, in [0, 100]")
+    clip_margin: float = key(1.5, "clipping threshold over that percentile")
+    clip_range: float = key(
+        10.0,
+        "how far below the configured clipping threshold it may come, a factor; it is "
+        "never above",
+    )
+    warmup_fast: float = key(
+        1.5, "speed of the warm-up after ``warmup_calm`` calm steps"
+    )
+    warmup_slow: float = key(0.25, "its speed at a step that is not calm")
+    warmup_calm: int = key(20, "steps")
+    threshold_rate: float = key(
+        1.15, "largest factor on a ternary threshold per interval"
+    )
+    threshold_min: float = key(0.02, "lowest ternary threshold, in units of mean|W|")
+    threshold_max: float = key(5.0, "highest ternary threshold, in units of mean|W|")
+    band_margin: float = key(
+        0.25, "share of the sparsity band at either edge that is left in time"
+    )
+    momentum_min: float = key(0.9, "lowest momentum of the activation range")
+    momentum_max: float = key(0.999, "highest momentum of the activation range")
+    momentum_steps: float = key(
+        10.0, "after n calm steps the momentum is ``1 - m / (n + m)``"
+    )
+    dead_band: float = key(
+        0.1, "least relative change of clipping threshold and ``1 - momentum``"
+    )
 
     def __post_init__(self) -> None:
         def must(holds: bool, rule: str) -> None:

@@ -1,0 +1,51 @@
+"""Every benchmark runs to its table, at toy size; its figures say nothing here."""
+
+import importlib.util
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+# Of each script, what its table shows: patterns that standard output must hold.
+TABLES = {
+    "decode": [r"toy, 1 thread", r"vaani +\d"],
+    "gguf_parity": [r"4 windows of 64 tokens", r"\| Vaani \| \| \d"],
+    "interop": [r"\| export tq2_0 \| \d", r"\| import packed \| \d"],
+    "plan": [r"debug, 2 device\(s\) +\d"],
+    "train_step": [r"Vaani, ternary +\d", r"with the tuner +\d", r"twin +\d"],
+    "tuner": [
+        r"auto +- +\d+\.\d{4}",
+        r"schedule_free_adamw +\d+\.\d{4}",
+        r"0\.3 - 0\.4 +\d",
+        r"NaN batch +with +\d+\.\d{4}",
+        r"x 100, 20 steps +with +\d+\.\d{4}",
+    ],
+}
+NOT_SCRIPTS = {"bitnet_torch"}  # imported by train_step
+
+
+def test_every_script_is_run():
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    assert scripts == {*TABLES, *NOT_SCRIPTS}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_benchmark_prints_its_table(name, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--toy"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for pattern in TABLES[name]:
+        assert re.search(pattern, done.stdout), (pattern, done.stdout)
+    llama = importlib.util.find_spec("llama_cpp") is not None
+    if name in ("decode", "gguf_parity") and not llama:
+        assert "is not installed: its rows are left out" in done.stdout + done.stderr

@@ -1,0 +1,150 @@
+"""Continues prompts."""
+
+import argparse
+import json
+import os
+import pathlib
+from typing import Any
+
+from vaani_jax.cli.output import notify
+from vaani_jax.errors import VaaniError
+
+HELP = "Continue a prompt."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", required=True, help="of the run, or packed")
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        help="text to continue, a line break if not given; repeat it for a batch",
+    )
+    given.add_argument("--prompts-file", default="", help="one prompt a line")
+    option = parser.add_argument
+    option("--max-new-tokens", type=int, default=200, help="tokens to draw")
+    option("--temperature", type=float, default=0.8, help="0 is greedy")
+    option("--greedy", action="store_true", help="same as --temperature 0")
+    option("--top-k", type=int, default=0, help="keep the k likeliest; 0 all")
+    option("--top-p", type=float, default=1.0, help="nucleus; 1 keeps all")
+    option("--min-p", type=float, default=0.0, help="relative floor; 0 none")
+    parser.add_argument("--seed", type=int, default=0, help="equal seeds, equal text")
+    parser.add_argument(
+        "--num-samples", type=int, default=1, help="continuations of each prompt"
+    )
+    parser.add_argument(
+        "--kv-dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "int8"],
+        help="of cached keys and values; auto is the compute dtype",
+    )
+    parser.add_argument(
+        "--segment", type=int, default=16, help="tokens decoded, and shown, at a time"
+    )
+    parser.add_argument("--checkpoint", default="best", help="best, last or a step")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(options: argparse.Namespace) -> int:
+    from vaani_jax.inference import generate
+    from vaani_jax.inference.model import load
+
+    _keep_compiled()
+
+    sampler = generate.SamplerConfig(
+        0.0 if options.greedy else options.temperature,
+        options.top_k,
+        options.top_p,
+        options.min_p,
+    )
+    prompts = _read_prompts(options)
+    # A file holds several prompts, however many lines it has today.
+    several = len(prompts) > 1 or bool(options.prompts_file)
+    model = load(options.workdir, checkpoint=options.checkpoint, notify=notify)
+    segments = generate.stream(
+        model.config,
+        model.params,
+        model.quant,
+        _encode_prompts(model.tokenizer, prompts, model.config.max_seq_len),
+        max_new_tokens=options.max_new_tokens,
+        sampler=sampler,
+        seed=options.seed,
+        num_samples=options.num_samples,
+        kv_dtype=None if options.kv_dtype == "auto" else options.kv_dtype,
+        segment=options.segment,
+    )
+    count = options.num_samples
+    alone = count == 1 and not several and not options.json
+    ids: list[list[int]] = [[] for _ in range(len(prompts) * count)]
+    shown = ""
+    if alone:
+        print(prompts[0], end="", flush=True)
+    for segment in segments:
+        for row, new in zip(ids, segment.tolist(), strict=True):
+            row.extend(new)
+        if alone:
+            # Decoded as a whole: a character may span two segments of bytes.
+            text = model.tokenizer.decode(ids[0])
+            ready = text.rstrip("\ufffd")
+            print(ready[len(shown) :], end="", flush=True)
+            shown = ready
+    texts = [model.tokenizer.decode(row) for row in ids]
+    results = [
+        {"prompt": prompt, "samples": texts[i * count : (i + 1) * count]}
+        for i, prompt in enumerate(prompts)
+    ]
+    if alone:
+        print(texts[0][len(shown) :])
+    elif options.json:
+        result = {"results": results} if several else results[0]
+        print(json.dumps({**result, "checkpoint": model.step, "seed": options.seed}))
+    else:
+        for i, text in enumerate(texts):
+            titles = [f"prompt {i // count + 1}"] if several else []
+            if count > 1:
+                titles.append(f"sample {i % count + 1}")
+            print(f"--- {', '.join(titles)}\n{prompts[i // count]}{text}")
+    return 0
+
+
+def _read_prompts(options: argparse.Namespace) -> list[str]:
+    """What to continue: the prompts given, the lines of a file, or a line break."""
+    if not options.prompts_file:
+        return options.prompt or ["\n"]
+    path = pathlib.Path(options.prompts_file)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise VaaniError(f"{path} is no UTF-8 text: {error.reason}") from error
+    return text.removesuffix("\n").split("\n")
+
+
+def _encode_prompts(tokenizer: Any, prompts: list[str], context: int) -> list[Any]:
+    """Ids of each prompt, with a notice for those that the context can't hold."""
+    encoded = []
+    for i, prompt in enumerate(prompts):
+        number = f"prompt {i + 1}" if len(prompts) > 1 else ""
+        try:
+            ids = tokenizer.encode_prompt(prompt)
+        except VaaniError as error:
+            raise VaaniError(f"{number}: {error}" if number else str(error)) from error
+        if len(ids) > context:
+            notify(
+                f"{number or 'the prompt'} has {len(ids)} tokens, the context"
+                f" {context}: its end is used"
+            )
+        encoded.append(ids)
+    return encoded
+
+
+def _keep_compiled() -> None:
+    """Keeps compiled code from one command to the next, so that text comes sooner."""
+    import jax
+
+    if not jax.config.values["jax_compilation_cache_dir"]:  # the user chooses first
+        root = os.environ.get("XDG_CACHE_HOME", "") or "~/.cache"
+        folder = pathlib.Path(root).expanduser() / "vaani" / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,0 +1,47 @@
+"""Loss on held-out text, for the commands that measure it."""
+
+from typing import Any
+
+from vaani_jax.cli.output import notify
+from vaani_jax.errors import VaaniError
+
+
+def held_out(model: Any, data: str = "") -> Any:
+    """The validation part of the text of a model's training, or all of another."""
+    from vaani_jax.data.config import DataConfig
+    from vaani_jax.data.corpus import Split, split_tokens
+    from vaani_jax.data.sources import load_corpus
+    from vaani_jax.settings import build
+
+    seq_len = model.config.max_seq_len
+    if data:
+        ids = model.tokenizer.encode(load_corpus(DataConfig(path=data)).text)
+        if len(ids) < seq_len + 1:
+            raise VaaniError(
+                f"{data} has {len(ids):,} tokens, fewer than one window of"
+                f" max_seq_len + 1 = {seq_len + 1}: take a longer text"
+            )
+        return Split(ids[:0], ids)
+    trained_on = model.metadata.corpus
+    if trained_on is None:
+        raise VaaniError(
+            "an imported model has no text of its own: name one with --data FILE"
+        )
+    config = build(DataConfig, model.metadata.run["data"], "data.")
+    corpus = load_corpus(config, notify)
+    if corpus.sha256 != trained_on["sha256"]:
+        raise VaaniError(
+            f"the run was trained on {trained_on['source']}, which is not"
+            f" {corpus.source} as it is now: bring the text back"
+        )
+    return split_tokens(config, corpus, model.tokenizer, seq_len)
+
+
+def measured(model: Any, split: Any) -> Any:
+    import jax
+
+    from vaani_jax.evaluate.loss import make_eval_step, validation_set
+
+    return validation_set(model.config.max_seq_len, split, model.tokenizer).evaluate(
+        jax.jit(make_eval_step(model.config)), model.params, model.quant
+    )

@@ -1,0 +1,32 @@
+"""Makes a run of a model of other tools."""
+
+import argparse
+
+from vaani_jax.cli.output import notify
+
+HELP = "Make a run of a Hugging Face folder."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", required=True, help="of the run, or packed")
+    parser.add_argument("--from", required=True, dest="source", help="the folder")
+    parser.add_argument(
+        "--max-seq-len", type=int, default=0, help="context; 0: the model's, up to 4096"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    from vaani_jax.interop.convert import as_flags, import_model
+
+    config = import_model(
+        options.source,
+        options.workdir,
+        max_seq_len=options.max_seq_len,
+        notify=notify,
+    )
+    notify(
+        "to train from it: python train.py --config=configs/base.py --workdir=NEW"
+        f" --config.init_from={options.workdir} {as_flags(config)}"
+    )
+    print(options.workdir)
+    return 0
