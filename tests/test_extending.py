@@ -4,6 +4,8 @@
 """
 
 import io
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from vaani_jax import cli
 from vaani_jax.data.config import DataConfig
 from vaani_jax.data.corpus import make_tokenizer, split_tokens
 from vaani_jax.data.sources import SOURCES, Corpus, load_corpus
@@ -175,3 +178,14 @@ def test_a_format_exports(monkeypatch, tmp_path):
     assert "embedding" in " ".join(np.load(tmp_path / "model.npz"))
     with pytest.raises(VaaniError, match="must be one of hf, hf-packed, gguf, npz"):
         export_model(tmp_path / "run", tmp_path / "m", target="onnx")
+
+
+def test_a_command_runs(monkeypatch, capsys):
+    module = types.ModuleType("hello")
+    module.HELP = "Greet somebody."
+    module.add_arguments = lambda parser: parser.add_argument("--name")
+    module.run = lambda options: print(f"hello {options.name}") or 0
+    monkeypatch.setitem(sys.modules, "hello", module)
+    monkeypatch.setitem(cli.COMMANDS, "hello", "hello")
+    assert cli.main(["hello", "--name=Vaani"]) == 0
+    assert capsys.readouterr().out == "hello Vaani\n"
