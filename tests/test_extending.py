@@ -1,0 +1,191 @@
+"""One of each is added from outside the package, in under ten lines, and used.
+
+`docs/extending.md` shows the same, with the file and the row of each.
+"""
+
+import io
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from vaani_jax import cli
+from vaani_jax.data.config import DataConfig
+from vaani_jax.data.corpus import make_tokenizer, split_tokens
+from vaani_jax.data.sources import SOURCES, Corpus, load_corpus
+from vaani_jax.devices.mesh import make_mesh
+from vaani_jax.errors import VaaniError
+from vaani_jax.inference.sampling import FILTERS, Filter, SamplerConfig, sample_token
+from vaani_jax.interop.convert import export_model
+from vaani_jax.interop.formats import FORMATS, Format
+from vaani_jax.interop.formats.hf import put
+from vaani_jax.interop.names import tensors
+from vaani_jax.model.activations import ACTIVATIONS
+from vaani_jax.runs.curves import plot_curves
+from vaani_jax.runs.metrics import METRICS, Metric
+from vaani_jax.text.tokenizers import TOKENIZERS, ByteTokenizer, Kind, from_json
+from vaani_jax.train import display as display_module
+from vaani_jax.train.config import from_dict
+from vaani_jax.train.display import Display
+from vaani_jax.train.loop import train
+from vaani_jax.train.optimizers import OPTIMIZERS, Optimizer
+from vaani_jax.train.program import make_program
+from vaani_jax.train.schedules import SCHEDULES, Shape
+
+TEXT = "To be, or not to be, that is the question:\n" * 40
+MODEL = {"dim": 16, "n_layers": 1, "n_heads": 1, "max_seq_len": 16, "vocab_size": 8}
+
+
+def trained(model=(), **optim):
+    """Parameters before and after a step of a toy run with these keys; its metrics."""
+    config = from_dict(
+        {
+            "batch_size": 2,
+            "use_tuner": False,
+            "learning_rate": 0.01,
+            "model": MODEL | dict(model),
+            "optim": {"warmup_steps": 0, "clip_norm": 1e6, **optim},
+        }
+    )
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        program = make_program(config, mesh, 4)
+        state = program.first_state()
+        before = jax.device_get(state.params)
+        tokens = np.arange(34, dtype=np.int32).reshape(2, 17) % 8
+        state, metrics = program.train_step(state, jax.device_put(tokens))
+    return before, jax.device_get(state.params), jax.device_get(metrics)
+
+
+def test_an_activation_trains_a_step(monkeypatch):
+    def sine(gate, up):
+        return jnp.sin(gate) * up
+
+    monkeypatch.setitem(ACTIVATIONS, "sine", sine)
+    _, after, metrics = trained(model={"activation": "sine"})
+    _, _, other = trained()
+    assert np.isfinite(metrics["train/loss"])
+    assert metrics["train/loss"] != other["train/loss"]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+
+
+def test_a_schedule_and_an_optimizer_make_a_program(monkeypatch):
+    def sixth(config, done, second_half):
+        return (1 - done) / 6
+
+    def signs(config, learning_rate, weight_decay):
+        return optax.sign_sgd(learning_rate)
+
+    monkeypatch.setitem(SCHEDULES, "sixth", Shape(sixth))
+    monkeypatch.setitem(OPTIMIZERS, "signs", Optimizer(signs, 1e-3))
+    before, after, metrics = trained(name="signs", schedule="sixth")
+    assert metrics["train/learning_rate"] == pytest.approx(0.01 / 6)
+    moved = [
+        np.abs(a - b)
+        for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True)
+    ]
+    assert max(m.max() for m in moved) == pytest.approx(0.01 / 6, rel=1e-3)
+
+
+def test_a_filter_of_samplers_filters(monkeypatch):
+    def odd_only(logits, value):
+        return jnp.where(jnp.arange(logits.shape[-1]) % 2 == 1, logits, -jnp.inf)
+
+    row = Filter(odd_only, 0, lambda value: value in (0, 1), "0 or 1")
+    monkeypatch.setitem(FILTERS, "odd_only", row)
+    sampler = SamplerConfig(others=(("odd_only", 1),))
+    drawn = sample_token(jnp.zeros((64, 8)), jax.random.key(0), sampler)
+    assert set(np.asarray(drawn)) == {1, 3, 5, 7}
+    with pytest.raises(VaaniError, match="odd-only must be 0 or 1"):
+        SamplerConfig(others=(("odd_only", 2),))
+
+
+class Lower(ByteTokenizer):
+    def encode(self, text):
+        return super().encode(text.lower())
+
+    def to_json(self):
+        return {"type": "lower"}
+
+
+def test_a_tokenizer_and_a_source_feed_a_corpus(monkeypatch):
+    kind = Kind(lambda description: Lower(), lambda text: Lower())
+    monkeypatch.setitem(TOKENIZERS, "lower", kind)
+    monkeypatch.setitem(
+        SOURCES, "hamlet", lambda config, notify: Corpus.of(TEXT, "Hamlet")
+    )
+    config = DataConfig(source="hamlet", tokenizer="lower")
+    corpus = load_corpus(config, pytest.fail)
+    tokenizer = make_tokenizer(config, corpus)
+    split = split_tokens(config, corpus, tokenizer, 16)
+    assert tokenizer.decode(split.train).startswith("to be, or not")
+    assert isinstance(from_json(tokenizer.to_json()), Lower)
+
+
+def test_a_metric_shows_in_the_line_and_the_curves(monkeypatch, tmp_path):
+    row = Metric("mean gate", panel="gates", format="{:.1f}", console="gate {}")
+    monkeypatch.setitem(METRICS, "train/mean_gate", row)
+    values = {"train/loss": 1.0, "train/mean_gate": 0.25}
+    monkeypatch.setattr(display_module, "LINE_SECONDS", 0.0)
+    file = io.StringIO()
+    with Display(Console(file=file, force_terminal=False), 10, 0) as display:
+        display.update(5, values, 0.0)
+    assert "gate 0.2" in file.getvalue()
+    heights = []
+    for name, kept in (("with", values), ("without", {"train/loss": 1.0})):
+        rows = [{"step": step, **kept} for step in (1, 2)]
+        plot_curves(rows, tmp_path / f"{name}.png")
+        with Image.open(tmp_path / f"{name}.png") as image:
+            heights.append(image.size[1])
+    assert heights[0] > heights[1]  # a panel of its own, in a further row
+
+
+def test_a_format_exports(monkeypatch, tmp_path):
+    def write(path, config, tokenizer, take, options):
+        arrays = {"/".join(t.path): take(t)[0] for t in tensors(config)}
+        with path.open("wb") as file:
+            np.savez(file, **arrays)
+
+    def read(path, like, tokenizer):
+        params = {}
+        for key, array in np.load(path).items():
+            put(params, tuple(key.split("/")), jnp.asarray(array))
+        return like, params, {}
+
+    row = Format(lambda *about: None, write, read, folder=False)
+    monkeypatch.setitem(FORMATS, "npz", row)
+    (tmp_path / "text.txt").write_text(TEXT)
+    config = {
+        "num_steps": 2,
+        "batch_size": 2,
+        "use_tuner": False,
+        "learning_rate": 0.01,
+        "model": {**MODEL, "vocab_size": 0, "quantize": False},
+        "optim": {"warmup_steps": 1},
+        "data": {"path": str(tmp_path / "text.txt")},
+    }
+    train(from_dict(config), tmp_path / "run", console=Console(file=io.StringIO()))
+    found = export_model(
+        tmp_path / "run", tmp_path / "model.npz", target="npz", notify=str
+    )
+    assert found.largest == 0
+    assert "embedding" in " ".join(np.load(tmp_path / "model.npz"))
+    with pytest.raises(VaaniError, match="must be one of hf, hf-packed, gguf, npz"):
+        export_model(tmp_path / "run", tmp_path / "m", target="onnx")
+
+
+def test_a_command_runs(monkeypatch, capsys):
+    module = types.ModuleType("hello")
+    module.HELP = "Greet somebody."
+    module.add_arguments = lambda parser: parser.add_argument("--name")
+    module.run = lambda options: print(f"hello {options.name}") or 0
+    monkeypatch.setitem(sys.modules, "hello", module)
+    monkeypatch.setitem(cli.COMMANDS, "hello", "hello")
+    assert cli.main(["hello", "--name=Vaani"]) == 0
+    assert capsys.readouterr().out == "hello Vaani\n"
