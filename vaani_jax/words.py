@@ -1,4 +1,4 @@
-"""Numbers in words for people: durations, sizes, counts."""
+"""Words for people: durations, sizes, counts, the gist of an error."""
 
 
 def duration(seconds: float) -> str:
@@ -28,3 +28,9 @@ def plural(count: int, one: str, many: str = "") -> str:
 def times(count: int) -> str:
     """ "once", "twice", "3 times"."""
     return {1: "once", 2: "twice"}.get(count) or plural(count, "time")
+
+
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """The first line of what an error says, cut; its type where it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:limit]

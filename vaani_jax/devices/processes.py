@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from vaani_jax.errors import VaaniError
+from vaani_jax.words import first_line
 
 HEARTBEAT_SECONDS = 30  # without a sign of life, after which a process counts as lost
 
@@ -94,8 +95,9 @@ def join(
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (ValueError, TypeError, RuntimeError) as error:
+        reason = first_line(error).rstrip(".")
         raise VaaniError(
-            f"can't join the other processes of this job: {_first_line(error)}. Start"
+            f"can't join the other processes of this job: {reason}. Start"
             " every process, or say --coordinator=HOST:PORT --num_processes=N"
             " --process_id=I to each"
         ) from None
@@ -182,18 +184,22 @@ class Agreement:
             self._answer = bool(np.any(answers))
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:300].rstrip(".")
-
-
 def is_peer_error(error: BaseException) -> bool:
     """Whether an error may come of the loss of another process.
 
-    It shows as a collective that fails or, where orbax waits for all, as a time-out.
+    It shows as a collective that fails or, where orbax waits for all, as a time-out;
+    orbax may raise another error from it.
     """
-    several = jax.process_count() > 1
-    return several and isinstance(error, jax.errors.JaxRuntimeError | TimeoutError)
+    if jax.process_count() == 1:
+        return False
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, jax.errors.JaxRuntimeError | TimeoutError):
+            return True
+        if "Gloo" in str(cause):  # JAX's collectives between the processes of CPUs
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 @contextmanager
@@ -208,9 +214,9 @@ def peers() -> Iterator[None]:
     except Exception as error:
         if not is_peer_error(error):
             raise
+        reason = first_line(error).rstrip(".")
         raise VaaniError(
-            f"{_whoami()} can't go on: {_first_line(error)}. If that names no cause,"
-            f" {_LOST}"
+            f"{_whoami()} can't go on: {reason}. If that names no cause, {_LOST}"
         ) from None
 
 

@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 from vaani_jax.errors import VaaniError
+from vaani_jax.words import first_line
 
 LARGEST_TEXT = 256 * 2**20  # bytes; the largest tokenizer.json about has 35 MB
 
@@ -27,7 +28,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0][:200]
+        reason = first_line(error, 200)
         raise VaaniError(f"{path} is not JSON: {reason}") from None
     if not isinstance(content, dict):
         raise VaaniError(f"{path} must hold a JSON object")

@@ -67,11 +67,6 @@ class PackedRows:
     scale: Array
 
 
-def tiles_shape(k: int, n: int) -> tuple[int, int, int]:
-    """Shape of the codes of a kernel [K, N] in tiles."""
-    return -(-n // TILE), -(-k // TILE), 64
-
-
 def pack(weights: Array, scale: Array, layout: Layout = "tiles") -> PackedTernary:
     """Packs ternary weights.
 

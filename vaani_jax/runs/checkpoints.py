@@ -23,6 +23,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from vaani_jax.devices.processes import is_first, wait_for_all
 from vaani_jax.errors import VaaniError
+from vaani_jax.words import first_line
 
 Tree = Any
 
@@ -254,8 +255,8 @@ class Checkpoints:
             except VaaniError:
                 raise
             except Exception as error:  # damage shows itself in any type
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                notify(f"checkpoint {candidate} is damaged ({reason[:200]})")
+                reason = first_line(error, 200)
+                notify(f"checkpoint {candidate} is damaged ({reason})")
                 if set_aside:
                     self._set_aside(candidate)
         if steps:

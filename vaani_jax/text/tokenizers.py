@@ -9,6 +9,7 @@ import numpy as np
 
 from vaani_jax.errors import VaaniError
 from vaani_jax.settings import named
+from vaani_jax.words import first_line
 
 
 @runtime_checkable
@@ -144,8 +145,8 @@ class HFTokenizer:
         except (VaaniError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # its panics are no Exceptions
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise VaaniError(f"the tokenizer fails: {lines[0][:200]}") from None
+            reason = first_line(error, 200)
+            raise VaaniError(f"the tokenizer fails: {reason}") from None
 
     def _ids(self, text: str, special: bool) -> np.ndarray:
         encoding = self._guard(

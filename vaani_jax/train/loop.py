@@ -29,7 +29,7 @@ from vaani_jax.train.guard import Guard, Metrics, make_guard
 from vaani_jax.train.report import Report
 from vaani_jax.train.start import Start, starting
 from vaani_jax.train.state import TrainState, to_items
-from vaani_jax.words import duration
+from vaani_jax.words import duration, first_line
 
 
 class Callback:
@@ -348,9 +348,9 @@ def _writing(checkpoints: Checkpoints) -> Iterator[None]:
     except Exception as error:  # orbax and tensorstore raise many types
         if processes.is_peer_error(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise VaaniError(
-            f"can't write a checkpoint to {checkpoints.directory}: {reason[:300]}. The"
+            f"can't write a checkpoint to {checkpoints.directory}: {reason}. The"
             " checkpoints before it are whole: make room, and run the same command"
             " again"
         ) from error

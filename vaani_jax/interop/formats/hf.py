@@ -26,6 +26,7 @@ from vaani_jax.model.config import ModelConfig
 from vaani_jax.model.names import ternary_kernels
 from vaani_jax.quant.rounding import EPSILON
 from vaani_jax.text.tokenizers import HFTokenizer, Tokenizer
+from vaani_jax.words import first_line
 
 Tree = Any
 
@@ -255,7 +256,9 @@ class Weights:
                     path, framework="np", backend="pread"
                 )
             except (library.SafetensorError, OSError) as error:
-                raise VaaniError(f"{path} is damaged: {_line(error)}") from None
+                raise VaaniError(
+                    f"{path} is damaged: {first_line(error, 200)}"
+                ) from None
         return self._files[file]
 
     def describe(self, name: str) -> tuple[str, tuple[int, ...]]:
@@ -282,18 +285,15 @@ class Weights:
         try:
             array = self._open(self._places[name]).get_tensor(name)
         except (library.SafetensorError, OSError, ValueError) as error:
-            raise VaaniError(f"{name} can't be read: {_line(error)}") from None
+            raise VaaniError(
+                f"{name} can't be read: {first_line(error, 200)}"
+            ) from None
         if dtype == "U8":
             return array
         array = array.astype(np.float32, copy=False)
         if not np.isfinite(array).all():
             raise VaaniError(f"{name} holds values that are not finite")
         return array
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]
 
 
 class Folder:
