@@ -182,8 +182,8 @@ def _tokenizers() -> Any:
         from tokenizers import Tokenizer as Library
     except ImportError:
         raise VaaniError(
-            "this tokenizer needs a package that is not installed: python -m pip"
-            " install -r requirements-interop.txt"
+            "this tokenizer needs a package that is not installed:"
+            " pip install 'vaani-jax[interop]'"
         ) from None
     return Library
 

@@ -45,8 +45,8 @@ def _gguf() -> Any:
         import gguf
     except ImportError:
         raise VaaniError(
-            "GGUF files need a package that is not installed: python -m pip install -r"
-            " requirements-interop.txt"
+            "GGUF files need a package that is not installed:"
+            " pip install 'vaani-jax[interop]'"
         ) from None
     return gguf
 

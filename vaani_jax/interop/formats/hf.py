@@ -55,8 +55,8 @@ def _safetensors() -> Any:
         import safetensors.numpy
     except ImportError:
         raise VaaniError(
-            "Hugging Face folders need packages that are not installed: python -m pip"
-            " install -r requirements-interop.txt"
+            "Hugging Face folders need packages that are not installed:"
+            " pip install 'vaani-jax[interop]'"
         ) from None
     return safetensors
 
