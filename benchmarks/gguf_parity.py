@@ -160,6 +160,7 @@ def compare(options: argparse.Namespace) -> int:
         " margins where they part |"
     )
     print("|---|---|---|---|---|---|---|")
+    assert ours is not None  # it was not told to stop
     print(f"| Vaani | | {ours.perplexity:.4f} | | | | |")
     if not llama:
         return 0
@@ -200,7 +201,8 @@ def compare(options: argparse.Namespace) -> int:
                 equal = next((i for i in range(NEW) if found[i] != expected[i]), NEW)
                 if equal < NEW:
                     seen = np.concatenate([prompt, expected[:equal]]).astype(np.int32)
-                    logits = Vaani(model.config).apply(variables, seen[None])[0, -1]
+                    found_logits: Any = Vaani(model.config).apply(variables, seen[None])
+                    logits = found_logits[0, -1]
                     margin = logits[expected[equal]] - logits[found[equal]]
                     margins.append(float(margin))
             ratio = theirs / ours.perplexity

@@ -123,7 +123,7 @@ def vaani_step(config: Any, quantize: bool, tuned: bool) -> Callable[[int], floa
         start = time.perf_counter()
         for i in range(count):
             state, metrics = step(state, tokens)
-            if adjust is not None and i % tuner.config.interval == 0:
+            if adjust is not None and tuner and i % tuner.config.interval == 0:
                 state, _ = adjust(state)
         metrics["train/loss"].block_until_ready()
         return time.perf_counter() - start

@@ -396,7 +396,8 @@ def report(sweep: Sweep, results: Results, parts: list[str]) -> None:
     if "robust" in parts:
         tuned = {rate: median(jobs) for rate, jobs in sweep.tuned().items()}
         print(f"\n{'learning rate':>14} {'without':>20} {'with the tuner':>20}")
-        for rate in ["auto", *sorted(grid)]:
+        rates: list[Any] = ["auto", *sorted(grid)]
+        for rate in rates:
             own = versus(grid[rate], best) if rate in grid else "-"
             ours = versus(tuned[rate], best) if rate in tuned else ""
             print(f"{rate!s:>14} {own:>20} {ours:>20}")

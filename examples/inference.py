@@ -5,6 +5,7 @@ python examples/inference.py runs/debug "To be"
 """
 
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ steps = model.config.max_seq_len - tokens.shape[1]
 @jax.jit
 def continue_greedily(variables, tokens):
     """Reads the prompt, then draws ``steps`` tokens in one compiled loop."""
-    apply = Vaani(model.config).apply
+    apply: Any = Vaani(model.config).apply  # logits, and the cache where one is given
     cache = KVCache.create(model.config, batch=tokens.shape[0])
     logits, cache = apply(variables, tokens, cache)
 
