@@ -10,14 +10,14 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from vaani_jax.cli.flags import config_from_flags, from_config_dict
+from vaani_jax.cli.flags import config_from_flags, default_config, from_config_dict
 from vaani_jax.data.config import DataConfig
 from vaani_jax.data.corpus import make_tokenizer
 from vaani_jax.data.sources import Corpus, load_corpus
 from vaani_jax.errors import VaaniError
 from vaani_jax.model.size import model_size
 from vaani_jax.model.transformer import init_variables
-from vaani_jax.settings import differences
+from vaani_jax.settings import described, differences
 from vaani_jax.train.config import Config, from_dict
 from vaani_jax.train.schedules import Schedule
 
@@ -361,3 +361,25 @@ def test_differences_are_dotted_and_know_json():
         "model.dim": (128, 8),
         "optim.eps": (1e-8, None),
     }
+
+
+@pytest.mark.parametrize("dashes", ["-", "--"])
+def test_a_key_works_without_its_section(dashes):
+    """As in the original, whose config had none."""
+    flags = [f"{dashes}config.dim=96", f"{dashes}config.threshold=0.7"]
+    config = config_from_flags([f"--config={SMALL}", *flags]).config
+    assert (config.model.dim, config.model.threshold) == (96, 0.7)
+
+
+def test_a_shipped_config_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    by_name = config_from_flags(["--config", "small"])
+    assert by_name.config == config_from_flags([f"--config={SMALL}"]).config
+    assert config_from_flags(["--config=configs/small.py"]).config == by_name.config
+
+
+def test_every_key_has_a_text_and_is_in_the_base_config():
+    keys = {dotted: text for dotted, _, text in described(Config())}
+    assert all(keys.values())
+    assert len(keys) > 100
+    assert from_config_dict(default_config()) == Config()

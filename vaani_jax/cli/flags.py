@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, FieldReference, config_flags
 from ml_collections.config_dict import placeholder
 
 from vaani_jax.errors import VaaniError
+from vaani_jax.settings import described
 from vaani_jax.train.config import Config, from_dict
 
 
@@ -109,7 +110,7 @@ def config_from_flags(arguments: Sequence[str]) -> Invocation:
     flags.DEFINE_integer("process_id", None, "from 0", lower_bound=0, **define)
     flags.DEFINE_boolean("distributed", False, "join other processes", **define)
     path = str(find_config(_config_path(arguments)))
-    given = ["train", *_with_path(arguments, path)]
+    given = ["train", *map(_in_full, _with_path(arguments, path))]
     told, sys.argv = sys.argv, given  # where ml_collections looks for overrides
     try:
         extra = values(given)[1:]
@@ -151,6 +152,22 @@ def _with_path(arguments: Sequence[str], path: str) -> list[str]:
             result[i : i + 1 + (not equals)] = [f"--config={path}"]
             break
     return result
+
+
+def _in_full(argument: str) -> str:
+    """``--config.dim=256`` as ``--config.model.dim=256``: the one key of that name.
+
+    So the names of the original work on the command line, in whatever section they are.
+    """
+    name, equals, value = argument.partition("=")
+    prefix, dot, key = name.lstrip("-").partition(".")
+    if not argument.startswith("-") or prefix != "config" or not dot or "." in key:
+        return argument
+    keys = [dotted for dotted, _, _ in described(Config())]
+    found = [dotted for dotted in keys if dotted.rpartition(".")[2] == key]
+    if key in keys or len(found) != 1:
+        return argument
+    return f"--config.{found[0]}{equals}{value}"
 
 
 def _explain(path: str, arguments: Sequence[str], error: Exception) -> str:
