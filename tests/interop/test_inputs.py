@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import transformers
-from test_interop import (
+from interop.reference import (
     CHARACTERS,
     SMALL,
     TEXT,
