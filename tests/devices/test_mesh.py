@@ -6,7 +6,6 @@ are counted once in a process.
 
 import dataclasses
 import functools
-import itertools
 import json
 import os
 import pathlib
@@ -42,7 +41,8 @@ from vaani_jax.train.state import init_state
 DEVICES = 8
 STEPS = 20
 PEAK = 1e-3  # of the learning rate; the warm-up of a config takes all the steps
-MESHES = [m for m in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(m) == DEVICES]
+# Each axis alone, each pair of them, all three.
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 4, 1), (4, 1, 2), (1, 2, 4), (2, 2, 2)]
 TWIN_MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 MODEL = ModelConfig(
     vocab_size=128,
@@ -217,7 +217,7 @@ def runs():
 
 
 def test_every_mesh_has_the_loss_curve_of_one_device(runs):
-    assert len(runs["ternary"]["curves"]) == len(MESHES) == 10
+    assert len(runs["ternary"]["curves"]) == len(MESHES)
     assert runs["ternary"]["fell"] < 0.98
     assert max(runs["ternary"]["curves"].values()) <= 1e-3, runs["ternary"]["curves"]
 

@@ -14,9 +14,9 @@ from typing import Any
 from vaani_jax.errors import VaaniError
 
 # A further command is a module and a row. A module has HELP (a sentence),
-# ``add_arguments(parser)`` and ``run(options) -> status``; where it has FLAGS = True,
-# what the parser doesn't know comes as ``options.flags``. Modules import what is heavy
-# within functions: the command line starts without JAX.
+# ``add_arguments(parser)`` and ``run(options) -> status``. Where it has FLAGS, a prefix,
+# arguments that begin so and that its parser doesn't know come as ``options.flags``.
+# Modules import what is heavy within functions: the command line starts without JAX.
 COMMANDS = {
     "train": "vaani_jax.cli.train",
     "generate": "vaani_jax.cli.generate",
@@ -75,9 +75,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns its exit status."""
     parser = make_parser()
     options, flags = parser.parse_known_args(arguments)
-    takes_flags = getattr(options.module, "FLAGS", False)
-    if flags and not takes_flags:
-        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    taken = getattr(options.module, "FLAGS", None)
+    unknown = flags
+    if taken is not None:  # with values that stand apart: --config small
+        unknown = [flag for flag in flags if flag.startswith("-")]
+        unknown = [flag for flag in unknown if not flag.lstrip("-").startswith(taken)]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     options.flags = flags
     status = run_guarded(options.module.run, options)
     processes = sys.modules.get("vaani_jax.devices.processes")

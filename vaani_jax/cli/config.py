@@ -3,7 +3,7 @@
 import argparse
 import json
 
-FLAGS = True  # those of the config
+FLAGS = "config"  # --config, --config.KEY=VALUE
 HELP = "Show every key of a config, with its value and what it is."
 
 

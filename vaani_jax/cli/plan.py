@@ -8,7 +8,7 @@ from typing import Any
 from vaani_jax.cli.output import notify
 from vaani_jax.errors import VaaniError
 
-FLAGS = True  # those of the config
+FLAGS = "config"  # --config, --config.KEY=VALUE
 HELP = "Say what a training step will take, before it runs."
 
 

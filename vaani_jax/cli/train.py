@@ -5,7 +5,7 @@ import pathlib
 import shlex
 import sys
 
-FLAGS = True  # those of the config
+FLAGS = ""  # whatever it is: those of the config, of workdir and processes
 HELP = "Train a ternary language model."
 
 DESCRIPTION = """Trains a ternary language model.
