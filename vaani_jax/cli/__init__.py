@@ -14,8 +14,8 @@ from typing import Any
 from vaani_jax.errors import VaaniError
 
 # A further command is a module and a row. A module has HELP (a sentence),
-# ``add_arguments(parser)`` and ``run(options) -> status``. Where it has FLAGS, a prefix,
-# arguments that begin so and that its parser doesn't know come as ``options.flags``.
+# ``add_arguments(parser)`` and ``run(options) -> status``. Where it has FLAGS, a word,
+# arguments that begin with it and that its parser doesn't know come as ``options.flags``.
 # Modules import what is heavy within functions: the command line starts without JAX.
 COMMANDS = {
     "train": "vaani_jax.cli.train",
