@@ -15,7 +15,7 @@ from vaani_jax.errors import VaaniError
 
 # A further command is a module and a row. A module has HELP (a sentence),
 # ``add_arguments(parser)`` and ``run(options) -> status``. Where it has FLAGS, a word,
-# arguments that begin with it and that its parser doesn't know come as ``options.flags``.
+# arguments that begin with it and are unknown to its parser come as ``options.flags``.
 # Modules import what is heavy within functions: the command line starts without JAX.
 COMMANDS = {
     "train": "vaani_jax.cli.train",
