@@ -2,7 +2,7 @@
 
 The cache lies beside the temporary folders of a session, or where
 ``JAX_COMPILATION_CACHE_DIR`` says: both workers of ``-n 2`` and all the commands that
-tests start as processes share it, so that no program is compiled twice.
+tests start as processes share it, so that no large program is compiled twice.
 """
 
 import os
@@ -13,7 +13,8 @@ import tempfile
 if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="vaani-compiled-")
     os.environ["VAANI_TESTS_OWN_CACHE"] = str(os.getpid())
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# Smaller programs cost more to write than to compile again.
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import shutil
