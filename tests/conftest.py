@@ -1,7 +1,7 @@
 """Settings for every test: strict numerics, no network, one cache of compiled code.
 
 The cache lies beside the temporary folders of a session, or where
-``JAX_COMPILATION_CACHE_DIR`` says: both workers of ``-n 2`` and all the commands that
+``JAX_COMPILATION_CACHE_DIR`` says: all workers and all the commands that
 tests start as processes share it, so that no large program is compiled twice.
 """
 

@@ -94,30 +94,28 @@ def agreement(workdir, folder):
         logits.reshape(-1, logits.shape[-1]).double(),
         torch.tensor(windows[:, 1:].reshape(-1), dtype=torch.long),
     )
-    expected = Vaani(model.config).apply(
+    expected = jax.jit(Vaani(model.config).apply)(
         {"params": model.params, "quant": model.quant}, jnp.asarray(windows[:, :-1])
     )
     difference = np.abs(np.asarray(expected) - logits.numpy())
-    same = 0
-    for start in range(10):
-        prompt = ids[7 * start : 7 * start + 12]
-        mine = generate(
-            model.config,
-            model.params,
-            model.quant,
-            prompt,
+    prompts = np.stack([ids[7 * start : 7 * start + 12] for start in range(10)])
+    mine = generate(
+        model.config,
+        model.params,
+        model.quant,
+        list(prompts),
+        max_new_tokens=32,
+        sampler=SamplerConfig(temperature=0.0),
+    )
+    with torch.no_grad():
+        output = theirs.generate(
+            torch.tensor(prompts, dtype=torch.long),
+            attention_mask=torch.ones(prompts.shape, dtype=torch.long),
+            do_sample=False,
             max_new_tokens=32,
-            sampler=SamplerConfig(temperature=0.0),
-        )[0]
-        with torch.no_grad():
-            output = theirs.generate(
-                torch.tensor(prompt[None], dtype=torch.long),
-                attention_mask=torch.ones((1, len(prompt)), dtype=torch.long),
-                do_sample=False,
-                max_new_tokens=32,
-                pad_token_id=0,
-            )
-        same += int((output[0, len(prompt) :].numpy() == mine).all())
+            pad_token_id=0,
+        )
+    same = int((output[:, prompts.shape[1] :].numpy() == mine).all(axis=1).sum())
     # A rounding of 8 bits that falls the other way moves the logits of its position
     # and of those after it; count the positions, so that no error hides behind them.
     flipped = float(np.mean(difference.max(axis=-1) > 1e-3))
