@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from vaani_jax.cli.flags import default_config
     from vaani_jax.errors import VaaniError
     from vaani_jax.inference.generate import generate
-    from vaani_jax.inference.model import load
+    from vaani_jax.inference.model import Model, load
     from vaani_jax.model.cache import KVCache
-    from vaani_jax.model.config import ModelConfig
+    from vaani_jax.model.config import Architecture, Execution, Quantization
     from vaani_jax.model.linear import BitLinear
     from vaani_jax.model.transformer import Vaani
     from vaani_jax.quant.activations import ActivationQuantizer
@@ -30,11 +30,14 @@ __version__ = "0.2.0"
 # Where each name is.
 _FACE = {
     "ActivationQuantizer": "vaani_jax.quant.activations",
+    "Architecture": "vaani_jax.model.config",
     "BitLinear": "vaani_jax.model.linear",
     "Config": "vaani_jax.train.config",
+    "Execution": "vaani_jax.model.config",
     "HyperparameterTuner": "vaani_jax.train.tuner",
     "KVCache": "vaani_jax.model.cache",
-    "ModelConfig": "vaani_jax.model.config",
+    "Model": "vaani_jax.inference.model",
+    "Quantization": "vaani_jax.model.config",
     "TernaryQuantizer": "vaani_jax.quant.weights",
     "TunerConfig": "vaani_jax.train.tuner",
     "Vaani": "vaani_jax.model.transformer",
@@ -46,11 +49,14 @@ _FACE = {
 }
 __all__ = [
     "ActivationQuantizer",
+    "Architecture",
     "BitLinear",
     "Config",
+    "Execution",
     "HyperparameterTuner",
     "KVCache",
-    "ModelConfig",
+    "Model",
+    "Quantization",
     "TernaryQuantizer",
     "TunerConfig",
     "Vaani",

@@ -63,10 +63,8 @@ def run(options: argparse.Namespace) -> int:
     several = len(prompts) > 1 or bool(options.prompts_file)
     model = load(options.workdir, checkpoint=options.checkpoint, notify=notify)
     segments = generate.stream(
-        model.config,
-        model.params,
-        model.quant,
-        _encode_prompts(model.tokenizer, prompts, model.config.max_seq_len),
+        model,
+        _encode_prompts(model.tokenizer, prompts, model.architecture.max_seq_len),
         max_new_tokens=options.max_new_tokens,
         sampler=sampler,
         seed=options.seed,

@@ -13,7 +13,7 @@ def held_out(model: Any, data: str = "") -> Any:
     from vaani_jax.data.sources import load_corpus
     from vaani_jax.settings import build
 
-    seq_len = model.config.max_seq_len
+    seq_len = model.architecture.max_seq_len
     if data:
         ids = model.tokenizer.encode(load_corpus(DataConfig(path=data)).text)
         if len(ids) < seq_len + 1:
@@ -22,12 +22,13 @@ def held_out(model: Any, data: str = "") -> Any:
                 f" max_seq_len + 1 = {seq_len + 1}: take a longer text"
             )
         return Split(ids[:0], ids)
-    trained_on = model.metadata.corpus
+    metadata = model.metadata
+    trained_on = metadata and metadata.corpus
     if trained_on is None:
         raise VaaniError(
             "an imported model has no text of its own: name one with --data FILE"
         )
-    config = build(DataConfig, model.metadata.run["data"], "data.")
+    config = build(DataConfig, metadata.run["data"], "data.")
     corpus = load_corpus(config, notify)
     if corpus.sha256 != trained_on["sha256"]:
         raise VaaniError(
@@ -42,6 +43,6 @@ def measured(model: Any, split: Any) -> Any:
 
     from vaani_jax.evaluate.loss import make_eval_step, validation_set
 
-    return validation_set(model.config.max_seq_len, split, model.tokenizer).evaluate(
-        jax.jit(make_eval_step(model.config)), model.params, model.quant
-    )
+    return validation_set(
+        model.architecture.max_seq_len, split, model.tokenizer
+    ).evaluate(jax.jit(make_eval_step(model.module)), model.variables)

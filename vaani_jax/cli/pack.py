@@ -36,14 +36,14 @@ def run(options: argparse.Namespace) -> int:
     kernels = [
         leaf
         for leaf in jax.tree.leaves(
-            small.params, is_leaf=lambda x: isinstance(x, PackedTernary)
+            small.variables["params"], is_leaf=lambda x: isinstance(x, PackedTernary)
         )
         if isinstance(leaf, PackedTernary)
     ]
     weights = sum(k.shape[0] * k.shape[1] for k in kernels)
     taken = packed_bytes(kernels)
     bytes_ = (pathlib.Path(options.output) / PACKED_ARRAYS).stat().st_size
-    fp16 = model_size(model.config).bytes_fp16
+    fp16 = model_size(model.module).bytes_fp16
     print(f"checkpoint       {model.step:,}")
     print(f"ternary weights  {weights:,} in {8 * taken / weights:.3f} bits each")
     print(

@@ -12,7 +12,6 @@ import optax
 
 from vaani_jax.data.batches import validation_windows
 from vaani_jax.data.corpus import Split
-from vaani_jax.model.config import ModelConfig
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.text.tokenizers import Tokenizer
 
@@ -83,8 +82,7 @@ class ValidationSet:
     def evaluate(
         self,
         eval_step: Callable[..., jax.Array],
-        params: Any,
-        quant: Any,
+        variables: Tree,
         stop: Callable[[], bool] = lambda: False,
         put: Callable[[np.ndarray], jax.Array] = jax.device_put,
     ) -> Evaluation | None:
@@ -92,7 +90,7 @@ class ValidationSet:
 
         Args:
           eval_step: the jitted function.
-          params, quant: the model.
+          variables: of the model.
           stop: asked between batches; where it says so, the result is None.
           put: places an array with one entry per window on the devices.
         """
@@ -100,7 +98,7 @@ class ValidationSet:
         for windows, weights in self.batches:
             if stop():
                 return None
-            sums.append(eval_step(params, quant, put(windows), put(weights)))
+            sums.append(eval_step(variables, put(windows), put(weights)))
             if len(sums) > 1:
                 sums[-2].block_until_ready()  # bounds the queue, keeps one in flight
         total = sum(float(s) for s in jax.device_get(sums))
@@ -124,18 +122,17 @@ def validation_set(
 
 
 def make_eval_step(
-    config: ModelConfig,
-) -> Callable[[Tree, Tree, Array, Array], Array]:
+    model: Vaani,
+) -> Callable[[Tree, Array, Array], Array]:
     """Builds the evaluation step; jit it.
 
     Returns:
-      A function of params, quant, tokens [B, T + 1] and weights [B]; it returns the
+      A function of variables, tokens [B, T + 1] and weights [B]; it returns the
       summed negative log-likelihood in nats of the rows, times their weights.
     """
-    model = Vaani(config)
 
-    def eval_step(params: Tree, quant: Tree, tokens: Array, weights: Array) -> Array:
-        logits = model.apply({"params": params, "quant": quant}, tokens[:, :-1])
+    def eval_step(variables: Tree, tokens: Array, weights: Array) -> Array:
+        logits = model.apply(variables, tokens[:, :-1])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
         return jnp.sum(losses.sum(axis=-1) * weights)
 

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vaani_jax.errors import VaaniError
+from vaani_jax.inference.model import Model
 from vaani_jax.inference.sampling import SamplerConfig, sample_token
 from vaani_jax.model.cache import KVCache
-from vaani_jax.model.config import ModelConfig
 from vaani_jax.model.transformer import Vaani
 
 Array = jax.Array
@@ -32,11 +32,10 @@ Array = jax.Array
 SEGMENT = 16  # tokens decoded per call: what streaming shows at a time
 
 
-@functools.partial(jax.jit, static_argnames=("config", "capacity", "kv_dtype"))
+@functools.partial(jax.jit, static_argnames=("module", "capacity", "kv_dtype"))
 def prefill(
-    config: ModelConfig,
-    params: Any,
-    quant: Any,
+    module: Vaani,
+    variables: Any,
     tokens: Array,
     length: Array,
     start: Array | None = None,
@@ -47,21 +46,21 @@ def prefill(
     """Reads prompts.
 
     Args:
-      config: the model.
-      params, quant: its variables.
+      module: static.
+      variables: its ``params`` and ``quant``.
       tokens: [B, T]; row b has its tokens at ``start[b]`` to ``length - 1``, and
         padding, any ids, around them.
       length: where all prompts end, int32 scalar.
       start: where each begins, [B] int32; 0 where None.
       capacity: of the cache, T at least; ``max_seq_len`` where None.
-      kv_dtype: of the cache, see `KVCache.create`.
+      kv_dtype: of the cache, see `KVCache.create`; the compute dtype where None.
 
     Returns:
       Logits [B, V] after the last token, and the cache.
     """
-    cache = KVCache.create(config, tokens.shape[0], capacity, kv_dtype, start)
-    variables = {"params": params, "quant": quant}
-    output: Any = Vaani(config).apply(variables, tokens, cache, last=length - 1)
+    dtype = kv_dtype or module.quantization.dtype
+    cache = KVCache.create(module.architecture, tokens.shape[0], capacity, dtype, start)
+    output: Any = module.apply(variables, tokens, cache, last=length - 1)
     logits, filled = output
     # What was written beyond the real length is masked until it is overwritten.
     return logits[:, 0], dataclasses.replace(filled, length=length)
@@ -71,14 +70,13 @@ def prefill(
     jax.jit,
     static_argnums=(0, 1, 2),
     static_argnames=("num_samples",),
-    donate_argnums=(6,),
+    donate_argnums=(5,),
 )
 def decode(
-    config: ModelConfig,
+    module: Vaani,
     sampler: SamplerConfig,
     steps: int,
-    params: Any,
-    quant: Any,
+    variables: Any,
     logits: Array,
     cache: KVCache,
     key: Array,
@@ -88,9 +86,9 @@ def decode(
     """Draws ``steps`` tokens in one loop.
 
     Args:
-      config, sampler: static.
+      module, sampler: static.
       steps: tokens to draw; the cache must have room for them.
-      params, quant: variables of the model.
+      variables: of the model.
       logits: [B, V] after the last token seen.
       cache: donated.
       key: of the whole generation.
@@ -101,15 +99,12 @@ def decode(
     Returns:
       Ids [B, steps] int32, the logits after them, and the cache.
     """
-    model = Vaani(config)
 
     def body(carry: Any, index: Array) -> tuple[Any, Array]:
         logits, cache = carry
         token_key = jax.random.fold_in(key, index)
         token = sample_token(logits, token_key, sampler, num_samples)
-        logits, cache = model.apply(
-            {"params": params, "quant": quant}, token[:, None], cache
-        )
+        logits, cache = module.apply(variables, token[:, None], cache)
         return (logits[:, -1], cache), token
 
     (logits, cache), tokens = jax.lax.scan(
@@ -149,9 +144,7 @@ def _align(rows: list[np.ndarray], limit: int) -> tuple[np.ndarray, int, np.ndar
 
 
 def stream(
-    config: ModelConfig,
-    params: Any,
-    quant: Any,
+    model: Model,
     prompt: np.ndarray | Sequence[np.ndarray],
     *,
     max_new_tokens: int,
@@ -166,8 +159,7 @@ def stream(
     Each prompt continues as it does alone, up to the order of float sums.
 
     Args:
-      config: the model; scanned layers are unrolled by the caller, see `unrolled`.
-      params, quant: its variables.
+      model: packed or not.
       prompt: ids [length], at least one; or a list of P such prompts, of any lengths.
         Of a prompt longer than the context, the end counts.
       max_new_tokens: how many to draw.
@@ -191,7 +183,8 @@ def stream(
         raise VaaniError("ask for at least one token and one sample")
     if segment < 1:
         raise VaaniError("a segment has at least one token")
-    context = config.max_seq_len
+    module, variables = model.module, model.variables
+    context = module.architecture.max_seq_len
     if context < 2:
         raise VaaniError("a model with a context of one token can't continue a prompt")
     key = jax.random.key(seed)
@@ -210,9 +203,8 @@ def stream(
             windows = [w if len(w) < context else w[-half:] for w in windows]
             tokens, length, start = _align(windows, context)
             logits, cache = prefill(
-                config,
-                params,
-                quant,
+                module,
+                variables,
                 jnp.asarray(tokens),
                 jnp.asarray(length, jnp.int32),
                 jnp.asarray(start),
@@ -225,11 +217,10 @@ def stream(
         wanted = min(segment, max_new_tokens - drawn)
         steps = segment if room >= segment else 1
         ids, logits, cache = decode(
-            config,
+            module,
             sampler,
             steps,
-            params,
-            quant,
+            variables,
             logits,
             cache,
             key,
@@ -244,9 +235,7 @@ def stream(
 
 
 def generate(
-    config: ModelConfig,
-    params: Any,
-    quant: Any,
+    model: Model,
     prompt: np.ndarray | Sequence[np.ndarray],
     **options: Any,
 ) -> np.ndarray:
@@ -255,6 +244,4 @@ def generate(
     Returns:
       Ids [P * num_samples, max_new_tokens], int32; P = 1 for a single prompt.
     """
-    return np.concatenate(
-        list(stream(config, params, quant, prompt, **options)), axis=1
-    )
+    return np.concatenate(list(stream(model, prompt, **options)), axis=1)

@@ -19,9 +19,9 @@ from vaani_jax.errors import VaaniError
 from vaani_jax.files import appearing
 from vaani_jax.inference.tensors import read_tensors, write_tensors
 from vaani_jax.kernels import layout
-from vaani_jax.model.config import ModelConfig
-from vaani_jax.model.packing import Embedding, pack_params
-from vaani_jax.model.transformer import init_variables, unrolled
+from vaani_jax.model.config import Architecture, Quantization
+from vaani_jax.model.packing import Embedding, pack_variables
+from vaani_jax.model.transformer import Vaani, init_variables, unrolled
 from vaani_jax.quant.packed import PackedRows, PackedTernary, relayout
 from vaani_jax.runs.metadata import Metadata
 from vaani_jax.runs.workdir import Workdir
@@ -36,31 +36,43 @@ FORMATS = (FORMAT, "vaani-packed-1")  # what is read
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadedModel:
-    """A trained model, ready for inference.
+class Model:
+    """A model, ready for inference: what it is, its numbers, and how it spells.
 
     Attributes:
-      config: of the model, layers unrolled.
-      params, quant: its variables.
+      module: the graph, layers unrolled.
+      variables: its ``params`` (masters, or packed) and ``quant``.
       tokenizer: as trained.
-      metadata: what was saved beside the arrays.
+      metadata: what was saved beside the arrays; None for a model made in memory.
     """
 
-    config: ModelConfig
-    params: Any
-    quant: Any
+    module: Vaani
+    variables: Any
     tokenizer: Tokenizer
-    metadata: Metadata
+    metadata: Metadata | None = None
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Logits [B, T, V], float32, of ids [B, T]."""
+        logits: Any = self.module.apply(self.variables, tokens)
+        return logits
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.module.architecture
+
+    @property
+    def quantization(self) -> Quantization:
+        return self.module.quantization
 
     @property
     def step(self) -> int:
-        """Of the checkpoint."""
-        return self.metadata.step
+        """Of the checkpoint; 0 for a model made in memory."""
+        return self.metadata.step if self.metadata else 0
 
     @property
     def packed(self) -> bool:
         """Whether its kernels are packed."""
-        return any(map(_is_packed, _leaves(self.params).values()))
+        return any(map(_is_packed, _leaves(self.variables["params"]).values()))
 
 
 def load(
@@ -68,7 +80,7 @@ def load(
     *,
     checkpoint: str = "best",
     notify: Notify = print,
-) -> LoadedModel:
+) -> Model:
     """Loads the model of a run, or a packed one.
 
     Args:
@@ -102,16 +114,16 @@ def load(
             )
 
         def target(meta: dict[str, Any]) -> dict[str, Any]:
-            model = Metadata.from_json(meta).model
+            module = Metadata.from_json(meta).module
             # Onto one device, however many the run had.
             device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            params, quant = jax.tree.map(
+            variables = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(
                     leaf.shape, leaf.dtype, sharding=device
                 ),
-                jax.eval_shape(lambda: init_variables(model, jax.random.key(0))),
+                jax.eval_shape(lambda: init_variables(module, jax.random.key(0))),
             )
-            return {"model": {"params": params, "quant": quant}}
+            return {"model": variables}
 
         if step is not None and checkpoint == "best":
             try:
@@ -126,33 +138,27 @@ def load(
     finally:
         checkpoints.close()
     metadata = Metadata.from_json(restored.meta)
-    model = restored.items["model"]
-    config, params, quant = unrolled(metadata.model, model["params"], model["quant"])
-    return LoadedModel(
-        config=config,
-        params=params,
-        quant=quant,
-        tokenizer=from_json(metadata.tokenizer),
-        metadata=metadata,
-    )
+    module, variables = unrolled(metadata.module, restored.items["model"])
+    return Model(module, variables, from_json(metadata.tokenizer), metadata)
 
 
 # -- Packed folders -----------------------------------------------------------------
 
 
-def pack_model(model: LoadedModel, embedding: Embedding = "float32") -> LoadedModel:
-    """The same model with packed weights (see `pack.pack_params`)."""
+def pack_model(model: Model, embedding: Embedding = "float32") -> Model:
+    """The same model with packed weights (see `packing.pack_variables`)."""
     if model.packed:
         raise VaaniError("the model is packed already")
-    if not model.config.quantize:
-        raise VaaniError("a full-precision twin (model.quantize=False) can't be packed")
-    params, quant = jax.jit(pack_params, static_argnums=2, static_argnames="embedding")(
-        model.params, model.quant, model.config.spec, embedding=embedding
-    )
-    return dataclasses.replace(model, params=params, quant=quant)
+    if not model.quantization.quantize:
+        raise VaaniError(
+            "a full-precision twin (quantization.quantize=False) can't be packed"
+        )
+    compiled = jax.jit(pack_variables, static_argnums=1, static_argnames="embedding")
+    variables = compiled(model.variables, model.module.spec, embedding=embedding)
+    return dataclasses.replace(model, variables=variables)
 
 
-def save_packed(model: LoadedModel, folder: str | pathlib.Path) -> None:
+def save_packed(model: Model, folder: str | pathlib.Path) -> None:
     """Writes a packed model, whole or not at all.
 
     Raises:
@@ -161,7 +167,7 @@ def save_packed(model: LoadedModel, folder: str | pathlib.Path) -> None:
     """
     arrays: dict[str, np.ndarray] = {}
     kinds: dict[str, Any] = {}
-    for part, tree in (("params", model.params), ("quant", model.quant)):
+    for part, tree in model.variables.items():
         for name, leaf in _leaves(tree).items():
             name = f"{part}/{name}"
             if isinstance(leaf, PackedTernary):
@@ -174,9 +180,8 @@ def save_packed(model: LoadedModel, folder: str | pathlib.Path) -> None:
                 arrays[f"{name}.scale"] = np.asarray(leaf.scale)
             else:
                 arrays[name] = np.asarray(leaf)
-    metadata = dataclasses.replace(
-        model.metadata, model=model.config, tokenizer=model.tokenizer.to_json()
-    )
+    metadata = model.metadata or Metadata.of(model.module, model.tokenizer.to_json())
+    metadata = dataclasses.replace(metadata, stacked=False)
     description = {**metadata.to_json(), "format": FORMAT, "packed": kinds}
     with appearing(pathlib.Path(folder), folder=True) as building:
         write_tensors(building / PACKED_ARRAYS, arrays)
@@ -184,7 +189,7 @@ def save_packed(model: LoadedModel, folder: str | pathlib.Path) -> None:
         (building / PACKED_CONFIG).write_text(text, encoding="utf-8")
 
 
-def load_packed(folder: str | pathlib.Path) -> LoadedModel:
+def load_packed(folder: str | pathlib.Path) -> Model:
     """Maps a packed model into memory.
 
     Raises:
@@ -204,28 +209,21 @@ def load_packed(folder: str | pathlib.Path) -> LoadedModel:
         kind = kinds.get("params/embedding", {}).get("kind", "float32")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise VaaniError(f"{folder / PACKED_CONFIG} is damaged: {error!r}") from None
+    module = metadata.module
     arrays = read_tensors(folder / PACKED_ARRAYS)
     embedding: Embedding = "int8" if kind == "rows" else "float32"
     expected = jax.eval_shape(
-        lambda: pack_params(
-            *init_variables(metadata.model, jax.random.key(0)),
-            metadata.model.spec,
-            embedding=embedding,
+        lambda: pack_variables(
+            init_variables(module, jax.random.key(0)), module.spec, embedding=embedding
         )
     )
-    trees = [
-        _filled(tree, f"{part}/", arrays, folder)
-        for part, tree in zip(("params", "quant"), expected, strict=True)
-    ]
+    variables = {
+        part: _filled(tree, f"{part}/", arrays, folder)
+        for part, tree in expected.items()
+    }
     if arrays:
         raise VaaniError(f"{folder / PACKED_ARRAYS} holds {min(arrays)}, not expected")
-    return LoadedModel(
-        config=metadata.model,
-        params=trees[0],
-        quant=trees[1],
-        tokenizer=spelling,
-        metadata=metadata,
-    )
+    return Model(module, variables, spelling, metadata)
 
 
 def _is_packed(leaf: Any) -> bool:

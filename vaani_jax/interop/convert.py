@@ -16,14 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vaani_jax import __version__
 from vaani_jax.devices.memory import return_freed_memory
 from vaani_jax.errors import VaaniError
 from vaani_jax.files import appearing
 from vaani_jax.inference.model import load
 from vaani_jax.interop.formats import FORMATS, Options, gguf, hf
-from vaani_jax.interop.names import ACTIVATIONS, Tensor, architecture_of, tensors
-from vaani_jax.model.config import ModelConfig
+from vaani_jax.interop.names import ACTIVATIONS, Tensor, family_of, tensors
 from vaani_jax.model.names import ternary_kernels
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.quant.weights import ternarize
@@ -70,8 +68,8 @@ class Comparison:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(config: ModelConfig, params: Tree, quant: Tree, tokens: Any) -> Any:
-    return Vaani(config).apply({"params": params, "quant": quant}, tokens)
+def _logits(module: Vaani, variables: Tree, tokens: Any) -> Any:
+    return module.apply(variables, tokens)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -80,41 +78,40 @@ def _ternarize(w: Any, threshold: Any, spec: Any, stored: Any) -> Any:
     return codes.astype(jnp.int8), scale
 
 
-def _codes(
-    config: ModelConfig, params: Tree, quant: Tree
-) -> dict[str, tuple[str, float]]:
+def _codes(module: Vaani, variables: Tree) -> dict[str, tuple[str, float]]:
     """Digest of the codes, and scale, of every ternary kernel."""
     found = {}
-    for entry in ternary_kernels(params, quant):
+    for entry in ternary_kernels(variables):
         codes, scale = _ternarize(
-            entry.kernel, entry.threshold, config.spec, entry.scale
+            entry.kernel, entry.threshold, module.spec, entry.scale
         )
         digest = hashlib.sha256(np.asarray(codes).data).hexdigest()
         found[entry.name] = (digest, float(scale))
     return found
 
 
-def _check_holdable(config: ModelConfig) -> None:
+def _check_holdable(module: Vaani) -> None:
     """Raises VaaniError, with what works instead, for what no format can hold."""
-    if config.activation not in ACTIVATIONS:
+    activation, q = module.architecture.activation, module.quantization
+    if activation not in ACTIVATIONS:
         raise VaaniError(
-            f"no other tool is known to have the activation {config.activation}: export"
+            f"no other tool is known to have the activation {activation}: export"
             f" knows {', '.join(ACTIVATIONS)}"
         )
-    if config.ternary_head and config.quantize:
+    if q.ternary_head and q.quantize:
         raise VaaniError(
             "this model's head is ternary, which no other tool can read: train with"
-            " model.ternary_head=False to export"
+            " quantization.ternary_head=False to export"
         )
-    if config.quantize and config.weight_granularity != "tensor":
+    if q.quantize and q.weight_granularity != "tensor":
         raise VaaniError(
             "this model has a scale per channel, which no other tool can read: train"
-            " with model.weight_granularity=tensor to export"
+            " with quantization.weight_granularity=tensor to export"
         )
-    if config.quantize and config.activation_tracking != "token":
+    if q.quantize and q.activation_tracking != "token":
         raise VaaniError(
             "this model quantises activations with a tracked range, and other tools per"
-            " token: train with model.activation_tracking=token to export"
+            " token: train with quantization.activation_tracking=token to export"
         )
 
 
@@ -160,51 +157,54 @@ def export_model(
     tokenizer = model.tokenizer
     name = pathlib.Path(workdir).resolve().name
     options = Options(gguf_type, embedding, shard_bytes, name)
-    config = dataclasses.replace(
-        model.config, dtype="float32", dropout=0.0, remat=False
+    # As other tools compute it: in float32.
+    module = model.module.clone(
+        quantization=dataclasses.replace(model.quantization, dtype="float32")
     )
-    params, quant = model.params, model.quant
+    variables, architecture = model.variables, model.architecture
+    ternary, quant = module.quantization.quantize, model.variables["quant"]
     del model
-    _check_holdable(config)
-    form.check(config, quant, options)
+    _check_holdable(module)
+    form.check(module, quant, options)
     probe = np.random.Generator(np.random.Philox(0)).integers(
-        min(config.vocab_size, tokenizer.vocab_size),
-        size=(1, min(PROBE_TOKENS, config.max_seq_len)),
+        min(architecture.vocab_size, tokenizer.vocab_size),
+        size=(1, min(PROBE_TOKENS, architecture.max_seq_len)),
         dtype=np.int32,
     )
     # Copies: a view would keep what the call holds.
-    before = np.array(_logits(config, params, quant, probe))
-    codes = _codes(config, params, quant)
-    kernels = {e.name: (e.threshold, e.scale) for e in ternary_kernels(params, quant)}
+    before = np.array(_logits(module, variables, probe))
+    codes = _codes(module, variables)
+    kernels = {e.name: (e.threshold, e.scale) for e in ternary_kernels(variables)}
     # Arrays are replaced, and leave, one by one: no second copy of the model builds up.
-    left = _flat(params)
-    del params
+    left = _flat(variables["params"])
+    del variables
     gc.collect()  # reading the checkpoint left cycles that hold the arrays
     expected = before
     if form.rounded is not None:
         # In place; rounding again changes nothing.
-        for tensor in tensors(config):
+        for tensor in tensors(architecture):
             left[tensor.path] = form.rounded(
-                tensor, left[tensor.path], options, config.quantize
+                tensor, left[tensor.path], options, ternary
             )
-        expected = np.array(_logits(config, _nested(left), quant, probe))
+        expected = np.array(
+            _logits(module, {"params": _nested(left), "quant": quant}, probe)
+        )
 
     def take(tensor: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
         array = left.pop(tensor.path)
-        if tensor.kind != "linear" or not config.quantize or not form.codes:
+        if tensor.kind != "linear" or not ternary or not form.codes:
             return np.asarray(array), None
         threshold, stored = kernels["/".join(tensor.module)]
-        t, scale = _ternarize(array, threshold, config.spec, stored)
+        t, scale = _ternarize(array, threshold, module.spec, stored)
         return np.asarray(t), np.asarray(scale)
 
     with appearing(output, folder=form.folder) as temporary:
-        form.write(temporary, config, tokenizer, take, options)
-        found, params, quant = form.read(temporary, config, tokenizer)
-        found = dataclasses.replace(found, operands=config.operands)
-        after = np.asarray(_logits(found, params, quant, probe))
+        form.write(temporary, module, tokenizer, take, options)
+        found, variables = form.read(temporary, module, tokenizer)
+        after = np.asarray(_logits(found, variables, probe))
         result = _compare(before, after)
-        if config.quantize:
-            _check_codes(codes, _codes(found, params, quant))
+        if ternary:
+            _check_codes(codes, _codes(found, variables))
         off = _compare(expected, after)
         if not off.median <= BOUND * off.spread:
             raise VaaniError(
@@ -262,7 +262,7 @@ def import_model(
     *,
     max_seq_len: int = 0,
     notify: Notify = print,
-) -> ModelConfig:
+) -> Vaani:
     """Makes a run out of a model in a Hugging Face folder.
 
     Args:
@@ -273,7 +273,7 @@ def import_model(
       notify: receives lines for people.
 
     Returns:
-      The config of the model.
+      The model.
 
     Raises:
       VaaniError: anything wrong with the folder, or a workdir that is taken.
@@ -282,48 +282,44 @@ def import_model(
     source, workdir = pathlib.Path(source), pathlib.Path(workdir)
     with appearing(workdir, folder=True) as temporary:
         folder = hf.Folder(source)
-        config = folder.config
-        limit = max_seq_len or min(config.max_seq_len, CONTEXT)
-        if limit > config.max_seq_len:
+        architecture = folder.module.architecture
+        limit = max_seq_len or min(architecture.max_seq_len, CONTEXT)
+        if limit > architecture.max_seq_len:
             raise VaaniError(
-                f"the model was trained on {config.max_seq_len} positions, fewer than"
+                f"the model was trained on {architecture.max_seq_len} positions, fewer than"
                 f" {limit}"
             )
-        if limit < config.max_seq_len and not max_seq_len:
+        if limit < architecture.max_seq_len and not max_seq_len:
             notify(
-                f"context: {limit} of the {config.max_seq_len} positions it can take"
+                f"context: {limit} of the {architecture.max_seq_len} positions it can take"
                 " (--max-seq-len N changes that; its cache grows with it)"
             )
-        config = dataclasses.replace(config, max_seq_len=limit)
-        metadata = Metadata(
-            version=__version__,
-            model=config,
-            tokenizer=folder.tokenizer.to_json(),
-            corpus=None,
-            run={},
-            imported={
-                "from": source.resolve().name,
-                "model_type": architecture_of(config).model_type,
-                "storage": folder.storage,
-            },
+        module = folder.module.clone(
+            architecture=dataclasses.replace(architecture, max_seq_len=limit)
         )
-        params, quant = folder.variables()
+        imported = {
+            "from": source.resolve().name,
+            "model_type": family_of(architecture).model_type,
+            "storage": folder.storage,
+        }
+        metadata = Metadata.of(module, folder.tokenizer.to_json(), imported)
+        variables = folder.variables()
         checkpoints = Checkpoints(Workdir(temporary).checkpoints)
         try:
-            items = {"model": {"params": params, "quant": quant}}
-            checkpoints.save(0, items, metadata.to_json())
-            del items
-            del params
+            checkpoints.save(0, {"model": variables}, metadata.to_json())
+            del variables
             checkpoints.wait()
         finally:
             checkpoints.close()
-    return config
+    return module
 
 
-def as_flags(config: ModelConfig) -> str:
+def as_flags(module: Vaani) -> str:
     """What to tell train.py so that ``--config.init_from`` fits a model."""
     keys = "dim n_layers n_heads n_kv_heads ffn_dim max_seq_len activation rope_theta"
     keys += " norm_eps tie_embeddings"
-    if config.quantize:  # a full-precision model gets sub-norms on the way
+    if module.quantization.quantize:  # a full-precision model gets sub-norms on the way
         keys += " sub_norms"
-    return " ".join(f"--config.model.{k}={getattr(config, k)}" for k in keys.split())
+    return " ".join(
+        f"--config.model.{k}={getattr(module.architecture, k)}" for k in keys.split()
+    )

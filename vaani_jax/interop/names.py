@@ -1,6 +1,6 @@
 """What tensors and settings are called elsewhere: one table for both directions.
 
-A new architecture is a row of `ARCHITECTURES`; where its settings have names of their
+A new family is a row of `FAMILIES`; where its settings have names of their
 own, so are they in `SETTINGS`. Sources: `modeling_bitnet.py` and `modeling_llama.py` of
 transformers 5, `src/models/bitnet.cpp` of llama.cpp.
 
@@ -11,7 +11,8 @@ import dataclasses
 from typing import Any, Literal
 
 from vaani_jax.errors import VaaniError
-from vaani_jax.model.config import ModelConfig
+from vaani_jax.model.config import Architecture, Quantization
+from vaani_jax.model.transformer import Vaani
 
 Kind = Literal["embedding", "norm", "linear", "head"]
 
@@ -80,13 +81,13 @@ class Tensor:
         return self.path[:-1]
 
 
-def tensors(config: ModelConfig) -> list[Tensor]:
+def tensors(architecture: Architecture) -> list[Tensor]:
     """Every parameter of a model with unrolled layers, in a fixed order."""
     sizes = {
-        "V": config.vocab_size,
-        "D": config.dim,
-        "K": config.kv_heads * config.head_dim,
-        "F": config.hidden_dim,
+        "V": architecture.vocab_size,
+        "D": architecture.dim,
+        "K": architecture.kv_heads * architecture.head_dim,
+        "F": architecture.hidden_dim,
     }
 
     def named(row: Row, here: str, hf: str, gguf: str) -> Tensor:
@@ -101,19 +102,19 @@ def tensors(config: ModelConfig) -> list[Tensor]:
     found = [
         named(row, "", "", "")
         for row in OUTSIDE
-        if row.kind != "head" or not config.tie_embeddings
+        if row.kind != "head" or not architecture.tie_embeddings
     ]
-    for i in range(config.n_layers):
+    for i in range(architecture.n_layers):
         found += [
             named(row, f"layers_{i}/", f"model.layers.{i}.", f"blk.{i}.")
             for row in BLOCK
-            if config.sub_norms or "sub_norm" not in row.path
+            if architecture.sub_norms or "sub_norm" not in row.path
         ]
     return found
 
 
 @dataclasses.dataclass(frozen=True)
-class Architecture:
+class Family:
     """A model class of transformers that holds one of ours.
 
     Attributes:
@@ -128,14 +129,14 @@ class Architecture:
     defaults: dict[str, Any]
 
 
-ARCHITECTURES = (
-    Architecture(
+FAMILIES = (
+    Family(
         "bitnet",
         "BitNetForCausalLM",
         True,
         {"rope_theta": 500_000.0, "rms_norm_eps": 1e-5, "hidden_act": "relu2"},
     ),
-    Architecture(
+    Family(
         "llama",
         "LlamaForCausalLM",
         False,
@@ -162,30 +163,37 @@ SETTINGS = (
 ACTIVATIONS = {"swiglu": "silu", "relu2": "relu2"}
 
 
-def settings(config: ModelConfig) -> dict[str, int | float]:
+def settings(architecture: Architecture) -> dict[str, int | float]:
     """The values of `SETTINGS`, with what 0 stands for filled in."""
-    values = {ours: getattr(config, ours) for ours, _, _ in SETTINGS}
-    return {**values, "n_kv_heads": config.kv_heads, "ffn_dim": config.hidden_dim}
+    values = {ours: getattr(architecture, ours) for ours, _, _ in SETTINGS}
+    return {
+        **values,
+        "n_kv_heads": architecture.kv_heads,
+        "ffn_dim": architecture.hidden_dim,
+    }
 
 
-def architecture_of(config: ModelConfig) -> Architecture:
+def family_of(architecture: Architecture) -> Family:
     """The row that holds a model of ours."""
-    return next(a for a in ARCHITECTURES if a.sub_norms == config.sub_norms)
+    return next(a for a in FAMILIES if a.sub_norms == architecture.sub_norms)
 
 
-def hf_config(config: ModelConfig, storage: Storage) -> dict[str, Any]:
+def hf_config(architecture: Architecture, storage: Storage) -> dict[str, Any]:
     """The content of ``config.json``, as transformers 4 and 5 read it."""
-    row = architecture_of(config)
-    ours = settings(config)
+    row = family_of(architecture)
+    ours = settings(architecture)
     content: dict[str, Any] = {
         "architectures": [row.hf_class],
         "model_type": row.model_type,
         **{theirs: ours[name] for name, theirs, _ in SETTINGS},
-        "hidden_act": ACTIVATIONS[config.activation],
-        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
-        "head_dim": config.head_dim,
-        "initializer_range": config.init_std,
-        "tie_word_embeddings": config.tie_embeddings,
+        "hidden_act": ACTIVATIONS[architecture.activation],
+        "rope_parameters": {
+            "rope_theta": architecture.rope_theta,
+            "rope_type": "default",
+        },
+        "head_dim": architecture.head_dim,
+        "initializer_range": architecture.init_std,
+        "tie_word_embeddings": architecture.tie_embeddings,
         "attention_bias": False,
         "mlp_bias": False,
         "bos_token_id": None,
@@ -204,12 +212,12 @@ def hf_config(config: ModelConfig, storage: Storage) -> dict[str, Any]:
     return content
 
 
-def config_from_hf(content: dict[str, Any]) -> tuple[ModelConfig, Storage]:
+def model_from_hf(content: dict[str, Any]) -> tuple[Vaani, Storage]:
     """The model that a ``config.json`` describes, and how its kernels are stored.
 
     Raises VaaniError, naming the key, for what this project's model can't express.
     """
-    rows = {row.model_type: row for row in ARCHITECTURES}
+    rows = {row.model_type: row for row in FAMILIES}
     model_type = content.get("model_type")
     if not isinstance(model_type, str) or model_type not in rows:
         raise VaaniError(
@@ -252,19 +260,21 @@ def config_from_hf(content: dict[str, Any]) -> tuple[ModelConfig, Storage]:
         raise VaaniError("config.json: tie_word_embeddings must be true or false")
     storage = _storage(content)
     std = content.get("initializer_range", 0.02)
-    config = ModelConfig(
+    architecture = Architecture(
         **values,
         activation=named[act],
         sub_norms=row.sub_norms,
         tie_embeddings=tied,
         init_std=_number("initializer_range", std, 0.0, 10.0),
+    )
+    quantization = Quantization(
         quantize=storage != "full",
         weight_scale="stored" if storage in ("multiply", "divide") else "absmean",
     )
-    return config, storage
+    return Vaani(architecture, quantization), storage
 
 
-def _rope(content: dict[str, Any], row: Architecture) -> float:
+def _rope(content: dict[str, Any], row: Family) -> float:
     """The base of the rotary embedding; transformers 5 and 4 keep it differently."""
     found = content.get("rope_theta")
     for key in ("rope_parameters", "rope_scaling"):

@@ -20,7 +20,7 @@ import numpy as np
 
 from vaani_jax import kernels
 from vaani_jax.devices.mesh import BATCH, constrain
-from vaani_jax.model.config import ModelConfig
+from vaani_jax.model.config import Architecture, Execution, Quantization
 from vaani_jax.model.linear import BitLinear, project
 from vaani_jax.model.norm import RMSNorm
 from vaani_jax.model.rotary import rotary_embedding
@@ -47,15 +47,17 @@ class MultiHeadAttention(nn.Module):
     Parameters: ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj`` and ``sub_norm``.
     """
 
-    config: ModelConfig
+    architecture: Architecture
+    quantization: Quantization
+    execution: Execution
 
     def setup(self) -> None:
-        c = self.config
-        self.q_proj = BitLinear(c.n_heads * c.head_dim, c, c.init_std)
-        self.k_proj = BitLinear(c.kv_heads * c.head_dim, c, c.init_std)
-        self.v_proj = BitLinear(c.kv_heads * c.head_dim, c, c.init_std)
-        self.sub_norm = RMSNorm(c.norm_eps) if c.sub_norms else None
-        self.o_proj = BitLinear(c.dim, c, c.init_std / (2 * c.n_layers) ** 0.5, "in")
+        a, how = self.architecture, (self.quantization, self.execution)
+        self.q_proj = BitLinear(a.n_heads * a.head_dim, *how, a.init_std)
+        self.k_proj = BitLinear(a.kv_heads * a.head_dim, *how, a.init_std)
+        self.v_proj = BitLinear(a.kv_heads * a.head_dim, *how, a.init_std)
+        self.sub_norm = RMSNorm(a.norm_eps) if a.sub_norms else None
+        self.o_proj = BitLinear(a.dim, *how, a.branch_init_std, "in")
 
     def __call__(
         self,
@@ -85,13 +87,13 @@ class MultiHeadAttention(nn.Module):
         Returns:
           [B, T, D], and the cache with the new keys and values written in.
         """
-        c = self.config
+        a = self.architecture
         q, k, v = project(
             x, (self.q_proj, self.k_proj, self.v_proj), norm=norm, train=train, mix=mix
         )
-        q_BTNH = q.reshape(*q.shape[:-1], c.n_heads, c.head_dim)
-        k_BTKH = k.reshape(*k.shape[:-1], c.kv_heads, c.head_dim)
-        v_BTKH = v.reshape(*v.shape[:-1], c.kv_heads, c.head_dim)
+        q_BTNH = q.reshape(*q.shape[:-1], a.n_heads, a.head_dim)
+        k_BTKH = k.reshape(*k.shape[:-1], a.kv_heads, a.head_dim)
+        v_BTKH = v.reshape(*v.shape[:-1], a.kv_heads, a.head_dim)
         q_BTNH, k_BTKH, v_BTKH = (
             constrain(heads, BATCH, None, "tensor", None)
             for heads in (q_BTNH, k_BTKH, v_BTKH)
@@ -99,7 +101,7 @@ class MultiHeadAttention(nn.Module):
         q_BTNH = rotary_embedding(q_BTNH, *rotary)
         k_BTKH = rotary_embedding(k_BTKH, *rotary)
         if cache is None:
-            y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, c.attention)
+            y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, self.execution.attention)
         else:
             new: tuple[Array, ...] = (k_BTKH, v_BTKH)
             coded = cache[0].dtype == jnp.int8
@@ -118,7 +120,7 @@ class MultiHeadAttention(nn.Module):
                 start,
                 (cache[2], cache[3]) if coded else None,
             )
-        y = y_BTNH.reshape(*x.shape[:-1], c.n_heads * c.head_dim)
+        y = y_BTNH.reshape(*x.shape[:-1], a.n_heads * a.head_dim)
         y = constrain(y, BATCH, None, "tensor")
         (y,) = project(y, (self.o_proj,), norm=self.sub_norm, train=train, mix=mix)
         return y, cache

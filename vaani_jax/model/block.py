@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from vaani_jax.devices.mesh import BATCH, constrain
 from vaani_jax.model.attention import MultiHeadAttention
-from vaani_jax.model.config import ModelConfig
+from vaani_jax.model.config import Architecture, Execution, Quantization
 from vaani_jax.model.feed_forward import FeedForward
 from vaani_jax.model.norm import RMSNorm
 
@@ -37,13 +37,16 @@ def _rounded(y: Array) -> Array:
 class TransformerBlock(nn.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream."""
 
-    config: ModelConfig
+    architecture: Architecture
+    quantization: Quantization
+    execution: Execution
 
     def setup(self) -> None:
-        self.attn_norm = RMSNorm(self.config.norm_eps)
-        self.attn = MultiHeadAttention(self.config)
-        self.ffn_norm = RMSNorm(self.config.norm_eps)
-        self.ffn = FeedForward(self.config)
+        parts = self.architecture, self.quantization, self.execution
+        self.attn_norm = RMSNorm(self.architecture.norm_eps)
+        self.attn = MultiHeadAttention(*parts)
+        self.ffn_norm = RMSNorm(self.architecture.norm_eps)
+        self.ffn = FeedForward(*parts)
 
     def __call__(
         self,
@@ -57,7 +60,7 @@ class TransformerBlock(nn.Module):
         start: Array | None = None,
     ) -> tuple[Array, tuple[Array, ...] | None]:
         """Maps [B, T, D] to [B, T, D]; arguments as in `MultiHeadAttention`."""
-        rate = self.config.dropout
+        rate = self.architecture.dropout
         keys: Any = (
             (None, None) if dropout_key is None else jax.random.split(dropout_key)
         )

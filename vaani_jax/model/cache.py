@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from vaani_jax.errors import VaaniError
-from vaani_jax.model.config import ModelConfig
+from vaani_jax.model.config import Architecture
 
 Array = jax.Array
 
@@ -65,41 +65,41 @@ class KVCache:
     @classmethod
     def create(
         cls,
-        config: ModelConfig,
+        architecture: Architecture,
         batch: int,
         capacity: int | None = None,
-        dtype: Any = None,
+        dtype: Any = "float32",
         start: Array | None = None,
     ) -> "KVCache":
         """An empty cache for ``batch`` sequences.
 
         Args:
-          config: the model.
+          architecture: of the model.
           batch: B.
           capacity: S; ``max_seq_len`` where None.
-          dtype: float32, bfloat16 or int8; the compute dtype where None.
+          dtype: float32, bfloat16 or int8.
           start: see the class; zeros where None.
 
         Raises:
           VaaniError: the dtype is another one.
         """
         try:
-            name = jnp.dtype(dtype or config.dtype).name
+            name = jnp.dtype(dtype).name
         except TypeError:
             name = str(dtype)
         if name not in ("float32", "bfloat16", "int8"):
             raise VaaniError(f"a KV cache holds float32, bfloat16 or int8, not {name}")
         dtype = jnp.dtype(name)
-        shape = (batch, capacity or config.max_seq_len, config.kv_heads)
+        shape = (batch, capacity or architecture.max_seq_len, architecture.kv_heads)
 
         def zeros(shape: tuple[int, ...], dtype: Any) -> tuple[Array, ...]:
             # Distinct buffers, so that a donated cache is never donated twice.
-            return tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layers))
+            return tuple(jnp.zeros(shape, dtype) for _ in range(architecture.n_layers))
 
         coded = dtype == jnp.int8
         return cls(
-            keys=zeros((*shape, config.head_dim), dtype),
-            values=zeros((*shape, config.head_dim), dtype),
+            keys=zeros((*shape, architecture.head_dim), dtype),
+            values=zeros((*shape, architecture.head_dim), dtype),
             length=jnp.zeros((), jnp.int32),
             start=jnp.zeros(batch, jnp.int32) if start is None else start,
             key_scales=zeros(shape, jnp.float32) if coded else (),

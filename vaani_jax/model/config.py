@@ -1,4 +1,8 @@
-"""What a model is, how it rounds, and how it is computed here."""
+"""What a model is, how it rounds, and how it is computed here: a dataclass each.
+
+The first two decide every number that a model gives, and travel with its weights. The
+third says how this machine computes them, and may be another one elsewhere.
+"""
 
 import dataclasses
 from typing import Literal
@@ -10,8 +14,8 @@ from vaani_jax.settings import key, named
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The architecture: everything that decides what the parameters are and mean."""
+class Architecture:
+    """What a model is: what decides which parameters there are, and what they mean."""
 
     vocab_size: int = key(0, 'V. 0 in a config file stands for "as the tokenizer has"')
     dim: int = key(128, "D, width of the residual stream")
@@ -37,60 +41,6 @@ class ModelConfig:
         "2B4T has; False is the plain Llama block",
     )
     tie_embeddings: bool = key(True, "whether the head reuses the embedding")
-    ternary_head: bool = key(
-        False, "whether the head is ternary too (b1.58 keeps it in full precision)"
-    )
-    quantize: bool = key(
-        True, "False gives the full-precision twin: same parameters, plain products"
-    )
-    threshold: float = key(
-        0.5, "tau of every BitLinear at the start, in units of mean|W|"
-    )
-    weight_scale: Literal["absmean", "least_squares", "stored"] = key(
-        "absmean",
-        '"absmean" (b1.58) or "least_squares"; "stored" for models that were imported '
-        "as codes and scales, which are not trained as they are",
-    )
-    weight_granularity: Literal["tensor", "channel"] = key(
-        "tensor", 'one scale per "tensor" or per output "channel"'
-    )
-    activation_tracking: Literal["token", "ema"] = key(
-        "token", '"token" (b1.58), or "ema" for a tracked range'
-    )
-    activation_momentum: float = key(0.99, "momentum of the tracked range")
-    operands: Literal["auto", "bfloat16", "float32", "int8"] = key(
-        "auto", "dtype of the forward integers; equal results (see `TernarySpec`)"
-    )
-    wire: Wire = key(
-        "2bit",
-        "what devices send each other of ternary kernels that are cut over them (see "
-        "`TernarySpec`)",
-    )
-    attention: Literal["auto", "library", "explicit"] = key(
-        "auto",
-        '"library" (`jax.nn.dot_product_attention`), "explicit", or "auto": the '
-        "former on accelerators, the latter on CPUs",
-    )
-    dtype: Literal["float32", "bfloat16"] = key(
-        "float32", 'compute dtype, "float32" or "bfloat16"; parameters stay float32'
-    )
-    scan_layers: bool = key(
-        False, "one traced block under `nn.scan`: compiles faster, same results"
-    )
-    remat: bool = key(
-        False, "recompute blocks in the backward pass instead of storing them"
-    )
-    remat_save: Literal["nothing", "products"] = key(
-        "nothing",
-        'what ``remat`` stores besides the input of each block: "nothing", or the '
-        '"products" of its linear layers in the compute dtype, which leaves norms, '
-        "quantisers and attention to recompute: ``2 D + 2 D K / N + 2 F`` numbers "
-        "more per token and layer, and no linear product done twice. Equal results. "
-        "Goes with ``scan_layers``: without it, XLA on a CPU undoes "
-        "rematerialisation. For 8 layers of 512 and 2048 tokens in float32, its CPU "
-        "code has 1316 MB of temporaries without ``remat`` (1087 with int8 operands), "
-        '222 with "nothing" saved and 536 with "products"',
-    )
 
     def __post_init__(self) -> None:
         named(ACTIVATIONS, self.activation, "model.activation")
@@ -117,15 +67,6 @@ class ModelConfig:
             )
         if not 0 <= self.dropout < 1:
             raise VaaniError(f"model.dropout is {self.dropout}: it must be in [0, 1)")
-        if not 0 <= self.activation_momentum < 1:
-            raise VaaniError(
-                f"model.activation_momentum is {self.activation_momentum}: it must be"
-                " in [0, 1)"
-            )
-        if self.threshold < 0:
-            raise VaaniError(f"model.threshold is {self.threshold}: it can't be < 0")
-        if self.weight_scale == "stored" and self.weight_granularity != "tensor":
-            raise VaaniError("model.weight_scale = stored has one scale per tensor")
 
     @property
     def kv_heads(self) -> int:
@@ -138,12 +79,121 @@ class ModelConfig:
         return self.dim // self.n_heads
 
     @property
+    def branch_init_std(self) -> float:
+        """Standard deviation of the initial weights that end a branch."""
+        return self.init_std / (2 * self.n_layers) ** 0.5
+
+    @property
     def hidden_dim(self) -> int:
         """F."""
         return self.ffn_dim or max(64, 64 * round(8 * self.dim / 3 / 64))
 
-    @property
-    def spec(self) -> TernarySpec:
-        return TernarySpec(
-            self.weight_scale, self.weight_granularity, self.operands, self.wire
-        )
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """How a model rounds: weights, activations, and what is computed between them."""
+
+    quantize: bool = key(
+        True, "False gives the full-precision twin: same parameters, plain products"
+    )
+    ternary_head: bool = key(
+        False, "whether the head is ternary too (b1.58 keeps it in full precision)"
+    )
+    threshold: float = key(
+        0.5, "tau of every BitLinear at the start, in units of mean|W|"
+    )
+    weight_scale: Literal["absmean", "least_squares", "stored"] = key(
+        "absmean",
+        '"absmean" (b1.58) or "least_squares"; "stored" for models that were imported '
+        "as codes and scales, which are not trained as they are",
+    )
+    weight_granularity: Literal["tensor", "channel"] = key(
+        "tensor", 'one scale per "tensor" or per output "channel"'
+    )
+    activation_tracking: Literal["token", "ema"] = key(
+        "token", '"token" (b1.58), or "ema" for a tracked range'
+    )
+    activation_momentum: float = key(0.99, "momentum of the tracked range")
+    dtype: Literal["float32", "bfloat16"] = key(
+        "float32", 'compute dtype, "float32" or "bfloat16"; parameters stay float32'
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.activation_momentum < 1:
+            raise VaaniError(
+                f"quantization.activation_momentum is {self.activation_momentum}: it"
+                " must be in [0, 1)"
+            )
+        if self.threshold < 0:
+            raise VaaniError(
+                f"quantization.threshold is {self.threshold}: it can't be < 0"
+            )
+        if self.weight_scale == "stored" and self.weight_granularity != "tensor":
+            raise VaaniError(
+                "quantization.weight_scale = stored has one scale per tensor"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a model is computed here. Nothing in it is of the model's."""
+
+    operands: Literal["auto", "bfloat16", "float32", "int8"] = key(
+        "auto", "dtype of the forward integers; equal results (see `TernarySpec`)"
+    )
+    wire: Wire = key(
+        "2bit",
+        "what devices send each other of ternary kernels that are cut over them (see "
+        "`TernarySpec`)",
+    )
+    attention: Literal["auto", "library", "explicit"] = key(
+        "auto",
+        '"library" (`jax.nn.dot_product_attention`), "explicit", or "auto": the '
+        "former on accelerators, the latter on CPUs",
+    )
+    scan_layers: bool = key(
+        False, "one traced block under `nn.scan`: compiles faster, same results"
+    )
+    remat: bool = key(
+        False, "recompute blocks in the backward pass instead of storing them"
+    )
+    remat_save: Literal["nothing", "products"] = key(
+        "nothing",
+        'what ``remat`` stores besides the input of each block: "nothing", or the '
+        '"products" of its linear layers in the compute dtype, which leaves norms, '
+        "quantisers and attention to recompute: ``2 D + 2 D K / N + 2 F`` numbers "
+        "more per token and layer, and no linear product done twice. Equal results. "
+        "Goes with ``scan_layers``: without it, XLA on a CPU undoes "
+        "rematerialisation. For 8 layers of 512 and 2048 tokens in float32, its CPU "
+        "code has 1316 MB of temporaries without ``remat`` (1087 with int8 operands), "
+        '222 with "nothing" saved and 536 with "products"',
+    )
+
+
+def ternary_spec(quantization: Quantization, execution: Execution) -> TernarySpec:
+    """How the ternary products of such a model quantize."""
+    return TernarySpec(
+        quantization.weight_scale,
+        quantization.weight_granularity,
+        execution.operands,
+        execution.wire,
+    )
+
+
+# Where the keys of version 0.1's one section ``model`` are now.
+RENAMED = {
+    "model.quantize": "quantization.quantize",
+    "model.ternary_head": "quantization.ternary_head",
+    "model.threshold": "quantization.threshold",
+    "model.weight_scale": "quantization.weight_scale",
+    "model.weight_granularity": "quantization.weight_granularity",
+    "model.activation_tracking": "quantization.activation_tracking",
+    "model.activation_momentum": "quantization.activation_momentum",
+    "model.dtype": "quantization.dtype",
+    "model.operands": "execution.operands",
+    "model.wire": "execution.wire",
+    "model.attention": "execution.attention",
+    "model.scan_layers": "execution.scan_layers",
+    "model.remat": "execution.remat",
+    "model.remat_save": "execution.remat_save",
+}

@@ -5,7 +5,7 @@ import jax
 
 from vaani_jax.devices.mesh import BATCH, constrain
 from vaani_jax.model.activations import ACTIVATIONS
-from vaani_jax.model.config import ModelConfig
+from vaani_jax.model.config import Architecture, Execution, Quantization
 from vaani_jax.model.linear import BitLinear, project
 from vaani_jax.model.norm import RMSNorm
 
@@ -20,14 +20,16 @@ class FeedForward(nn.Module):
     Parameters: ``gate_proj``, ``up_proj``, ``down_proj`` and ``sub_norm``.
     """
 
-    config: ModelConfig
+    architecture: Architecture
+    quantization: Quantization
+    execution: Execution
 
     def setup(self) -> None:
-        c = self.config
-        self.gate_proj = BitLinear(c.hidden_dim, c, c.init_std)
-        self.up_proj = BitLinear(c.hidden_dim, c, c.init_std)
-        self.sub_norm = RMSNorm(c.norm_eps) if c.sub_norms else None
-        self.down_proj = BitLinear(c.dim, c, c.init_std / (2 * c.n_layers) ** 0.5, "in")
+        a, how = self.architecture, (self.quantization, self.execution)
+        self.gate_proj = BitLinear(a.hidden_dim, *how, a.init_std)
+        self.up_proj = BitLinear(a.hidden_dim, *how, a.init_std)
+        self.sub_norm = RMSNorm(a.norm_eps) if a.sub_norms else None
+        self.down_proj = BitLinear(a.dim, *how, a.branch_init_std, "in")
 
     def __call__(
         self,
@@ -41,7 +43,7 @@ class FeedForward(nn.Module):
         gate, up = project(
             x, (self.gate_proj, self.up_proj), norm=norm, train=train, mix=mix
         )
-        gated = ACTIVATIONS[self.config.activation]
+        gated = ACTIVATIONS[self.architecture.activation]
         hidden = constrain(gated(gate, up), BATCH, None, "tensor")
         (y,) = project(
             hidden, (self.down_proj,), norm=self.sub_norm, train=train, mix=mix

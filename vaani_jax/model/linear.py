@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from vaani_jax.kernels import rows_matmul, ternary_matmul
-from vaani_jax.model.config import ModelConfig
+from vaani_jax.model.config import Execution, Quantization, ternary_spec
 from vaani_jax.model.norm import RMSNorm
 from vaani_jax.quant.activations import ActivationQuantizer
 from vaani_jax.quant.packed import PackedRows, PackedTernary
 from vaani_jax.quant.product import ternary_dot
-from vaani_jax.quant.spec import Split
+from vaani_jax.quant.spec import Split, TernarySpec
 from vaani_jax.quant.weights import TernaryQuantizer
 from vaani_jax.quant.wire import whole_kernel
 
@@ -32,24 +32,30 @@ class BitLinear(nn.Module):
 
     Attributes:
       features: width of the output.
-      config: quantiser settings (and nothing else) are read from it.
+      quantization: how weights and inputs are rounded.
+      execution: how the product is computed.
       init_std: standard deviation of the initial kernel.
       split: which side of the kernel the mesh axis ``tensor`` cuts, see `ternary_dot`.
     """
 
     features: int
-    config: ModelConfig = ModelConfig()
+    quantization: Quantization = Quantization()
+    execution: Execution = Execution()
     init_std: float = 0.02
     split: Split = "out"
 
     def setup(self) -> None:
-        if self.config.quantize:
-            self.weight_quantizer = TernaryQuantizer(
-                self.config.threshold, self.config.spec
-            )
+        q = self.quantization
+        if q.quantize:
+            self.weight_quantizer = TernaryQuantizer(q.threshold, self.spec)
             self.activation_quantizer = ActivationQuantizer(
-                self.config.activation_tracking, self.config.activation_momentum
+                q.activation_tracking, q.activation_momentum
             )
+
+    @property
+    def spec(self) -> TernarySpec:
+        """How the product quantizes."""
+        return ternary_spec(self.quantization, self.execution)
 
     @nn.compact
     def kernel(self, in_features: int) -> Array | PackedTernary | PackedRows:
@@ -105,7 +111,7 @@ def project(
         x = norm(x)
     if isinstance(kernels[0], PackedRows):
         return tuple(rows_matmul(x, kernel) for kernel in kernels)
-    if not first.config.quantize:
+    if not first.quantization.quantize:
         wholes = [whole_kernel(kernel, x.dtype, first.split) for kernel in kernels]
         outputs = tuple(jnp.dot(x, kernel) for kernel in wholes)
         return checkpoint_name(outputs, PRODUCT)
@@ -113,7 +119,7 @@ def project(
         x,
         kernels,
         [layer.weight_quantizer.tau() for layer in layers],
-        spec=first.config.spec,
+        spec=first.spec,
         scales=[layer.weight_quantizer.stored() for layer in layers],
         activation_range=first.activation_quantizer.observe(x, train=train),
         mix=mix,

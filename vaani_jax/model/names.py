@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vaani_jax.model.config import ModelConfig
+from vaani_jax.quant.spec import TernarySpec
 from vaani_jax.quant.weights import ternarize
 
 Array = jax.Array
@@ -26,7 +26,7 @@ class TernaryKernel:
     scale: Array | None = None
 
 
-def ternary_kernels(params: Tree, quant: Tree) -> list[TernaryKernel]:
+def ternary_kernels(variables: Tree) -> list[TernaryKernel]:
     """Every ternary kernel with its threshold, in the order of the tree.
 
     Names are module paths, such as ``layers_0/attn/q_proj``; a tied ternary head is
@@ -57,7 +57,7 @@ def ternary_kernels(params: Tree, quant: Tree) -> list[TernaryKernel]:
             elif key in masters:
                 visit((*path, key), child, masters[key])
 
-    visit((), quant, params)
+    visit((), variables["quant"], variables["params"])
     return found
 
 
@@ -79,17 +79,15 @@ def with_settings(quant: Tree, thresholds: dict[str, Array], momentum: Array) ->
     return jax.tree_util.tree_map_with_path(visit, quant)
 
 
-def ternary_codes(
-    config: ModelConfig, params: Tree, quant: Tree
-) -> dict[str, tuple[Array, Array]]:
+def ternary_codes(spec: TernarySpec, variables: Tree) -> dict[str, tuple[Array, Array]]:
     """Codes (int8, as the kernel) and scales (float32) of every ternary kernel.
 
     Stacked kernels keep their leading axis, in the scales too.
     """
     codes = {}
-    for entry in ternary_kernels(params, quant):
+    for entry in ternary_kernels(variables):
         function = lambda w, tau, kept: ternarize(  # noqa: E731
-            w, tau, config.spec, kept
+            w, tau, spec, kept
         )
         if entry.kernel.ndim == 3:
             function = jax.vmap(function)

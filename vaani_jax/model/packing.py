@@ -21,23 +21,19 @@ Tree = Any
 Embedding = Literal["float32", "int8"]
 
 
-def pack_params(
-    params: Tree,
-    quant: Tree,
-    spec: TernarySpec,
-    *,
-    embedding: Embedding = "float32",
-) -> tuple[Tree, Tree]:
+def pack_variables(
+    variables: Tree, spec: TernarySpec, *, embedding: Embedding = "float32"
+) -> Tree:
     """Packs a model.
 
     Args:
-      params, quant: its variables, layers unrolled (see `generate.unrolled`).
+      variables: its ``params`` and ``quant``, layers unrolled (see `unrolled`).
       spec: how its kernels quantise.
       embedding: how to store the embedding and a head that isn't ternary: as they
         are, or in 8 bits with a scale per row.
 
     Returns:
-      ``(params, quant)`` as described at the top of this module. A tied ternary head
+      Variables as described at the top of this module. A tied ternary head
       becomes ``head``, beside the embedding.
     """
 
@@ -64,16 +60,16 @@ def pack_params(
             kept["head"] = ternary(masters["embedding"].T, head)
         return kept, left
 
-    if "layers" in params:
+    if "layers" in variables["params"]:
         raise VaaniError("unroll the layers of a model before packing it")
-    packed, settings = visit(params, quant)
+    packed, settings = visit(variables["params"], variables["quant"])
 
     if embedding == "int8":
         packed["embedding"] = pack_rows(packed["embedding"])
         head = packed.get("lm_head", {}).get("kernel")
         if head is not None and not isinstance(head, PackedTernary):
             packed["lm_head"] = {"kernel": pack_rows(head.T)}  # a row per output
-    return packed, settings
+    return {"params": packed, "quant": settings}
 
 
 def packed_bytes(tree: Tree) -> int:

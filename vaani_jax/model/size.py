@@ -5,9 +5,8 @@ import dataclasses
 import jax
 import numpy as np
 
-from vaani_jax.model.config import ModelConfig
 from vaani_jax.model.names import ternary_kernels
-from vaani_jax.model.transformer import init_variables
+from vaani_jax.model.transformer import Vaani, init_variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,17 +19,18 @@ class ModelSize:
     bytes_2bit: int
 
 
-def model_size(config: ModelConfig) -> ModelSize:
+def model_size(model: Vaani) -> ModelSize:
     """Counts parameters without computing any."""
-    params, quant = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
-    total = sum(int(np.prod(p.shape)) for p in jax.tree.leaves(params))
-    quantised = dataclasses.replace(config, quantize=True)
-    params, quant = jax.eval_shape(lambda: init_variables(quantised, jax.random.key(0)))
+    quantized = model.clone(
+        quantization=dataclasses.replace(model.quantization, quantize=True)
+    )
+    variables = jax.eval_shape(lambda: init_variables(quantized, jax.random.key(0)))
+    total = sum(int(np.prod(p.shape)) for p in jax.tree.leaves(variables["params"]))
     kernels = jax.eval_shape(
-        lambda p, q: {e.name: e.kernel for e in ternary_kernels(p, q)}, params, quant
+        lambda v: {e.name: e.kernel for e in ternary_kernels(v)}, variables
     )
     ternary = sum(int(np.prod(k.shape)) for k in kernels.values())
-    channel = config.weight_granularity == "channel"
+    channel = model.quantization.weight_granularity == "channel"
     scales = sum(
         int(np.prod(k.shape[:-2])) * (k.shape[-1] if channel else 1)
         for k in kernels.values()
@@ -43,7 +43,7 @@ def model_size(config: ModelConfig) -> ModelSize:
     )
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> int:
+def flops_per_token(model: Vaani, seq_len: int) -> int:
     """Floating-point operations of a training step per token, as everyone counts them.
 
     PaLM (arXiv:2204.02311), appendix B: 6 for each parameter that is multiplied (2
@@ -53,13 +53,13 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     utilisation of a chip (MFU) is tokens per second x this / the chip's peak.
 
     Args:
-      config: the model, with its vocabulary; the twin counts the same.
+      model: with its vocabulary; the twin counts the same.
       seq_len: T, tokens of a training sequence.
     """
-    params, _ = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
-    multiplied = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    variables = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+    multiplied, a = 0, model.architecture
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
         name = path[-1].key
-        if name == "kernel" or (name == "embedding" and config.tie_embeddings):
+        if name == "kernel" or (name == "embedding" and a.tie_embeddings):
             multiplied += int(np.prod(leaf.shape))
-    return 6 * multiplied + 12 * config.n_layers * config.dim * seq_len
+    return 6 * multiplied + 12 * a.n_layers * a.dim * seq_len

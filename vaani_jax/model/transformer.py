@@ -12,12 +12,13 @@ from vaani_jax.errors import VaaniError
 from vaani_jax.kernels import rows_matmul, ternary_matmul
 from vaani_jax.model.block import TransformerBlock, dropout
 from vaani_jax.model.cache import KVCache
-from vaani_jax.model.config import ModelConfig
+from vaani_jax.model.config import Architecture, Execution, Quantization, ternary_spec
 from vaani_jax.model.linear import PRODUCT, BitLinear
 from vaani_jax.model.norm import RMSNorm
 from vaani_jax.model.rotary import rotary_angles
 from vaani_jax.quant.packed import PackedRows, take_rows
 from vaani_jax.quant.product import ternary_dot
+from vaani_jax.quant.spec import TernarySpec
 from vaani_jax.quant.weights import TernaryQuantizer
 
 Array = jax.Array
@@ -27,48 +28,55 @@ Tree = Any
 class Vaani(nn.Module):
     """A BitNet b1.58 language model."""
 
-    config: ModelConfig
+    architecture: Architecture
+    quantization: Quantization = Quantization()
+    execution: Execution = Execution()
+
+    @property
+    def spec(self) -> TernarySpec:
+        """How its ternary products quantize."""
+        return ternary_spec(self.quantization, self.execution)
 
     def setup(self) -> None:
-        c = self.config
-        if c.vocab_size < 1:
+        a, q, e = self.architecture, self.quantization, self.execution
+        if a.vocab_size < 1:
             raise VaaniError("model.vocab_size is 0: set it, or take the tokenizer's")
         stored: Any = self.get_variable("params", "embedding")
         if not isinstance(stored, PackedRows):
             stored = self.param(
                 "embedding",
-                nn.initializers.normal(c.init_std),
-                (c.vocab_size, c.dim),
+                nn.initializers.normal(a.init_std),
+                (a.vocab_size, a.dim),
                 jnp.float32,
             )
         self.embedding = stored
         block: Any = TransformerBlock
-        if c.remat:
-            kept = (PRODUCT,) if c.remat_save == "products" else ()
+        if e.remat:
+            kept = (PRODUCT,) if e.remat_save == "products" else ()
             block = nn.remat(
                 block,
-                prevent_cse=not c.scan_layers,
+                prevent_cse=not e.scan_layers,
                 static_argnums=(7,),
                 policy=jax.checkpoint_policies.save_only_these_names(*kept),
             )
-        if c.scan_layers:
+        if e.scan_layers:
             self.layers = nn.scan(
                 block,
                 variable_axes={"params": 0, "quant": 0},
                 split_rngs={"params": True},
                 in_axes=(0, 0, *[nn.broadcast] * 5),
-                length=c.n_layers,
-            )(c)
+                length=a.n_layers,
+            )(a, q, e)
         else:
-            self.layers = [block(c) for _ in range(c.n_layers)]
-        self.final_norm = RMSNorm(c.norm_eps)
+            self.layers = [block(a, q, e) for _ in range(a.n_layers)]
+        self.final_norm = RMSNorm(a.norm_eps)
         self.packed_head: Any = self.get_variable("params", "head")
         masters = self.packed_head is None
-        if c.ternary_head and c.quantize and c.tie_embeddings and masters:
-            self.head_quantizer = TernaryQuantizer(c.threshold, c.spec)
-        if not c.tie_embeddings:
-            head = dataclasses.replace(c, quantize=c.quantize and c.ternary_head)
-            self.lm_head = BitLinear(c.vocab_size, head, c.init_std)
+        if q.ternary_head and q.quantize and a.tie_embeddings and masters:
+            self.head_quantizer = TernaryQuantizer(q.threshold, self.spec)
+        if not a.tie_embeddings:
+            head = dataclasses.replace(q, quantize=q.quantize and q.ternary_head)
+            self.lm_head = BitLinear(a.vocab_size, head, e, a.init_std)
 
     def __call__(
         self,
@@ -99,9 +107,9 @@ class Vaani(nn.Module):
           VaaniError: more tokens than the model or the cache can hold, as far as
             shapes and concrete lengths tell; for traced lengths see `KVCache`.
         """
-        c = self.config
+        a, dtype = self.architecture, self.quantization.dtype
         length = tokens.shape[1]
-        capacity = cache.capacity if cache is not None else c.max_seq_len
+        capacity = cache.capacity if cache is not None else a.max_seq_len
         seen = 0
         if cache is not None and not isinstance(cache.length, jax.core.Tracer):
             seen = int(cache.length)
@@ -111,7 +119,7 @@ class Vaani(nn.Module):
             )
         start = None
         positions = jnp.arange(length, dtype=jnp.int32)
-        table = rotary_angles(max(capacity, c.max_seq_len), c.head_dim, c.rope_theta)
+        table = rotary_angles(max(capacity, a.max_seq_len), a.head_dim, a.rope_theta)
         if cache is None:
             rotary = tuple(jnp.asarray(t[:length]) for t in table)
         else:
@@ -120,18 +128,18 @@ class Vaani(nn.Module):
             rotary = tuple(jnp.take(t, since, axis=0, mode="clip") for t in table)
 
         keys = None
-        if train and c.dropout > 0:
-            keys = jax.random.split(self.make_rng("dropout"), c.n_layers + 1)
+        if train and a.dropout > 0:
+            keys = jax.random.split(self.make_rng("dropout"), a.n_layers + 1)
         if isinstance(self.embedding, PackedRows):
-            x = take_rows(self.embedding, tokens).astype(c.dtype)
+            x = take_rows(self.embedding, tokens).astype(dtype)
         else:
-            x = jnp.take(self.embedding, tokens, axis=0).astype(c.dtype)
-        x = dropout(x, c.dropout, None if keys is None else keys[-1])
+            x = jnp.take(self.embedding, tokens, axis=0).astype(dtype)
+        x = dropout(x, a.dropout, None if keys is None else keys[-1])
         # Each device looks up its columns for all rows of its group; they exchange.
         x = constrain(x, "data", None, "fsdp")
         x = constrain(x, BATCH, None, None)
         filled: list[Any] = []
-        if c.scan_layers:
+        if self.execution.scan_layers:
             layer_caches = None
             if cache is not None:
                 layer_caches = tuple(map(jnp.stack, zip(*cache.layers, strict=True)))
@@ -161,19 +169,19 @@ class Vaani(nn.Module):
 
     def head(self, x: Array, *, train: bool, mix: Array | None) -> Array:
         """Logits [B, T, V] in float32 of normalised states [B, T, D]."""
-        c = self.config
-        if not c.tie_embeddings:
+        q = self.quantization
+        if not self.architecture.tie_embeddings:
             return self.lm_head(x, train=train, mix=mix).astype(jnp.float32)
         if self.packed_head is not None:
             return ternary_matmul(x, self.packed_head).astype(jnp.float32)
         if isinstance(self.embedding, PackedRows):
             return rows_matmul(x, self.embedding)
-        if c.ternary_head and c.quantize:
+        if q.ternary_head and q.quantize:
             (logits,) = ternary_dot(
                 x,
                 (self.embedding.T,),
                 (self.head_quantizer.tau(),),
-                spec=c.spec,
+                spec=self.spec,
                 scales=(self.head_quantizer.stored(),),
                 mix=mix,
             )
@@ -197,31 +205,32 @@ def stack_layers(tree: Tree, n_layers: int) -> Tree:
     return rest
 
 
-def init_variables(config: ModelConfig, key: Array) -> tuple[Tree, Tree]:
-    """Initial ``(params, quant)``; equal with and without `scan_layers`."""
-    flat = Vaani(dataclasses.replace(config, scan_layers=False, remat=False))
-    variables = flat.init(key, jnp.zeros((1, 1), jnp.int32))
-    params, quant = variables["params"], variables.get("quant", {})
-    if config.scan_layers:
-        params = stack_layers(params, config.n_layers)
-        quant = stack_layers(quant, config.n_layers)
-    return params, quant
+def init_variables(model: Vaani, key: Array) -> Tree:
+    """Initial ``params`` and ``quant``; equal with and without `scan_layers`."""
+    plain = dataclasses.replace(model.execution, scan_layers=False, remat=False)
+    flat = model.clone(execution=plain)
+    variables = {"quant": {}, **flat.init(key, jnp.zeros((1, 1), jnp.int32))}
+    if model.execution.scan_layers:
+        n_layers = model.architecture.n_layers
+        variables = {k: stack_layers(v, n_layers) for k, v in variables.items()}
+    return variables
 
 
-def unrolled(
-    config: ModelConfig, params: Any, quant: Any
-) -> tuple[ModelConfig, Any, Any]:
+def unrolled(model: Vaani, variables: Tree) -> tuple[Vaani, Tree]:
     """The same model with its layers unrolled, which decodes faster on a CPU."""
-    if not config.scan_layers:
-        return config, params, quant
+    if not model.execution.scan_layers:
+        return model, variables
 
     def unstack(tree: Any) -> Any:
         if "layers" not in tree:
             return tree
         rest = {k: v for k, v in tree.items() if k != "layers"}
-        for i in range(config.n_layers):
+        for i in range(model.architecture.n_layers):
             rest[f"layers_{i}"] = jax.tree.map(lambda x, i=i: x[i], tree["layers"])
         return rest
 
-    config = dataclasses.replace(config, scan_layers=False)
-    return config, unstack(params), unstack(quant)
+    execution = dataclasses.replace(model.execution, scan_layers=False)
+    return (
+        model.clone(execution=execution),
+        {name: unstack(tree) for name, tree in variables.items()},
+    )

@@ -200,21 +200,21 @@ def make_plan(
         exchanges = tuple(collectives(compiled.as_text()))
     except ValueError as error:
         raise VaaniError(f"can't read what the compiled step sends: {error}") from error
-    model = config.model
+    model, execution = config.model, config.execution
     tokens = config.batch_size * model.max_seq_len
-    flops = tokens * flops_per_token(model, model.max_seq_len)
+    flops = tokens * flops_per_token(config.vaani, model.max_seq_len)
     executed = float(flops)
-    if model.remat:
+    if execution.remat:
         # The forward third once more, or only its attention.
         again = flops / 3
-        if model.remat_save == "products":
+        if execution.remat_save == "products":
             again = tokens * 4 * model.n_layers * model.dim * model.max_seq_len
         executed += again
     return Plan(
         config=config,
         mesh=dict(mesh.shape),
         idle=len(devices) - mesh.size,
-        parameters=model_size(model).parameters,
+        parameters=model_size(config.vaani).parameters,
         flops=flops,
         executed=executed,
         memory=_memory(program, config, mesh, compiled),
@@ -226,12 +226,14 @@ def make_plan(
 def as_text(plan: Plan, chips: Sequence[Chip], utilisation: float) -> str:
     """The plan as people read it."""
     config, model, memory = plan.config, plan.config.model, plan.memory
+    execution = config.execution
     axes = " x ".join(f"{axis} {n}" for axis, n in plan.mesh.items())
     idle = f"; {plan.idle} more are not used" if plan.idle else ""
-    remat = f", remat saves {model.remat_save}" if model.remat else ""
+    remat = f", remat saves {execution.remat_save}" if execution.remat else ""
     lines = [
-        f"model    {'ternary' if model.quantize else 'full precision'},"
-        f" {plan.parameters:,} parameters, compute in {model.dtype}{remat}",
+        f"model    {'ternary' if config.quantization.quantize else 'full precision'},"
+        f" {plan.parameters:,} parameters, compute in {config.quantization.dtype}"
+        + remat,
         f"devices  {plan.devices}: {axes}{idle}",
         f"step     {config.batch_size:,} x {model.max_seq_len:,} tokens in"
         f" {config.optim.accumulation_steps} micro-batches, {plan.flops:.3g} FLOP,"

@@ -9,7 +9,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from vaani_jax.model.config import ModelConfig
+from vaani_jax import __version__
+from vaani_jax.model.config import RENAMED, Architecture, Execution, Quantization
+from vaani_jax.model.transformer import Vaani
 from vaani_jax.settings import build
 
 Json = dict[str, Any]
@@ -21,11 +23,12 @@ class Metadata:
 
     Attributes:
       version: of Vaani, that wrote it.
-      model: what the arrays are.
+      architecture, quantization: what the arrays are, and how they are rounded.
+      stacked: whether arrays of the layers are stacked, as ``scan_layers`` has them.
       tokenizer: its description, see `text.tokenizers.from_json`.
       corpus: source, sha256 and characters of the text; None for an imported model.
-      run: config of the run, nested plain values, without ``model``; only its defaults
-        differ from nothing for an imported model.
+      run: config of the run, nested plain values, without ``model`` and
+        ``quantization``; empty for an imported model.
       imported: where an imported model came from; None for a trained one.
       elapsed_seconds: of training.
       best: step and scores of the best evaluation so far.
@@ -35,7 +38,9 @@ class Metadata:
     """
 
     version: str
-    model: ModelConfig
+    architecture: Architecture
+    quantization: Quantization
+    stacked: bool
     tokenizer: Json
     corpus: Json | None
     run: Json
@@ -46,11 +51,34 @@ class Metadata:
     step: int = 0
     loss: float | None = None
 
+    @classmethod
+    def of(
+        cls, module: Vaani, tokenizer: Json, imported: Json | None = None
+    ) -> "Metadata":
+        """Of a model that no run of ours has trained."""
+        return cls(
+            version=__version__,
+            architecture=module.architecture,
+            quantization=module.quantization,
+            stacked=module.execution.scan_layers,
+            tokenizer=tokenizer,
+            corpus=None,
+            run={},
+            imported=imported,
+        )
+
+    @property
+    def module(self) -> Vaani:
+        """The model as its arrays lie; how it is executed is left to this machine."""
+        execution = Execution(scan_layers=self.stacked)
+        return Vaani(self.architecture, self.quantization, execution)
+
     def to_json(self) -> Json:
         """Plain values."""
         return {
             **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
-            "model": dataclasses.asdict(self.model),
+            "architecture": dataclasses.asdict(self.architecture),
+            "quantization": dataclasses.asdict(self.quantization),
             "window": list(self.window),
         }
 
@@ -58,8 +86,9 @@ class Metadata:
     def from_json(cls, values: Mapping[str, Any]) -> "Metadata":
         """Reads what `to_json` wrote, and what versions before 0.2 did.
 
-        Those kept the model's config within the run's, under ``config``. Keys that
-        belong to neither, such as fingerprints, are passed over.
+        Those kept the config of the run, under ``config``, with all keys of the model
+        in one section. Keys that belong to neither, such as fingerprints, are passed
+        over.
 
         Raises:
           VaaniError: a key of the model's config that is unknown or of another type.
@@ -69,9 +98,14 @@ class Metadata:
         if "config" in found:
             found["run"] = dict(found["config"])
             found["model"] = found["run"].pop("model")
+        if "model" in found:
+            found |= _parted(found["model"], found["run"])
         names = {f.name for f in dataclasses.fields(cls)}
         known = {name: value for name, value in found.items() if name in names}
-        known["model"] = build(ModelConfig, known["model"], "model.")
+        known["architecture"] = build(Architecture, known["architecture"], "model.")
+        known["quantization"] = build(
+            Quantization, known["quantization"], "quantization."
+        )
         known["window"] = tuple(known.get("window", ()))
         result = cls(**known)
         for name, kind in _KINDS.items():
@@ -80,8 +114,24 @@ class Metadata:
         return result
 
 
+def _parted(model: Json, run: Json) -> Json:
+    """The section ``model`` of version 0.1 in today's three."""
+    parts: dict[str, Json] = {"model": {}, "quantization": {}, "execution": {}}
+    for name, value in model.items():
+        section, _, key = RENAMED.get(f"model.{name}", f"model.{name}").partition(".")
+        parts[section][key] = value
+    return {
+        "architecture": parts["model"],
+        "quantization": parts["quantization"],
+        "stacked": parts["execution"].get("scan_layers", False),
+        # An imported model has no run.
+        "run": {**run, "execution": parts["execution"]} if run else {},
+    }
+
+
 _KINDS: dict[str, Any] = {
     "version": str,
+    "stacked": bool,
     "tokenizer": dict,
     "corpus": dict | None,
     "run": dict,

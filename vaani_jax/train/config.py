@@ -7,7 +7,8 @@ from vaani_jax.data.config import DataConfig
 from vaani_jax.devices.mesh import MeshConfig
 from vaani_jax.errors import VaaniError
 from vaani_jax.inference.sampling import SamplerConfig
-from vaani_jax.model.config import ModelConfig
+from vaani_jax.model.config import Architecture, Execution, Quantization
+from vaani_jax.model.transformer import Vaani
 from vaani_jax.runs.metadata import Metadata
 from vaani_jax.settings import build, key, named
 from vaani_jax.train.optimizers import OptimConfig
@@ -82,7 +83,9 @@ class Config:
         "", "workdir of a run whose weights to start from; empty for none"
     )
     mesh: MeshConfig = key(MeshConfig(), "how the devices are arranged")
-    model: ModelConfig = key(ModelConfig(), "the model")
+    model: Architecture = key(Architecture(), "what the model is")
+    quantization: Quantization = key(Quantization(), "how it rounds")
+    execution: Execution = key(Execution(), "how it is computed here")
     optim: OptimConfig = key(OptimConfig(), "optimizer and schedule")
     tuner: TunerConfig = key(TunerConfig(), "the tuner's bounds and rates")
     data: DataConfig = key(DataConfig(), "the text")
@@ -134,6 +137,11 @@ class Config:
                 raise VaaniError("target_sparsity_min and _max need use_tuner")
 
     @property
+    def vaani(self) -> Vaani:
+        """The model that is trained."""
+        return Vaani(self.model, self.quantization, self.execution)
+
+    @property
     def sparsity_band(self) -> tuple[float, float] | None:
         """Lowest and highest share of zeros aimed at, if any."""
         if self.target_sparsity_min is None or self.target_sparsity_max is None:
@@ -147,8 +155,13 @@ class Config:
 
 def config_of(metadata: Metadata) -> Config:
     """The config of a run, from what was saved beside its arrays."""
-    model = dataclasses.asdict(metadata.model)
-    return from_dict({**metadata.run, "model": model})
+    return from_dict(
+        {
+            **metadata.run,
+            "model": dataclasses.asdict(metadata.architecture),
+            "quantization": dataclasses.asdict(metadata.quantization),
+        }
+    )
 
 
 def from_dict(values: dict[str, Any]) -> Config:

@@ -301,8 +301,7 @@ class Loop:
         program = self._start.program
         result = self._start.data.validation.evaluate(
             program.eval_step,
-            self.state.params,
-            self.state.quant,
+            self.state.variables,
             self._stop,
             lambda array: place(array, program.batch),
         )
@@ -320,10 +319,13 @@ class Loop:
     def _save(self, step: int, result: Evaluation | None) -> None:
         start, report = self._start, self._report
         run = start.config.to_dict()
-        del run["model"]
+        for name in ("model", "quantization"):
+            del run[name]
         metadata = Metadata(
             version=__version__,
-            model=start.config.model,
+            architecture=start.config.model,
+            quantization=start.config.quantization,
+            stacked=start.config.execution.scan_layers,
             tokenizer=start.data.tokenizer.to_json(),
             corpus=as_json(start.data.corpus),
             run=run,

@@ -65,7 +65,7 @@ def make_program(config: Config, mesh: Mesh, num_steps: int) -> Program:
       VaaniError: the batch or a parameter can't be cut over the mesh.
     """
     check_batch(mesh, config.batch_size, config.optim.accumulation_steps)
-    model = config.model
+    model, rounding = config.vaani, config.quantization
     optimizer = make_optimizer(config.optim)
     peak = config.learning_rate
     if peak == "auto":
@@ -79,8 +79,8 @@ def make_program(config: Config, mesh: Mesh, num_steps: int) -> Program:
             warmup_steps=schedule.warmup_steps,
             clip_norm=config.optim.clip_norm,
             momentum=(
-                model.activation_momentum
-                if model.activation_tracking == "ema"
+                rounding.activation_momentum
+                if rounding.activation_tracking == "ema"
                 else None
             ),
             band=config.sparsity_band,

@@ -14,6 +14,7 @@ from vaani_jax.errors import VaaniError
 from vaani_jax.evaluate.loss import Evaluation
 from vaani_jax.files import write_atomically
 from vaani_jax.inference.generate import generate
+from vaani_jax.inference.model import Model
 from vaani_jax.model.size import model_size
 from vaani_jax.model.transformer import unrolled
 from vaani_jax.runs.curves import plot_curves
@@ -163,11 +164,9 @@ class Report:
                 self._display.say(f"no sample for the prompt {prompt!r}: {error}")
                 continue
             with jax.transfer_guard("allow"):
-                model, params, quant = unrolled(config.model, state.params, state.quant)
+                module, variables = unrolled(config.vaani, state.variables)
                 new = generate(
-                    model,
-                    params,
-                    quant,
+                    Model(module, variables, tokenizer),
                     ids,
                     max_new_tokens=config.sample.max_new_tokens,
                     sampler=config.sample.sampler,
@@ -218,11 +217,11 @@ class Report:
         table.add_row("training time", "", duration(elapsed))
         table.add_row("this session, everything", "", duration(self._clock.session()))
         table.add_row("training tokens per second", "", f"{rate:,.0f}")
-        counts = model_size(start.config.model)
+        counts = model_size(start.config.vaani)
         table.add_row("size at fp16", "", size(counts.bytes_fp16))
         ratio = counts.bytes_fp16 / counts.bytes_2bit
         small = f"{size(counts.bytes_2bit)} ({ratio:.1f} x smaller)"
-        if not start.config.model.quantize:
+        if not start.config.quantization.quantize:
             small = "- (full precision)"
         table.add_row("size with 2-bit codes", "", small)
         return table
@@ -255,9 +254,9 @@ class Report:
 def announcement(start: Start) -> list[str]:
     """Lines that say what a run is, and where it stands."""
     config, model, mesh = start.config, start.config.model, start.mesh
-    counts = model_size(model)
+    counts = model_size(config.vaani)
     share = counts.ternary / counts.parameters
-    kind = "ternary" if model.quantize else "full precision"
+    kind = "ternary" if config.quantization.quantize else "full precision"
     device = mesh.devices.flat[0]
     name = device.device_kind if device.platform != "cpu" else "CPU"
     lines = [

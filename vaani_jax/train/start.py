@@ -17,7 +17,7 @@ from vaani_jax.data.sources import Corpus, load_corpus
 from vaani_jax.devices.mesh import batch_parts, place
 from vaani_jax.errors import VaaniError
 from vaani_jax.evaluate.loss import ValidationSet, validation_set
-from vaani_jax.inference.model import LoadedModel, load
+from vaani_jax.inference.model import Model, load
 from vaani_jax.model.transformer import stack_layers, unrolled
 from vaani_jax.runs.checkpoints import Checkpoints
 from vaani_jax.runs.metadata import Metadata
@@ -51,8 +51,8 @@ FREE_KEYS = (
     "data.download_timeout",
     "data.download_attempts",
     "mesh.",
-    "model.operands",
-    "model.wire",
+    "execution.operands",
+    "execution.wire",
     "sample.",
 )
 
@@ -168,10 +168,10 @@ def _start(
     checkpoints: Checkpoints,
     say: Notify,
 ) -> Start:
-    if config.model.weight_scale == "stored":
+    if config.quantization.weight_scale == "stored":
         raise VaaniError(
-            "model.weight_scale = stored is for imported models only: train with"
-            " absmean"
+            "quantization.weight_scale = stored is for imported models only: train"
+            " with absmean"
         )
     found = _newest_meta(checkpoints)
     source = None
@@ -353,7 +353,7 @@ def restore(
 
 
 def first_state(
-    config: Config, program: Program, source: LoadedModel | None, say: Notify
+    config: Config, program: Program, source: Model | None, say: Notify
 ) -> TrainState:
     """The state before the first step, with the weights of ``source`` if any."""
     state = program.first_state()
@@ -370,16 +370,14 @@ def first_state(
     return state
 
 
-def _fitting(
-    config: Config, source: LoadedModel, state: TrainState, say: Notify
-) -> Any:
+def _fitting(config: Config, source: Model, state: TrainState, say: Notify) -> Any:
     """The parameters of ``source`` in the shape of those of ``state``."""
     if source.packed:
         raise VaaniError(
             f"{config.init_from} holds a packed model, which has no weights to"
             " train: start from the run that it was packed from"
         )
-    ours, theirs = config.model, source.config
+    ours, theirs = config.model, source.architecture
     changed = [
         f"model.{key} is {getattr(theirs, key)!r} there, {getattr(ours, key)!r} here"
         for key in SHAPING_KEYS
@@ -390,17 +388,17 @@ def _fitting(
             f"the weights in {config.init_from} do not fit this config: "
             + "; ".join(changed)
         )
-    params = source.params
+    params = source.variables["params"]
     if ours.sub_norms != theirs.sub_norms:
         if theirs.sub_norms:
             raise VaaniError(
                 f"the weights in {config.init_from} have sub-norms: set"
                 " --config.model.sub_norms=True"
             )
-        first = unrolled(ours, state.params, state.quant)[1]
+        first = unrolled(config.vaani, state.variables)[1]["params"]
         params = _with_missing(params, jax.tree.map(jnp.copy, first))
         say("sub-norms are added, as ones")
-    if ours.scan_layers:
+    if config.execution.scan_layers:
         params = stack_layers(params, ours.n_layers)
     return params
 

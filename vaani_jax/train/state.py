@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vaani_jax.model.config import ModelConfig
 from vaani_jax.model.names import ternary_codes
-from vaani_jax.model.transformer import init_variables
+from vaani_jax.model.transformer import Vaani, init_variables
 from vaani_jax.train.tuner import HyperparameterTuner
 
 Array = jax.Array
@@ -23,7 +22,7 @@ class TrainState:
     Attributes:
       step: steps done, int32 scalar.
       params: float32 master parameters.
-      quant: thresholds and activation ranges, see `model.py`.
+      quant: thresholds and activation ranges, see `vaani_jax.model`.
       opt_state: of `make_optimizer`.
       codes: ternary codes, int8, at the last report: what "flipped since" means.
       key: raw data of the random key (uint32) that dropout keys are folded from.
@@ -38,26 +37,31 @@ class TrainState:
     key: Array
     tuner: Any = None
 
+    @property
+    def variables(self) -> Tree:
+        """Of the model, as `Vaani.apply` takes them."""
+        return {"params": self.params, "quant": self.quant}
 
-def codes_of(config: ModelConfig, params: Tree, quant: Tree) -> Tree:
+
+def codes_of(model: Vaani, variables: Tree) -> Tree:
     """The int8 codes of every ternary kernel, by name."""
-    return {k: t for k, (t, _) in ternary_codes(config, params, quant).items()}
+    return {k: t for k, (t, _) in ternary_codes(model.spec, variables).items()}
 
 
 def init_state(
-    config: ModelConfig,
+    model: Vaani,
     optimizer: optax.GradientTransformation,
     seed: int,
     tuner: HyperparameterTuner | None = None,
 ) -> TrainState:
     """The state before the first step. Pure: `jax.eval_shape` gives its structure."""
     init_key, dropout_key = jax.random.split(jax.random.key(seed))
-    params, quant = init_variables(config, init_key)
-    codes = codes_of(config, params, quant)
+    variables = init_variables(model, init_key)
+    params = variables["params"]
+    codes = codes_of(model, variables)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=params,
-        quant=quant,
+        **variables,
         opt_state=optimizer.init(params),
         codes=codes,
         key=jax.random.key_data(dropout_key),
@@ -79,7 +83,7 @@ def to_items(state: TrainState) -> dict[str, Any]:
     if state.tuner is not None:
         training["tuner"] = state.tuner
     return {
-        "model": {"params": state.params, "quant": state.quant},
+        "model": state.variables,
         "training": training,
     }
 

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import optax
 
 from vaani_jax.devices.mesh import BATCH, constrain
-from vaani_jax.model.config import ModelConfig
 from vaani_jax.model.names import ternary_codes, ternary_kernels, with_settings
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.train.losses import cross_entropy
@@ -33,7 +32,7 @@ def _global_norm(norms: dict[str, Array]) -> Array:
 
 
 def make_train_step(
-    config: ModelConfig,
+    model: Vaani,
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
     *,
@@ -44,7 +43,7 @@ def make_train_step(
     """Builds the training step; jit it with the state donated.
 
     Args:
-      config: the model.
+      model: what is trained.
       optimizer: of `make_optimizer`.
       schedule: gives learning rate and weight decay.
       accumulation_steps: micro-batches that one batch is cut into.
@@ -60,7 +59,6 @@ def make_train_step(
       ``tuner/clip_norm`` and its `Verdict`, ``verdict``. A skipped step leaves the
       parameters as they were, and what is not sound leaves everything but the count.
     """
-    model = Vaani(config)
 
     def loss_of(
         params: Tree, quant: Tree, tokens: Array, key: Array, mix: Array | None
@@ -105,7 +103,7 @@ def make_train_step(
 
     def train_step(state: TrainState, tokens: Array) -> tuple[TrainState, Metrics]:
         mix = None
-        if mix_steps and config.quantize:
+        if mix_steps and model.quantization.quantize:
             mix = jnp.minimum(state.step.astype(jnp.float32) / mix_steps, 1.0)
         loss, quant, grads = gradients(state, tokens, mix)
         hyperparams = dict(
@@ -173,7 +171,7 @@ def make_train_step(
 
 
 def make_report_step(
-    config: ModelConfig,
+    model: Vaani,
 ) -> Callable[[TrainState], tuple[TrainState, dict[str, Any]]]:
     """Builds the quantiser report; jit it with the state donated.
 
@@ -186,7 +184,7 @@ def make_report_step(
 
     def report(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         sparsity, scale, flipped, codes = {}, {}, {}, {}
-        entries = ternary_codes(config, state.params, state.quant)
+        entries = ternary_codes(model.spec, state.variables)
         for name, (t, gamma) in entries.items():
             codes[name] = t
             axes = (-2, -1)
@@ -194,7 +192,7 @@ def make_report_step(
             flipped[name] = jnp.mean(
                 t != state.codes[name], axis=axes, dtype=jnp.float32
             )
-            if config.weight_granularity == "channel":
+            if model.quantization.weight_granularity == "channel":
                 gamma = gamma.mean(axis=-1)
             scale[name] = gamma
         stats = {
@@ -208,7 +206,7 @@ def make_report_step(
 
 
 def make_adjust_step(
-    config: ModelConfig, tuner: HyperparameterTuner, *, mix_steps: int = 0
+    model: Vaani, tuner: HyperparameterTuner, *, mix_steps: int = 0
 ) -> Callable[[TrainState], tuple[TrainState, Adjustment]]:
     """Builds the step in which the tuner sets what it doesn't set every step.
 
@@ -216,11 +214,11 @@ def make_adjust_step(
     """
 
     def adjust(state: TrainState) -> tuple[TrainState, Adjustment]:
-        kernels = ternary_kernels(state.params, state.quant)
+        kernels = ternary_kernels(state.variables)
         tuned, thresholds, adjustment = tuner.adjust(
             state.tuner,
             thresholds={entry.name: entry.threshold for entry in kernels},
-            codes=codes_of(config, state.params, state.quant),
+            codes=codes_of(model, state.variables),
             settling=state.step < mix_steps,
         )
         quant = with_settings(state.quant, thresholds, tuned.momentum)

@@ -13,7 +13,7 @@ import numpy as np
 from vaani_jax.errors import VaaniError
 from vaani_jax.interop.formats import gguf, hf
 from vaani_jax.interop.names import Storage, Tensor
-from vaani_jax.model.config import ModelConfig
+from vaani_jax.model.transformer import Vaani
 from vaani_jax.text.tokenizers import Tokenizer
 
 Tree = Any
@@ -46,12 +46,12 @@ class Format:
     """A format.
 
     Attributes:
-      check: of the config and the quantiser variables: raises VaaniError, with what
+      check: of the model and its quantiser variables: raises VaaniError, with what
         works instead, for what the format can't hold.
-      write: of a path, a config that passed `check`, a tokenizer, `Take` and the
+      write: of a path, a model that passed `check`, a tokenizer, `Take` and the
         options: writes a model.
-      read: of that path, the model's config, for what the format does not say, and the
-        tokenizer: the config, parameters and quantiser variables that are there.
+      read: of that path, the model, for what the format does not say, and the
+        tokenizer: the model that is there, and its variables.
         Raises VaaniError where the tokenizer is not as it was.
       folder: whether a model is a folder; else it is a file.
       codes: whether ternary kernels leave as codes; else as the float32 masters.
@@ -61,72 +61,75 @@ class Format:
         nothing.
     """
 
-    check: Callable[[ModelConfig, Tree, Options], None]
-    write: Callable[[pathlib.Path, ModelConfig, Tokenizer, Take, Options], None]
-    read: Callable[
-        [pathlib.Path, ModelConfig, Tokenizer], tuple[ModelConfig, Tree, Tree]
-    ]
+    check: Callable[[Vaani, Tree, Options], None]
+    write: Callable[[pathlib.Path, Vaani, Tokenizer, Take, Options], None]
+    read: Callable[[pathlib.Path, Vaani, Tokenizer], tuple[Vaani, Tree]]
     folder: bool = True
     codes: bool = True
     rounded: Callable[[Tensor, Any, Options, bool], Any] | None = None
     note: Callable[[Tokenizer], str] = lambda tokenizer: ""
 
 
-def _check_masters(config: ModelConfig, quant: Tree, options: Options) -> None:
+def _check_masters(module: Vaani, quant: Tree, options: Options) -> None:
     del options
-    hf.check_masters(config, quant)
+    hf.check_masters(module.quantization, quant)
 
 
-def _check_packed(config: ModelConfig, quant: Tree, options: Options) -> None:
+def _check_packed(module: Vaani, quant: Tree, options: Options) -> None:
     del quant, options
-    hf.check_packed(config)
+    hf.check_packed(module)
 
 
 def _write_folder(
     storage: Storage,
-) -> Callable[[pathlib.Path, ModelConfig, Tokenizer, Take, Options], None]:
+) -> Callable[[pathlib.Path, Vaani, Tokenizer, Take, Options], None]:
     def write(
         path: pathlib.Path,
-        config: ModelConfig,
+        module: Vaani,
         tokenizer: Tokenizer,
         take: Take,
         options: Options,
     ) -> None:
-        kept: Storage = storage if config.quantize else "full"
+        kept: Storage = storage if module.quantization.quantize else "full"
         hf.write_folder(
-            path, config, kept, tokenizer, take, shard_bytes=options.shard_bytes
+            path,
+            module.architecture,
+            kept,
+            tokenizer,
+            take,
+            shard_bytes=options.shard_bytes,
         )
 
     return write
 
 
 def _read_folder(
-    path: pathlib.Path, like: ModelConfig, tokenizer: Tokenizer
-) -> tuple[ModelConfig, Tree, Tree]:
+    path: pathlib.Path, like: Vaani, tokenizer: Tokenizer
+) -> tuple[Vaani, Tree]:
     del like
     folder = hf.Folder(path)
     ids = np.arange(tokenizer.vocab_size)
     same = folder.tokenizer.decode(ids) == tokenizer.decode(ids)
     if not same or folder.tokenizer.to_json() != tokenizer.to_json():
         raise VaaniError("the tokenizer does not come back as it was")
-    return folder.config, *folder.variables()
+    return folder.module, folder.variables()
 
 
-def _check_gguf(config: ModelConfig, quant: Tree, options: Options) -> None:
+def _check_gguf(module: Vaani, quant: Tree, options: Options) -> None:
     del quant
-    gguf.check(config, options.gguf_type)
+    gguf.check(module, options.gguf_type)
 
 
 def _write_gguf(
     path: pathlib.Path,
-    config: ModelConfig,
+    module: Vaani,
     tokenizer: Tokenizer,
     take: Take,
     options: Options,
 ) -> None:
     gguf.write(
         path,
-        config,
+        module.architecture,
         options.gguf_type,
         tokenizer,
         take,
@@ -136,8 +139,8 @@ def _write_gguf(
 
 
 def _read_gguf(
-    path: pathlib.Path, like: ModelConfig, tokenizer: Tokenizer
-) -> tuple[ModelConfig, Tree, Tree]:
+    path: pathlib.Path, like: Vaani, tokenizer: Tokenizer
+) -> tuple[Vaani, Tree]:
     found = gguf.read(path, like)
     gguf.check_vocabulary(path, tokenizer)
     return found

@@ -24,7 +24,8 @@ from vaani_jax.errors import VaaniError
 from vaani_jax.interop.formats.hf import masters_of, put
 from vaani_jax.interop.names import SETTINGS, Tensor, settings, tensors
 from vaani_jax.interop.tokenizers import to_gguf, unescaped
-from vaani_jax.model.config import ModelConfig
+from vaani_jax.model.config import Architecture, Quantization
+from vaani_jax.model.transformer import Vaani
 from vaani_jax.text.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
 
 Tree = Any
@@ -51,30 +52,31 @@ def _gguf() -> Any:
     return gguf
 
 
-def check(config: ModelConfig, kind: str) -> None:
+def check(module: Vaani, kind: str) -> None:
     """Raises VaaniError, with what works instead, for what llama.cpp can't hold."""
-    if config.activation != "swiglu":
+    architecture = module.architecture
+    if architecture.activation != "swiglu":
         raise VaaniError(
             "llama.cpp's bitnet is hard-wired to SwiGLU, and a squared-ReLU model would"
             " come out as garbage: use --format hf or hf-packed"
         )
-    if not config.tie_embeddings:
+    if not architecture.tie_embeddings:
         raise VaaniError(
             "llama.cpp's bitnet always takes the embedding for its head, and this"
             " model has a head of its own: use --format hf or hf-packed"
         )
-    if not config.sub_norms:
+    if not architecture.sub_norms:
         raise VaaniError(
             "llama.cpp's bitnet has sub-norms, and this model has none: use --format hf"
             " or hf-packed"
         )
-    if not config.quantize and kind.startswith("tq"):
+    if not module.quantization.quantize and kind.startswith("tq"):
         raise VaaniError(
             f"this model is in full precision, which --type {kind} can't hold: use"
             " --type f16 or q8_0"
         )
     block = BLOCKS[kind]
-    for name, size in (("dim", config.dim), ("ffn_dim", config.hidden_dim)):
+    for name, size in (("dim", architecture.dim), ("ffn_dim", architecture.hidden_dim)):
         if size % block:
             nearest = "q8_0 or f16" if size % 32 == 0 and block > 32 else "f16"
             raise VaaniError(
@@ -94,7 +96,7 @@ def _codes_q8_0(codes: np.ndarray) -> np.ndarray:
 
 def write(
     path: pathlib.Path,
-    config: ModelConfig,
+    architecture: Architecture,
     kind: str,
     tokenizer: Tokenizer,
     take: Callable[[Tensor], tuple[np.ndarray, np.ndarray | None]],
@@ -106,7 +108,7 @@ def write(
 
     Args:
       path: of the file.
-      config: passes `check`.
+      architecture: of a model that passes `check`.
       kind: a key of `BLOCKS`.
       tokenizer: goes along.
       take: gives the array of a tensor as it is here, and a scale for kernels that are
@@ -115,12 +117,12 @@ def write(
       embedding: type of the embedding.
     """
     gguf = _gguf()
-    vocabulary = to_gguf(tokenizer, config.vocab_size)
+    vocabulary = to_gguf(tokenizer, architecture.vocab_size)
     types = gguf.GGMLQuantizationType
     files = gguf.LlamaFileType
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     writer.add_name(name)
-    values = settings(config)
+    values = settings(architecture)
     writer.add_vocab_size(values["vocab_size"])
     writer.add_embedding_length(values["dim"])
     writer.add_block_count(values["n_layers"])
@@ -130,7 +132,7 @@ def write(
     writer.add_context_length(values["max_seq_len"])
     writer.add_layer_norm_rms_eps(values["norm_eps"])
     writer.add_rope_freq_base(values["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_dimension_count(architecture.head_dim)
     writer.add_file_type(
         {
             "tq2_0": files.MOSTLY_TQ2_0,
@@ -152,7 +154,7 @@ def write(
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
     chosen = types[kind.upper()]
-    for tensor in tensors(config):
+    for tensor in tensors(architecture):
         array, scale = take(tensor)
         label = f"{tensor.gguf}.weight"
         if tensor.kind == "norm":
@@ -217,7 +219,7 @@ def rounded(
     return jnp.asarray(gguf.quants.dequantize(blocks, type_).T)
 
 
-def read(path: pathlib.Path, like: ModelConfig) -> tuple[ModelConfig, Tree, Tree]:
+def read(path: pathlib.Path, like: Vaani) -> tuple[Vaani, Tree]:
     """Reads a file back, as llama.cpp would, for the comparison after an export.
 
     Args:
@@ -225,7 +227,7 @@ def read(path: pathlib.Path, like: ModelConfig) -> tuple[ModelConfig, Tree, Tree
       like: for what GGUF doesn't say (whether the model is ternary).
 
     Returns:
-      The config as the file has it, and variables as `Folder.variables` gives them.
+      The model as the file has it, and variables as `Folder.variables` gives them.
     """
     gguf = _gguf()
     reader = gguf.GGUFReader(path)
@@ -239,17 +241,16 @@ def read(path: pathlib.Path, like: ModelConfig) -> tuple[ModelConfig, Tree, Tree
     values = {ours: field(f"{ARCHITECTURE}.{key}") for ours, _, key in SETTINGS}
     values["rope_theta"] = float(values["rope_theta"])
     # A float32 in the file; the float64 that was meant is what rounds to it.
-    if np.float32(like.norm_eps) == np.float32(values["norm_eps"]):
-        values["norm_eps"] = like.norm_eps
-    config = ModelConfig(
-        **values,
-        quantize=like.quantize,
-        weight_scale="stored" if like.quantize else "absmean",
+    if np.float32(like.architecture.norm_eps) == np.float32(values["norm_eps"]):
+        values["norm_eps"] = like.architecture.norm_eps
+    architecture, ternary = Architecture(**values), like.quantization.quantize
+    quantization = Quantization(
+        quantize=ternary, weight_scale="stored" if ternary else "absmean"
     )
     found = {tensor.name: tensor for tensor in reader.tensors}
     params: Tree = {}
     quant: Tree = {}
-    for tensor in tensors(config):
+    for tensor in tensors(architecture):
         stored = found[f"{tensor.gguf}.weight"]
         array = gguf.quants.dequantize(stored.data, stored.tensor_type)
         array = np.asarray(array, np.float32)
@@ -257,7 +258,7 @@ def read(path: pathlib.Path, like: ModelConfig) -> tuple[ModelConfig, Tree, Tree
             array = np.ascontiguousarray(array.T)
         if array.shape != tensor.shape:
             raise VaaniError(f"{stored.name} came out with shape {array.shape}")
-        if tensor.kind == "linear" and config.quantize:
+        if tensor.kind == "linear" and ternary:
             codes = array.astype(np.int8)
             if (codes != array).any():
                 raise VaaniError(f"{stored.name} came out with values besides -1, 0, 1")
@@ -266,7 +267,8 @@ def read(path: pathlib.Path, like: ModelConfig) -> tuple[ModelConfig, Tree, Tree
             kept = {"threshold": np.asarray(0.5, np.float32), "scale": scale}
             put(quant, (*tensor.module, "weight_quantizer"), kept)
         put(params, tensor.path, jnp.asarray(array))
-    return config, params, quant
+    variables = {"params": params, "quant": quant}
+    return Vaani(architecture, quantization), variables
 
 
 def tokens_of(path: pathlib.Path) -> list[str]:

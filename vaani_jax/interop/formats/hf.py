@@ -20,10 +20,11 @@ import numpy as np
 
 from vaani_jax.errors import VaaniError
 from vaani_jax.interop.files import read_json
-from vaani_jax.interop.names import Storage, Tensor, config_from_hf, hf_config, tensors
+from vaani_jax.interop.names import Storage, Tensor, hf_config, model_from_hf, tensors
 from vaani_jax.interop.tokenizers import from_folder, to_hf
-from vaani_jax.model.config import ModelConfig
+from vaani_jax.model.config import Architecture, Quantization
 from vaani_jax.model.names import ternary_kernels
+from vaani_jax.model.transformer import Vaani
 from vaani_jax.quant.rounding import EPSILON
 from vaani_jax.text.tokenizers import HFTokenizer, Tokenizer
 from vaani_jax.words import first_line
@@ -78,11 +79,11 @@ def unpack(packed: np.ndarray) -> np.ndarray:
 # -- Checking ---------------------------------------------------------------------
 
 
-def check_packed(config: ModelConfig) -> None:
+def check_packed(module: Vaani) -> None:
     """Raises VaaniError, with what works instead, for what they can't hold."""
-    if not config.quantize:
+    if not module.quantization.quantize:
         raise VaaniError("this model is in full precision: use --format hf")
-    narrow = {t.shape[1] for t in tensors(config) if t.kind == "linear"}
+    narrow = {t.shape[1] for t in tensors(module.architecture) if t.kind == "linear"}
     odd = [n for n in sorted(narrow) if n % 4]
     if odd:
         raise VaaniError(
@@ -91,16 +92,16 @@ def check_packed(config: ModelConfig) -> None:
         )
 
 
-def check_masters(config: ModelConfig, quant: Tree) -> None:
+def check_masters(quantization: Quantization, quant: Tree) -> None:
     """Raises VaaniError, with what works instead, for what readers of masters lack."""
-    if not config.quantize:
+    if not quantization.quantize:
         return
-    if config.weight_scale != "absmean":
+    if quantization.weight_scale != "absmean":
         raise VaaniError(
             f"readers of masters take mean|W| for the scale, and this model has"
-            f" weight_scale = {config.weight_scale}: use --format hf-packed"
+            f" weight_scale = {quantization.weight_scale}: use --format hf-packed"
         )
-    for entry in ternary_kernels(_stand_ins(quant), quant):
+    for entry in ternary_kernels({"params": _stand_ins(quant), "quant": quant}):
         if float(entry.threshold) != 0.5:
             raise VaaniError(
                 "readers of masters quantise with the threshold 0.5, and"
@@ -121,7 +122,7 @@ def _stand_ins(quant: Tree) -> Tree:
 
 def write_folder(
     folder: pathlib.Path,
-    config: ModelConfig,
+    architecture: Architecture,
     storage: Storage,
     tokenizer: Tokenizer,
     take: Callable[[Tensor], tuple[np.ndarray, np.ndarray | None]],
@@ -132,32 +133,32 @@ def write_folder(
 
     Args:
       folder: is there.
-      config: of the model.
+      architecture: of the model.
       storage: how kernels are kept.
       tokenizer: goes along.
       take: gives the array of a tensor as it is here, and a scale for kernels that are
         packed (the array then holds codes); called once each, in order.
       shard_bytes: a file is not longer, unless one tensor is.
     """
-    content = hf_config(config, storage)
+    content = hf_config(architecture, storage)
     serialized, settings = to_hf(tokenizer)
     if isinstance(tokenizer, HFTokenizer):
         for key in ("bos_token", "eos_token", "pad_token"):
             if key in tokenizer.special:
                 ids = tokenizer.encode(tokenizer.special[key])
                 content[f"{key}_id"] = int(ids[0]) if len(ids) == 1 else None
-    settings["model_max_length"] = config.max_seq_len
+    settings["model_max_length"] = architecture.max_seq_len
     _write_json(folder / "config.json", content)
     (folder / "tokenizer.json").write_text(serialized, encoding="utf-8")
     _write_json(folder / "tokenizer_config.json", settings)
-    _write_weights(folder, _converted(config, take), shard_bytes)
+    _write_weights(folder, _converted(architecture, take), shard_bytes)
 
 
 def _converted(
-    config: ModelConfig,
+    architecture: Architecture,
     take: Callable[[Tensor], tuple[np.ndarray, np.ndarray | None]],
 ) -> Iterator[tuple[str, np.ndarray]]:
-    for tensor in tensors(config):
+    for tensor in tensors(architecture):
         array, scale = take(tensor)
         if tensor.kind in ("linear", "head"):
             array = array.T
@@ -300,7 +301,7 @@ class Folder:
     """A model in a Hugging Face folder.
 
     Attributes:
-      config: of the model, with the context that the folder names.
+      module: the model, with the context that the folder names.
       storage: how its kernels are kept.
       tokenizer: its tokenizer.
 
@@ -314,21 +315,22 @@ class Folder:
             raise VaaniError(f"{path} is no folder")
         if not (path / "config.json").is_file():
             raise VaaniError(f"{path} has no config.json")
-        config, self.storage = config_from_hf(read_json(path / "config.json"))
+        self.module, self.storage = model_from_hf(read_json(path / "config.json"))
+        architecture = self.module.architecture
         weights = self._weights = Weights(path)
-        if config.n_layers > len(weights.names):
+        if architecture.n_layers > len(weights.names):
             raise VaaniError(
-                f"config.json has {config.n_layers} layers, more than there are tensors"
+                f"config.json has {architecture.n_layers} layers, more than there"
+                " are tensors"
             )
-        self.config = config
         expected = self._expected()
         extra = {n for n in weights.names - set(expected) if not n.endswith(IGNORED)}
-        if config.tie_embeddings:
+        if architecture.tie_embeddings:
             extra.discard("lm_head.weight")
         if extra:
             raise VaaniError(
-                f"{path} holds a tensor that {config.n_layers} layers of this kind do"
-                f" not have: {ascii(min(extra))[:100]} ({len(extra)} in all)"
+                f"{path} holds a tensor that {architecture.n_layers} layers of this kind"
+                f" do not have: {ascii(min(extra))[:100]} ({len(extra)} in all)"
             )
         for name, (shape, dtypes) in expected.items():
             dtype, found = weights.describe(name)
@@ -339,12 +341,12 @@ class Folder:
                     f"{name} is {dtype} {list(found)}: the config asks for"
                     f" {' or '.join(dtypes)} {list(shape)}"
                 )
-        self.tokenizer = from_folder(path, config.vocab_size)
+        self.tokenizer = from_folder(path, architecture.vocab_size)
 
     def _expected(self) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
         floats = tuple(FLOATS)
         expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
-        for tensor in tensors(self.config):
+        for tensor in tensors(self.module.architecture):
             shape = tensor.shape
             if tensor.kind in ("linear", "head"):
                 shape = shape[::-1]
@@ -358,14 +360,14 @@ class Folder:
                 expected[f"{tensor.hf}.weight"] = (shape, floats)
         return expected
 
-    def variables(self) -> tuple[Tree, Tree]:
+    def variables(self) -> Tree:
         """Parameters and quantiser variables, as `init_variables` shapes them.
 
         Streams: one tensor at a time is in memory twice.
         """
         params: Tree = {}
         quant: Tree = {}
-        for tensor in tensors(self.config):
+        for tensor in tensors(self.module.architecture):
             packed = tensor.kind == "linear" and self.storage in ("multiply", "divide")
             if packed:
                 array, scale = self._unpacked(tensor)
@@ -383,7 +385,7 @@ class Folder:
                 if packed:
                     kept["scale"] = scale
                 put(quant, (*tensor.module, "weight_quantizer"), kept)
-        return params, quant
+        return {"params": params, "quant": quant}
 
     def _unpacked(self, tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Masters [in, out] and scale of a packed kernel."""
