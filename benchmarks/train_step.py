@@ -11,7 +11,7 @@ line that says so, where it is not installed.
 
     python benchmarks/train_step.py --accelerator --batch 8 16
     python benchmarks/train_step.py --accelerator --config configs/b1_3b.py \\
-        --config.model.remat_save=products
+        --config.execution.remat_save=products
 
 is for GPUs and TPUs: the first device alone, configs from 125M to 1.3B as they are
 (bfloat16, scanned layers, rematerialisation) but with AdamW, sequences of 2048 tokens

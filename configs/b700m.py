@@ -30,9 +30,9 @@ def get_config():
     config.model.ffn_dim = 4096
     config.model.max_seq_len = 2048
     config.model.rope_theta = 10_000.0  # as LLaMA
-    config.model.dtype = "bfloat16"
-    config.model.scan_layers = True
-    config.model.remat = True
+    config.quantization.dtype = "bfloat16"
+    config.execution.scan_layers = True
+    config.execution.remat = True
     config.optim.schedule = "two_stage"  # and no weight decay in the second half
     config.optim.warmup_steps = 375
     config.optim.accumulation_steps = 32  # 16 sequences at a time, on all devices

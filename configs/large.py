@@ -21,9 +21,9 @@ def get_config():
     config.model.n_heads = 12
     config.model.ffn_dim = 2048
     config.model.max_seq_len = 1024
-    config.model.dtype = "bfloat16"
-    config.model.scan_layers = True
-    config.model.remat = True
+    config.quantization.dtype = "bfloat16"
+    config.execution.scan_layers = True
+    config.execution.remat = True
     config.optim.schedule = "two_stage"
     config.optim.warmup_steps = 375
     config.data.tokenizer = "byte"

@@ -1,7 +1,5 @@
 """The blocks against float64 numpy."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,17 +8,25 @@ import pytest
 from vaani_jax.errors import VaaniError
 from vaani_jax.model.attention import MultiHeadAttention
 from vaani_jax.model.block import TransformerBlock, dropout
-from vaani_jax.model.config import ModelConfig
 from vaani_jax.model.feed_forward import FeedForward
 from vaani_jax.model.linear import BitLinear, project
 from vaani_jax.model.norm import RMSNorm
 from vaani_jax.model.rotary import rotary_angles, rotary_embedding
+from vaani_jax.model.transformer import Vaani
 
 KEY = jax.random.key(0)
 SHAPE = {"dim": 16, "n_layers": 2, "n_heads": 4, "ffn_dim": 24, "max_seq_len": 8}
-CONFIG = ModelConfig(vocab_size=8, init_std=0.3, **SHAPE)
-TWIN = dataclasses.replace(CONFIG, quantize=False)
-quantized_or_not = pytest.mark.parametrize("config", [CONFIG, TWIN], ids=["bit", "fp"])
+CONFIG = Vaani().changed(vocab_size=8, init_std=0.3, **SHAPE)
+TWIN = CONFIG.changed(quantize=False)
+quantized_or_not = pytest.mark.parametrize("model", [CONFIG, TWIN], ids=["bit", "fp"])
+
+
+def how(model):
+    return model.quantization, model.execution
+
+
+def parts(model):
+    return model.architecture, *how(model)
 
 
 def gaussian(*shape, seed=0):
@@ -39,8 +45,10 @@ def apply(module, variables, *args):
     return jax.jit(lambda variables: module.apply(variables, *args))(variables)
 
 
-def rotary_of(config, positions):
-    table = rotary_angles(64, config.head_dim, config.rope_theta)
+def rotary_of(model, positions):
+    table = rotary_angles(
+        64, model.architecture.head_dim, model.architecture.rope_theta
+    )
     return tuple(jnp.asarray(t)[positions] for t in table)
 
 
@@ -59,12 +67,12 @@ def initialised(module, *args):
     return jax.tree_util.tree_map_with_path(fill, abstract)
 
 
-# A float64 numpy reference of everything; `config.quantize` fakes the quantisers.
+# A float64 numpy reference of everything; `model.quantization.quantize` fakes the quantisers.
 
 
-def linear(config, params, x):
+def linear(model, params, x):
     w = np.asarray(params["kernel"], np.float64)
-    if config.quantize:
+    if model.quantization.quantize:
         gamma = np.abs(w).mean()
         w = gamma * np.clip(np.round(w / gamma), -1, 1)
         step = np.maximum(np.abs(x).max(axis=-1, keepdims=True), 1e-5) / 127
@@ -85,16 +93,20 @@ def rotate(x, positions, theta):
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
-def attention(config, params, x):
+def attention(model, params, x):
     """One query at a time, one head at a time."""
     batch, length, _ = x.shape
-    n, k, h = config.n_heads, config.kv_heads, config.dim // config.n_heads
+    n, k, h = (
+        model.architecture.n_heads,
+        model.architecture.kv_heads,
+        model.architecture.dim // model.architecture.n_heads,
+    )
     positions = np.arange(length)
-    query = linear(config, params["q_proj"], x).reshape(batch, length, n, h)
-    key = linear(config, params["k_proj"], x).reshape(batch, length, k, h)
-    value = linear(config, params["v_proj"], x).reshape(batch, length, k, h)
-    query = rotate(query, positions, config.rope_theta)
-    key = rotate(key, positions, config.rope_theta)
+    query = linear(model, params["q_proj"], x).reshape(batch, length, n, h)
+    key = linear(model, params["k_proj"], x).reshape(batch, length, k, h)
+    value = linear(model, params["v_proj"], x).reshape(batch, length, k, h)
+    query = rotate(query, positions, model.architecture.rope_theta)
+    key = rotate(key, positions, model.architecture.rope_theta)
     out = np.zeros((batch, length, n, h))
     for b, t, head in np.ndindex(batch, length, n):
         group = head // (n // k)
@@ -102,16 +114,16 @@ def attention(config, params, x):
         weights = np.exp(scores - scores.max())
         out[b, t, head] = weights / weights.sum() @ value[b, : t + 1, group]
     out = rms_norm(params["sub_norm"], out.reshape(batch, length, n * h))
-    return linear(config, params["o_proj"], out)
+    return linear(model, params["o_proj"], out)
 
 
-def feed_forward(config, params, x):
-    gate = linear(config, params["gate_proj"], x)
+def feed_forward(model, params, x):
+    gate = linear(model, params["gate_proj"], x)
     act = gate / (1 + np.exp(-gate))
-    if config.activation == "relu2":
+    if model.architecture.activation == "relu2":
         act = np.maximum(gate, 0) ** 2
-    hidden = rms_norm(params["sub_norm"], act * linear(config, params["up_proj"], x))
-    return linear(config, params["down_proj"], hidden)
+    hidden = rms_norm(params["sub_norm"], act * linear(model, params["up_proj"], x))
+    return linear(model, params["down_proj"], hidden)
 
 
 # Norm, rotary embedding, dropout.
@@ -188,15 +200,15 @@ def test_dropout_is_the_identity_without_a_key_or_a_rate():
 
 
 @quantized_or_not
-def test_bit_linear(config):
-    x, layer = gaussian(2, 3, 16), BitLinear(10, config, 0.2)
+def test_bit_linear(model):
+    x, layer = gaussian(2, 3, 16), BitLinear(10, *how(model), 0.2)
     variables = initialised(layer, x)
     assert shapes(variables["params"]) == {"kernel": (16, 10)}
     assert variables["params"]["kernel"].dtype == jnp.float32
-    quant = {"weight_quantizer/threshold": ()} if config.quantize else {}
+    quant = {"weight_quantizer/threshold": ()} if model.quantization.quantize else {}
     assert shapes(variables.get("quant", {})) == quant
     y = apply(layer, variables, x)
-    expected = linear(config, variables["params"], np.asarray(x, np.float64))
+    expected = linear(model, variables["params"], np.asarray(x, np.float64))
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
     assert apply(layer, variables, x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
     loss = lambda params: layer.apply({**variables, "params": params}, x).sum()  # noqa: E731
@@ -204,10 +216,8 @@ def test_bit_linear(config):
 
 
 def test_bit_linear_tracks_its_input_range_in_training_only():
-    config = dataclasses.replace(
-        CONFIG, activation_tracking="ema", activation_momentum=0.5
-    )
-    layer, x = BitLinear(10, config), gaussian(3, 16)
+    model = CONFIG.changed(activation_tracking="ema", activation_momentum=0.5)
+    layer, x = BitLinear(10, *how(model)), gaussian(3, 16)
     variables = initialised(layer, x)
     _, updated = layer.apply(variables, x, train=True, mutable=["quant"])
     _, updated = layer.apply(
@@ -223,12 +233,12 @@ def test_bit_linear_tracks_its_input_range_in_training_only():
 
 
 @quantized_or_not
-def test_projections_of_one_input_equal_each_alone(config):
+def test_projections_of_one_input_equal_each_alone(model):
     class Three(BitLinear):
         """Three layers under one roof, applied jointly or one by one."""
 
         def setup(self):
-            self.layers = [BitLinear(n, config, 0.1 * n) for n in (4, 6, 2)]
+            self.layers = [BitLinear(n, *how(model), 0.1 * n) for n in (4, 6, 2)]
 
         def __call__(self, x, joined):
             if joined:
@@ -250,13 +260,17 @@ def test_projections_of_one_input_equal_each_alone(config):
 @quantized_or_not
 @pytest.mark.parametrize("implementation", ["explicit", "library"])
 @pytest.mark.parametrize("n_kv_heads", [0, 2, 1])
-def test_attention_with_grouped_heads(config, implementation, n_kv_heads):
-    config = dataclasses.replace(
-        config, n_kv_heads=n_kv_heads, rope_theta=50.0, attention=implementation
+def test_attention_with_grouped_heads(model, implementation, n_kv_heads):
+    model = model.changed(
+        n_kv_heads=n_kv_heads, rope_theta=50.0, attention=implementation
     )
-    module, x, positions = MultiHeadAttention(config), gaussian(2, 6, 16), jnp.arange(6)
-    variables = initialised(module, x, positions, rotary_of(config, positions))
-    width = 4 * config.kv_heads
+    module, x, positions = (
+        MultiHeadAttention(*parts(model)),
+        gaussian(2, 6, 16),
+        jnp.arange(6),
+    )
+    variables = initialised(module, x, positions, rotary_of(model, positions))
+    width = 4 * model.architecture.kv_heads
     assert shapes(variables["params"]) == {
         "q_proj/kernel": (16, 16),
         "k_proj/kernel": (16, width),
@@ -264,33 +278,33 @@ def test_attention_with_grouped_heads(config, implementation, n_kv_heads):
         "sub_norm/scale": (16,),
         "o_proj/kernel": (16, 16),
     }
-    expected = attention(config, variables["params"], np.asarray(x, np.float64))
+    expected = attention(model, variables["params"], np.asarray(x, np.float64))
     for offset in (0, 40):  # only distances count
-        rotary = rotary_of(config, positions + offset)
+        rotary = rotary_of(model, positions + offset)
         y, cache = apply(module, variables, x, positions + offset, rotary)
         np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-4)
         assert cache is None
 
 
 @quantized_or_not
-def test_attention_writes_what_it_sees_into_the_cache(config):
-    config = dataclasses.replace(config, n_kv_heads=2)
-    module, x = MultiHeadAttention(config), gaussian(2, 6, 16)
-    variables = initialised(module, x, jnp.arange(6), rotary_of(config, jnp.arange(6)))
-    expected = attention(config, variables["params"], np.asarray(x, np.float64))
+def test_attention_writes_what_it_sees_into_the_cache(model):
+    model = model.changed(n_kv_heads=2)
+    module, x = MultiHeadAttention(*parts(model)), gaussian(2, 6, 16)
+    variables = initialised(module, x, jnp.arange(6), rotary_of(model, jnp.arange(6)))
+    expected = attention(model, variables["params"], np.asarray(x, np.float64))
     garbage = 1e4 * gaussian(2, 8, 2, 4)  # what the cache holds beyond must not count
     cache, start, step = (garbage, -garbage), 0, jax.jit(module.apply)
     for length in (3, 1, 1, 1):
         piece = x[:, start : start + length]
         positions = start + jnp.arange(length)
-        rotary = rotary_of(config, positions)
+        rotary = rotary_of(model, positions)
         y, cache = step(variables, piece, positions, rotary, cache)
         np.testing.assert_allclose(
             y, expected[:, start : start + length], rtol=1e-4, atol=1e-4
         )
         start += length
     np.testing.assert_array_equal(cache[0][:, 6:], garbage[:, 6:])
-    value = linear(config, variables["params"]["v_proj"], np.asarray(x, np.float64))
+    value = linear(model, variables["params"]["v_proj"], np.asarray(x, np.float64))
     np.testing.assert_allclose(
         cache[1][:, :6].reshape(2, 6, 8), value, rtol=1e-4, atol=1e-4
     )
@@ -298,9 +312,9 @@ def test_attention_writes_what_it_sees_into_the_cache(config):
 
 @quantized_or_not
 @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
-def test_feed_forward(config, activation):
-    config = dataclasses.replace(config, activation=activation)
-    module, x = FeedForward(config), gaussian(2, 6, 16)
+def test_feed_forward(model, activation):
+    model = model.changed(activation=activation)
+    module, x = FeedForward(*parts(model)), gaussian(2, 6, 16)
     variables = initialised(module, x)
     assert shapes(variables["params"]) == {
         "gate_proj/kernel": (16, 24),
@@ -308,29 +322,29 @@ def test_feed_forward(config, activation):
         "sub_norm/scale": (24,),
         "down_proj/kernel": (24, 16),
     }
-    expected = feed_forward(config, variables["params"], np.asarray(x, np.float64))
+    expected = feed_forward(model, variables["params"], np.asarray(x, np.float64))
     np.testing.assert_allclose(
         apply(module, variables, x), expected, rtol=1e-4, atol=1e-4
     )
 
 
-def block(config, params, x):
-    x = x + attention(config, params["attn"], rms_norm(params["attn_norm"], x))
-    return x + feed_forward(config, params["ffn"], rms_norm(params["ffn_norm"], x))
+def block(model, params, x):
+    x = x + attention(model, params["attn"], rms_norm(params["attn_norm"], x))
+    return x + feed_forward(model, params["ffn"], rms_norm(params["ffn_norm"], x))
 
 
-def block_and_its_arguments(config):
-    module, x = TransformerBlock(config), 2 * gaussian(2, 5, 16)
+def block_and_its_arguments(model):
+    module, x = TransformerBlock(*parts(model)), 2 * gaussian(2, 5, 16)
     positions = jnp.arange(5)
-    rest = (None, None, positions, rotary_of(config, positions), None, False)
+    rest = (None, None, positions, rotary_of(model, positions), None, False)
     return module, initialised(module, x, *rest), x, rest
 
 
 @quantized_or_not
-def test_block_adds_normalised_branches_to_the_stream(config):
-    module, variables, x, rest = block_and_its_arguments(config)
+def test_block_adds_normalised_branches_to_the_stream(model):
+    module, variables, x, rest = block_and_its_arguments(model)
     y, _ = apply(module, variables, x, *rest)
-    expected = block(config, variables["params"], np.asarray(x, np.float64))
+    expected = block(model, variables["params"], np.asarray(x, np.float64))
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -341,8 +355,8 @@ def test_block_adds_normalised_branches_to_the_stream(config):
 def test_gradients_equal_finite_differences(attention, activation, n_kv_heads):
     """Of the float64 reference, along a random direction of every array."""
     changes = {"activation": activation, "n_kv_heads": n_kv_heads}
-    config = dataclasses.replace(TWIN, attention=attention, **changes)
-    module, variables, x, rest = block_and_its_arguments(config)
+    model = TWIN.changed(attention=attention, **changes)
+    module, variables, x, rest = block_and_its_arguments(model)
     arrays, weights = (variables["params"], x), np.asarray(gaussian(2, 5, 16, seed=2))
 
     def loss(params, x):
@@ -356,7 +370,7 @@ def test_gradients_equal_finite_differences(attention, activation, n_kv_heads):
         sides = []
         for step in (1e-5, -1e-5):
             moved = [*leaves[:i], leaves[i] + step * direction, *leaves[i + 1 :]]
-            y = block(config, *jax.tree.unflatten(treedef, moved))
+            y = block(model, *jax.tree.unflatten(treedef, moved))
             sides.append(np.sum(y * weights))
         slope = (sides[0] - sides[1]) / 2e-5
         scale = np.linalg.norm(gradient) * np.linalg.norm(direction)
@@ -387,17 +401,19 @@ def test_gradients_equal_finite_differences(attention, activation, n_kv_heads):
     ],
 )
 def test_impossible_settings_are_refused_by_name(key, changes):
-    with pytest.raises(VaaniError, match=rf"model\.{key}\b"):
-        dataclasses.replace(CONFIG, **changes)
+    with pytest.raises(VaaniError, match=rf"(model|quantization)\.{key}\b"):
+        CONFIG.changed(**changes)
 
 
 @pytest.mark.parametrize(
     ("dim", "hidden"), [(16, 64), (128, 320), (384, 1024), (1536, 4096)]
 )
 def test_zeros_stand_for_the_usual_sizes(dim, hidden):
-    config = ModelConfig(dim=dim, n_heads=4)
-    assert config.hidden_dim == hidden  # 8/3 D to the nearest multiple of 64
-    assert config.kv_heads == 4
-    assert config.head_dim == dim // 4
-    given = ModelConfig(dim=dim, n_heads=4, n_kv_heads=2, ffn_dim=40)
-    assert (given.kv_heads, given.hidden_dim) == (2, 40)
+    model = Vaani().changed(dim=dim, n_heads=4)
+    assert (
+        model.architecture.hidden_dim == hidden
+    )  # 8/3 D to the nearest multiple of 64
+    assert model.architecture.kv_heads == 4
+    assert model.architecture.head_dim == dim // 4
+    given = Vaani().changed(dim=dim, n_heads=4, n_kv_heads=2, ffn_dim=40)
+    assert (given.architecture.kv_heads, given.architecture.hidden_dim) == (2, 40)

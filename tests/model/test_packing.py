@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from vaani_jax.errors import VaaniError
-from vaani_jax.model.config import ModelConfig
 from vaani_jax.model.names import ternary_codes
-from vaani_jax.model.packing import pack_params, packed_bytes
+from vaani_jax.model.packing import pack_variables, packed_bytes
 from vaani_jax.model.transformer import Vaani, init_variables
 from vaani_jax.quant.packed import (
     PackedRows,
@@ -108,7 +107,7 @@ def test_rows_are_off_by_half_a_step_at_most():
 
 def small(**changes):
     values = {"vocab_size": 40, "dim": 48, "n_layers": 2, "n_heads": 4, "ffn_dim": 80}
-    return ModelConfig(**values | changes)
+    return Vaani().changed(**values | changes)
 
 
 @pytest.mark.parametrize(
@@ -124,12 +123,13 @@ def small(**changes):
         {"ternary_head": True},
     ],
 )
-def test_pack_params_holds_the_codes_of_training(changes):
-    config = small(**changes)
-    params, quant = init_variables(config, jax.random.key(0))
-    packed, left = jax.jit(pack_params, static_argnums=2)(params, quant, config.spec)
-    assert left == {}
-    expected = jax.jit(lambda p, q: ternary_codes(config, p, q))(params, quant)
+def test_pack_variables_holds_the_codes_of_training(changes):
+    model = small(**changes)
+    variables = init_variables(model, jax.random.key(0))
+    found = jax.jit(pack_variables, static_argnums=1)(variables, model.spec)
+    packed = found["params"]
+    assert found["quant"] == {}
+    expected = jax.jit(lambda v: ternary_codes(model.spec, v))(variables)
     for name, (codes, scale) in expected.items():
         node = packed
         for part in name.split("/"):
@@ -145,32 +145,32 @@ def test_pack_params_holds_the_codes_of_training(changes):
     assert len(kinds) == len(expected)
 
 
-def test_pack_params_keeps_tracked_ranges():
-    config = small(activation_tracking="ema")
-    params, quant = init_variables(config, jax.random.key(0))
-    _, left = pack_params(params, quant, config.spec)
+def test_pack_variables_keeps_tracked_ranges():
+    model = small(activation_tracking="ema")
+    variables = init_variables(model, jax.random.key(0))
+    left = pack_variables(variables, model.spec)["quant"]
     ranges = left["layers_0"]["attn"]["q_proj"]["activation_quantizer"]
     assert set(ranges) == {"range", "momentum"}
 
 
 def test_an_8_bit_embedding_serves_as_head():
     for changes in ({}, {"tie_embeddings": False}):
-        config = small(**changes)
-        params, quant = init_variables(config, jax.random.key(0))
-        params["embedding"] = params["embedding"] * 50
-        packed, left = pack_params(params, quant, config.spec, embedding="int8")
-        assert isinstance(packed["embedding"], PackedRows)
+        model = small(**changes)
+        variables = init_variables(model, jax.random.key(0))
+        variables["params"]["embedding"] *= 50
+        packed = pack_variables(variables, model.spec, embedding="int8")
+        assert isinstance(packed["params"]["embedding"], PackedRows)
         tokens = jnp.arange(12).reshape(2, 6)
-        full = Vaani(config).apply({"params": params, "quant": quant}, tokens)
-        ours = Vaani(config).apply({"params": packed, "quant": left}, tokens)
+        full = model.apply(variables, tokens)
+        ours = model.apply(packed, tokens)
         error = np.abs(np.asarray(ours - full)).max()
         assert error < 0.05 * np.abs(np.asarray(full)).max()
 
 
 def test_bits_per_weight():
-    config = small(dim=256, ffn_dim=640, vocab_size=16)
-    params, quant = init_variables(config, jax.random.key(0))
-    packed, _ = pack_params(params, quant, config.spec)
+    model = small(dim=256, ffn_dim=640, vocab_size=16)
+    variables = init_variables(model, jax.random.key(0))
+    packed = pack_variables(variables, model.spec)["params"]
     layers = {k: v for k, v in packed.items() if k.startswith("layers_")}
     kernels = [
         x
@@ -182,7 +182,7 @@ def test_bits_per_weight():
 
 
 def test_stacked_layers_are_refused():
-    config = small(scan_layers=True)
-    params, quant = init_variables(config, jax.random.key(0))
+    model = small(scan_layers=True)
+    variables = init_variables(model, jax.random.key(0))
     with pytest.raises(VaaniError, match="unroll"):
-        pack_params(params, quant, config.spec)
+        pack_variables(variables, model.spec)

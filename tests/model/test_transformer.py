@@ -12,7 +12,6 @@ import pytest
 from vaani_jax.errors import VaaniError
 from vaani_jax.model.block import TransformerBlock
 from vaani_jax.model.cache import KVCache
-from vaani_jax.model.config import ModelConfig
 from vaani_jax.model.names import ternary_codes, ternary_kernels
 from vaani_jax.model.norm import RMSNorm
 from vaani_jax.model.rotary import rotary_angles
@@ -21,20 +20,21 @@ from vaani_jax.model.transformer import Vaani, init_variables, stack_layers
 
 T = 7
 SHAPE = {"dim": 16, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 24, "n_layers": 2}
-CONFIG = ModelConfig(vocab_size=13, max_seq_len=T, init_std=0.3, **SHAPE)
+CONFIG = Vaani().changed(vocab_size=13, max_seq_len=T, init_std=0.3, **SHAPE)
+PARTS = CONFIG.architecture, CONFIG.quantization, CONFIG.execution
 TOKENS = jnp.asarray([[1, 5, 3, 0, 12, 7, 2], [4, 4, 9, 8, 6, 6, 10]], jnp.int32)
 
 
-def change(config=CONFIG, **changes):
-    return dataclasses.replace(config, **changes)
+def change(model=CONFIG, **changes):
+    return model.changed(**changes)
 
 
 TWIN = change(quantize=False)
-quantized_or_not = pytest.mark.parametrize("config", [CONFIG, TWIN], ids=["bit", "fp"])
+quantized_or_not = pytest.mark.parametrize("model", [CONFIG, TWIN], ids=["bit", "fp"])
 
 
 @functools.cache
-def variables_of(config):
+def variables_of(model):
     """Variables as `init_variables` shapes them; quick, and norms that matter."""
     rng = np.random.default_rng(0)
 
@@ -45,14 +45,13 @@ def variables_of(config):
             values = rng.normal(name == "scale", 0.3, leaf.shape)
         return jnp.full(leaf.shape, jnp.asarray(values), leaf.dtype)
 
-    shapes = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
-    params, quant = jax.tree_util.tree_map_with_path(fill, shapes)
-    return {"params": params, "quant": quant}
+    shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+    return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 @functools.cache
-def forward(config):
-    return jax.jit(Vaani(config).apply)
+def forward(model):
+    return jax.jit(model.apply)
 
 
 def flat(tree):
@@ -71,17 +70,17 @@ def assert_trees_close(a, b, rtol=1e-5, atol=1e-6):
 
 
 @quantized_or_not
-def test_no_logit_has_a_gradient_from_a_later_token(config):
+def test_no_logit_has_a_gradient_from_a_later_token(model):
     """d logits[t] / d input[s] is exactly 0 for s > t, and not 0 for s <= t."""
-    config = change(config, tie_embeddings=False)  # the head must not see the rows
-    variables = variables_of(config)
+    model = change(model, tie_embeddings=False)  # the head must not see the rows
+    variables = variables_of(model)
     direction = jax.random.normal(jax.random.key(1), (13,))
     tokens = TOKENS[:1]
     assert len(set(tokens[0].tolist())) == T  # a row of the embedding is a position
 
     def heights(embedding):
         params = {**variables["params"], "embedding": embedding}
-        logits = Vaani(config).apply({**variables, "params": params}, tokens)
+        logits = model.apply({**variables, "params": params}, tokens)
         return logits[0] @ direction
 
     jacobian = jax.jit(jax.jacrev(heights))(variables["params"]["embedding"])
@@ -92,12 +91,12 @@ def test_no_logit_has_a_gradient_from_a_later_token(config):
 
 
 @quantized_or_not
-def test_another_future_token_leaves_earlier_logits_bitwise(config):
-    variables = variables_of(config)
-    logits = np.asarray(forward(config)(variables, TOKENS))
+def test_another_future_token_leaves_earlier_logits_bitwise(model):
+    variables = variables_of(model)
+    logits = np.asarray(forward(model)(variables, TOKENS))
     for s in range(T):
         changed = TOKENS.at[:, s].add(1) % 13
-        other = np.asarray(forward(config)(variables, changed))
+        other = np.asarray(forward(model)(variables, changed))
         np.testing.assert_array_equal(other[:, :s], logits[:, :s])
         assert (np.abs(other[:, s:] - logits[:, s:]).max(axis=-1) > 1e-6).all()
 
@@ -105,25 +104,25 @@ def test_another_future_token_leaves_earlier_logits_bitwise(config):
 # The cache.
 
 
-def decode_after(config, tokens, prompt):
+def decode_after(model, tokens, prompt):
     """Logits of every position: a prompt at once, the rest token by token."""
-    cache, logits = KVCache.create(config, 2, capacity=T), []
+    cache, logits = KVCache.create(model.architecture, 2, capacity=T), []
     bounds = [0, *range(prompt, tokens.shape[1] + 1)]
     for start, end in itertools.pairwise(bounds):
         piece = tokens[:, start:end]
-        out, cache = forward(config)(variables_of(config), piece, cache)
+        out, cache = forward(model)(variables_of(model), piece, cache)
         logits.append(np.asarray(out))
     assert int(cache.length) == tokens.shape[1]
     return np.concatenate(logits, axis=1)
 
 
 @quantized_or_not
-def test_cached_decoding_equals_the_full_forward_from_every_prompt_length(config):
-    config = change(config, n_layers=1)
-    full = forward(config)(variables_of(config), TOKENS)
-    config = change(config, max_seq_len=2)  # the cache decides what fits
+def test_cached_decoding_equals_the_full_forward_from_every_prompt_length(model):
+    model = change(model, n_layers=1)
+    full = forward(model)(variables_of(model), TOKENS)
+    model = change(model, max_seq_len=2)  # the cache decides what fits
     for prompt in range(1, 5):  # of four tokens, in a cache for seven
-        cached = decode_after(config, TOKENS[:, :4], prompt)
+        cached = decode_after(model, TOKENS[:, :4], prompt)
         np.testing.assert_allclose(cached, full[:, :4], rtol=1e-4, atol=1e-5)
 
 
@@ -139,18 +138,22 @@ def test_cached_decoding_equals_the_full_forward_from_every_prompt_length(config
     ids=["scan-channel", "untied-relu2", "ema", "bfloat16-fp", "bfloat16-bit"],
 )
 def test_cached_decoding_of_every_kind_of_model(tolerance, changes):
-    config = change(**changes)
-    full = np.asarray(forward(config)(variables_of(config), TOKENS))
-    cached = decode_after(config, TOKENS, 3)
+    model = change(**changes)
+    full = np.asarray(forward(model)(variables_of(model), TOKENS))
+    cached = decode_after(model, TOKENS, 3)
     assert cached.dtype == np.float32
     # Rounding otherwise in bfloat16, a ternary model may tip an 8-bit rounding.
-    tipped = 0.1 if config.dtype == "bfloat16" and config.quantize else 0.0
+    tipped = (
+        0.1
+        if model.quantization.dtype == "bfloat16" and model.quantization.quantize
+        else 0.0
+    )
     assert np.mean(np.abs(cached - full) > tolerance * full.std()) <= tipped
 
 
 def test_a_bfloat16_model_computes_what_a_float32_one_does():
-    config, low = change(n_layers=1), change(n_layers=1, dtype="bfloat16")
-    exact, found = (forward(c)(variables_of(c), TOKENS) for c in (config, low))
+    model, low = change(n_layers=1), change(n_layers=1, dtype="bfloat16")
+    exact, found = (forward(c)(variables_of(c), TOKENS) for c in (model, low))
     assert np.corrcoef(np.ravel(found), np.ravel(exact))[0, 1] > 0.99
     assert found.dtype == jnp.float32
 
@@ -171,8 +174,8 @@ LENGTHS = (2, 5, 4)  # of the prompts of a batch, each followed by two tokens mo
 )
 def test_rows_of_a_ragged_batch_answer_as_each_alone(tolerance, changes):
     """Alone is the full forward, without padding and without a cache."""
-    config = change(**changes)
-    variables, step = variables_of(config), forward(config)
+    model = change(**changes)
+    variables, step = variables_of(model), forward(model)
     rows = [TOKENS[i % 2, : n + 2] for i, n in enumerate(LENGTHS)]
     end = max(LENGTHS)
     start = np.asarray([end - n for n in LENGTHS], np.int32)
@@ -180,7 +183,9 @@ def test_rows_of_a_ragged_batch_answer_as_each_alone(tolerance, changes):
         tokens = np.full((3, end + 2), pad, np.int32)
         for b, first in enumerate(start):
             tokens[b, first:end] = rows[b][: LENGTHS[b]]
-        cache = KVCache.create(config, 3, capacity=T + 1, start=jnp.asarray(start))
+        cache = KVCache.create(
+            model.architecture, 3, capacity=T + 1, start=jnp.asarray(start)
+        )
         logits, cache = step(variables, jnp.asarray(tokens), cache)
         assert jnp.isfinite(logits).all()
         found = [np.asarray(logits)[:, :end]]
@@ -204,8 +209,8 @@ def test_starts_are_data():
     @jax.jit
     def run(start):
         traces.append(1)
-        cache = KVCache.create(TWIN, 2, start=start)
-        return Vaani(TWIN).apply(variables, TOKENS, cache)[0]
+        cache = KVCache.create(TWIN.architecture, 2, start=start)
+        return TWIN.apply(variables, TOKENS, cache)[0]
 
     for start in ([0, 0], [1, 3], [6, 0]):
         assert jnp.isfinite(run(jnp.asarray(start, jnp.int32))).all()
@@ -218,15 +223,17 @@ def test_starts_are_data():
     ids=["tied", "ternary", "fp"],
 )
 def test_logits_of_one_position_are_those_of_all(changes):
-    config = change(vocab_size=61, n_layers=1, **changes)
-    variables = variables_of(config)
+    model = change(vocab_size=61, n_layers=1, **changes)
+    variables = variables_of(model)
 
     @jax.jit
     def run(last):
-        cache = KVCache.create(config, 2)
-        return Vaani(config).apply(variables, TOKENS, cache, last=last)
+        cache = KVCache.create(model.architecture, 2)
+        return model.apply(variables, TOKENS, cache, last=last)
 
-    full, filled = forward(config)(variables, TOKENS, KVCache.create(config, 2))
+    full, filled = forward(model)(
+        variables, TOKENS, KVCache.create(model.architecture, 2)
+    )
     for t in range(T):
         found, cache = run(jnp.int32(t))
         assert found.shape == (2, 1, 61)
@@ -240,17 +247,20 @@ def test_logits_of_one_position_are_those_of_all(changes):
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["loop", "scan"])
 def test_a_cache_of_fewer_bits_answers_nearly_as_one_of_float32(scan_layers):
     """Of the full-precision twin: no rounding elsewhere blurs the figures."""
-    config = change(TWIN, dim=64, n_heads=4, n_kv_heads=2, scan_layers=scan_layers)
-    variables = variables_of(config)
+    model = change(TWIN, dim=64, n_heads=4, n_kv_heads=2, scan_layers=scan_layers)
+    variables = variables_of(model)
     # Scores of a few units, not of dozens: attention then looks at several tokens.
     variables = jax.tree.map(
         lambda x: x * (0.4 if x.ndim > 1 + scan_layers else 1.0), variables
     )
 
     def answers(dtype, damage=lambda cache: cache):
-        cache, logits = KVCache.create(config, 2, capacity=T, dtype=dtype), []
+        cache, logits = (
+            KVCache.create(model.architecture, 2, capacity=T, dtype=dtype),
+            [],
+        )
         for start, end in ((0, 4), (4, 5), (5, 6), (6, 7)):
-            out, cache = forward(config)(variables, TOKENS[:, start:end], cache)
+            out, cache = forward(model)(variables, TOKENS[:, start:end], cache)
             cache = damage(cache)
             logits.append(out)
         assert {x.dtype for x in cache.keys + cache.values} == {jnp.dtype(dtype)}
@@ -261,7 +271,7 @@ def test_a_cache_of_fewer_bits_answers_nearly_as_one_of_float32(scan_layers):
         return np.sqrt(np.mean((found - exact) ** 2)) / exact.std()
 
     exact = answers("float32")
-    full = forward(config)(variables, TOKENS)
+    full = forward(model)(variables, TOKENS)
     np.testing.assert_allclose(exact, full, rtol=1e-4, atol=1e-4)
     assert 1e-5 < error(answers("bfloat16")) < 0.01
     assert 1e-5 < error(answers("int8")) < 0.01
@@ -281,30 +291,31 @@ def test_a_cache_of_fewer_bits_answers_nearly_as_one_of_float32(scan_layers):
 
 
 def test_an_int8_cache_takes_a_quarter():
-    config = change(dim=256, n_heads=4, n_kv_heads=2)  # H = 64
+    model = change(dim=256, n_heads=4, n_kv_heads=2)  # H = 64
     full, half, quarter = (
-        KVCache.create(config, 3, 32, dtype)
+        KVCache.create(model.architecture, 3, 32, dtype)
         for dtype in ("float32", "bfloat16", "int8")
     )
     assert full.nbytes == 2 * 2 * (3 * 32 * 2 * 64) * 4 + 4 + 3 * 4
     assert half.nbytes == pytest.approx(full.nbytes / 2, rel=0.001)
     # And 4 bytes of scale for 64 codes.
     assert quarter.nbytes == pytest.approx(full.nbytes / 4 * (1 + 4 / 64), rel=0.001)
-    assert KVCache.create(change(dtype="bfloat16"), 1).keys[0].dtype == jnp.bfloat16
-    assert KVCache.create(config, 1, dtype=jnp.int8).keys[0].dtype == jnp.int8
-    assert KVCache.create(config, 1, dtype=np.dtype("int8")).key_scales
+    assert (
+        KVCache.create(model.architecture, 1, dtype=jnp.int8).keys[0].dtype == jnp.int8
+    )
+    assert KVCache.create(model.architecture, 1, dtype=np.dtype("int8")).key_scales
     for name in ("float16", "fp8"):
         with pytest.raises(VaaniError, match=f"float32, bfloat16 or int8, not {name}"):
-            KVCache.create(config, 1, dtype=name)
+            KVCache.create(model.architecture, 1, dtype=name)
 
 
 def test_past_its_end_a_cache_raises_or_answers_nan():
-    config = change(TWIN, max_seq_len=20)
-    variables, step = variables_of(config), forward(config)
-    cache = KVCache.create(config, 2, capacity=5)
+    model = change(TWIN, max_seq_len=20)
+    variables, step = variables_of(model), forward(model)
+    cache = KVCache.create(model.architecture, 2, capacity=5)
     cache = dataclasses.replace(cache, length=jnp.asarray(4, jnp.int32))
     with pytest.raises(VaaniError, match="6 tokens do not fit the context of 5"):
-        Vaani(config).apply(variables, TOKENS[:, :2], cache)
+        model.apply(variables, TOKENS[:, :2], cache)
     logits, cache = step(variables, TOKENS[:, :1], cache)
     assert jnp.isfinite(logits).all()  # the fifth token fits
     for _ in range(2):
@@ -313,7 +324,7 @@ def test_past_its_end_a_cache_raises_or_answers_nan():
 
 
 def test_what_can_never_fit_is_refused():
-    for step in (Vaani(TWIN).apply, forward(TWIN)):
+    for step in (TWIN.apply, forward(TWIN)):
         with pytest.raises(VaaniError, match="8 tokens do not fit the context of 7"):
             step(variables_of(TWIN), jnp.zeros((1, T + 1), jnp.int32))
     with pytest.raises(VaaniError, match=r"model\.vocab_size"):
@@ -327,11 +338,13 @@ def test_model_is_embedding_blocks_norm_and_head():
     @jax.jit
     def by_hand(params, quant):
         x = params["embedding"][TOKENS]
-        rotary = tuple(map(jnp.asarray, rotary_angles(T, 4, CONFIG.rope_theta)))
+        rotary = tuple(
+            map(jnp.asarray, rotary_angles(T, 4, CONFIG.architecture.rope_theta))
+        )
         for name in ("layers_0", "layers_1"):
             layer = {"params": params[name], "quant": quant[name]}
             rest = (None, None, jnp.arange(T), rotary, None, False)
-            x, _ = TransformerBlock(CONFIG).apply(layer, x, *rest)
+            x, _ = TransformerBlock(*PARTS).apply(layer, x, *rest)
         x = RMSNorm().apply({"params": params["final_norm"]}, x)
         return x @ params["embedding"].T
 
@@ -352,7 +365,7 @@ def test_tied_head_equals_an_untied_one_with_the_same_weights(ternary_head):
     b = forward(untied)({**other, "params": params}, TOKENS)
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     for found, name in [(variables, "head"), (other, "lm_head")]:
-        kernels = ternary_kernels(found["params"], found["quant"])
+        kernels = ternary_kernels(found)
         assert (name in [k.name for k in kernels]) == ternary_head
     plain = forward(change(tied, ternary_head=False))(variables, TOKENS)
     moved = float(jnp.abs(plain - a).max())
@@ -360,9 +373,11 @@ def test_tied_head_equals_an_untied_one_with_the_same_weights(ternary_head):
 
 
 def test_the_twin_has_the_same_parameters_and_no_quantisers():
-    config = change(n_layers=1, tie_embeddings=False, ternary_head=True)
-    params, quant = init_variables(config, jax.random.key(3))
-    twin, nothing = init_variables(change(config, quantize=False), jax.random.key(3))
+    model = change(n_layers=1, tie_embeddings=False, ternary_head=True)
+    params, quant = init_variables(model, jax.random.key(3)).values()
+    twin, nothing = init_variables(
+        change(model, quantize=False), jax.random.key(3)
+    ).values()
     assert_trees_close(params, twin, rtol=0, atol=0)
     assert flat(quant)
     assert not flat(nothing)
@@ -374,7 +389,7 @@ def test_mix_moves_the_whole_model_from_the_twin_to_ternary():
     @jax.jit
     def mixed(mix):
         traces.append(1)
-        return Vaani(CONFIG).apply(variables, TOKENS, mix=mix)
+        return CONFIG.apply(variables, TOKENS, mix=mix)
 
     logits = [np.asarray(mixed(jnp.float32(part))) for part in (0.0, 0.5, 1.0)]
     assert len(traces) == 1
@@ -387,12 +402,12 @@ def test_mix_moves_the_whole_model_from_the_twin_to_ternary():
 
 
 @functools.cache
-def initial_variables_and_one_step(config):
+def initial_variables_and_one_step(model):
     """Initial variables; then loss, gradients and tracked ranges of a training step."""
-    params, quant = init_variables(config, jax.random.key(0))
+    params, quant = init_variables(model, jax.random.key(0)).values()
 
     def loss(params, quant):
-        logits, updated = Vaani(config).apply(
+        logits, updated = model.apply(
             {"params": params, "quant": quant},
             TOKENS,
             train=True,
@@ -403,22 +418,24 @@ def initial_variables_and_one_step(config):
 
     traced = jax.jit(jax.value_and_grad(loss, has_aux=True)).trace(params, quant)
     jaxpr = str(traced.jaxpr)
-    assert ("remat" in jaxpr or "checkpoint" in jaxpr) == config.remat
-    assert (f"length={config.n_layers}" in jaxpr) == config.scan_layers
+    assert ("remat" in jaxpr or "checkpoint" in jaxpr) == model.execution.remat
+    assert (
+        f"length={model.architecture.n_layers}" in jaxpr
+    ) == model.execution.scan_layers
     return (params, quant), traced.lower().compile()(params, quant)
 
 
 @pytest.mark.parametrize("layout", [("remat",), ("scan_layers", "remat")])
 def test_scanned_and_recomputed_layers_change_nothing(layout):
     base = change(dropout=0.3, activation_tracking="ema")
-    config = change(base, **dict.fromkeys(layout, True))
+    model = change(base, **dict.fromkeys(layout, True))
     trees, results = initial_variables_and_one_step(base)
-    if config.scan_layers:
+    if model.execution.scan_layers:
         stack = functools.partial(stack_layers, n_layers=2)
         (value, after), gradient = results
         trees = tuple(stack(tree) for tree in trees)
         results = (value, stack(after)), stack(gradient)
-    others, other_results = initial_variables_and_one_step(config)
+    others, other_results = initial_variables_and_one_step(model)
     ranges = [x for n, x in flat(other_results).items() if n.endswith("range")]
     assert ranges
     assert all((x > 0).all() for x in ranges)  # each layer has seen its batch
@@ -426,13 +443,13 @@ def test_scanned_and_recomputed_layers_change_nothing(layout):
     assert_trees_close(results, other_results, rtol=1e-4, atol=1e-5)
 
 
-def products_of_a_gradient(config):
+def products_of_a_gradient(model):
     """Products in the jaxpr of a gradient: of linear layers and head, of attention."""
-    params, quant = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
 
     def loss(params, quant):
         variables = {"params": params, "quant": quant}
-        return jnp.sum(jnp.sin(Vaani(config).apply(variables, TOKENS, train=True)))
+        return jnp.sum(jnp.sin(model.apply(variables, TOKENS, train=True)))
 
     plain, batched = 0, 0
 
@@ -448,16 +465,17 @@ def products_of_a_gradient(config):
                     if hasattr(inner, "eqns"):
                         visit(inner)
 
-    visit(jax.make_jaxpr(jax.grad(loss))(params, quant).jaxpr)
+    visit(jax.make_jaxpr(jax.grad(loss))(*shapes.values()).jaxpr)
     return plain, batched
 
 
 @quantized_or_not
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["loop", "scan"])
 @pytest.mark.parametrize("operands", ["bfloat16", "int8"])
-def test_saved_products_are_not_done_twice(config, scan_layers, operands):
-    config = change(config, scan_layers=scan_layers, operands=operands)
-    blocks = 1 if scan_layers else config.n_layers  # in the text of the program
+def test_saved_products_are_not_done_twice(model, scan_layers, operands):
+    model = change(model, scan_layers=scan_layers, operands=operands)
+    # In the text of the program.
+    blocks = 1 if scan_layers else model.architecture.n_layers
     # Seven products forward and twice as many backward; two and four of attention.
     head = (3, 0)
     expected = {
@@ -467,26 +485,26 @@ def test_saved_products_are_not_done_twice(config, scan_layers, operands):
     }
     for save, (plain, batched) in expected.items():
         how = {"remat": True, "remat_save": save} if save else {}
-        found = products_of_a_gradient(change(config, attention="explicit", **how))
+        found = products_of_a_gradient(change(model, attention="explicit", **how))
         assert found == (blocks * plain + head[0], blocks * batched)
 
 
 @quantized_or_not
-def test_recomputing_takes_less_memory_and_saving_products_part_of_it(config):
+def test_recomputing_takes_less_memory_and_saving_products_part_of_it(model):
     """In bytes of temporaries, as the compiler counts them."""
     shape = {"dim": 64, "n_kv_heads": 0, "ffn_dim": 192, "max_seq_len": 64}
-    config = change(config, scan_layers=True, n_layers=4, **shape)
+    model = change(model, scan_layers=True, n_layers=4, **shape)
     tokens = jnp.zeros((4, 64), jnp.int32)
 
     def temporaries(**how):
-        model = change(config, **how)
-        shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+        other = change(model, **how)
+        shapes = jax.eval_shape(lambda: init_variables(other, jax.random.key(0)))
 
         def loss(params, quant):
             variables = {"params": params, "quant": quant}
-            return jnp.sum(Vaani(model).apply(variables, tokens, train=True))
+            return jnp.sum(other.apply(variables, tokens, train=True))
 
-        compiled = jax.jit(jax.grad(loss)).lower(*shapes).compile()
+        compiled = jax.jit(jax.grad(loss)).lower(*shapes.values()).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     everything = temporaries()
@@ -515,11 +533,11 @@ def test_operands_and_what_is_saved_change_nothing(scan_layers):
 
 
 def test_every_parameter_learns():
-    config = change(n_layers=1, tie_embeddings=False, ternary_head=True)
-    variables = variables_of(config)
+    model = change(n_layers=1, tie_embeddings=False, ternary_head=True)
+    variables = variables_of(model)
 
     def loss(params):
-        logits = Vaani(config).apply({**variables, "params": params}, TOKENS)
+        logits = model.apply({**variables, "params": params}, TOKENS)
         return jnp.sum(jnp.sin(logits))
 
     for name, gradient in flat(jax.jit(jax.grad(loss))(variables["params"])).items():
@@ -528,14 +546,14 @@ def test_every_parameter_learns():
 
 
 def test_dropout_acts_in_training_only():
-    config = change(dropout=0.4, n_layers=1)
-    variables, model = variables_of(config), Vaani(config)
+    model = change(dropout=0.4, n_layers=1)
+    variables = variables_of(model)
     train = jax.jit(
         lambda key: model.apply(variables, TOKENS, train=True, rngs={"dropout": key})
     )
-    none = Vaani(change(config, dropout=0.0))  # needs no random stream
+    none = change(model, dropout=0.0)  # needs no random stream
     plain = jax.jit(lambda: none.apply(variables, TOKENS, train=True))()
-    logits = forward(config)(variables, TOKENS)
+    logits = forward(model)(variables, TOKENS)
     first, second = train(jax.random.key(0)), train(jax.random.key(1))
     np.testing.assert_array_equal(first, train(jax.random.key(0)))
     assert float(jnp.abs(first - second).max()) > 0.1
@@ -548,7 +566,7 @@ def test_dropout_acts_in_training_only():
 
 def test_thresholds_are_data():
     """In the collection `quant`; other values change zeros without a recompilation."""
-    params, quant = init_variables(change(threshold=0.25), jax.random.key(0))
+    params, quant = init_variables(change(threshold=0.25), jax.random.key(0)).values()
     thresholds, traces = flat(quant), []
     assert len(thresholds) == 2 * 7
     assert all(name.endswith("weight_quantizer/threshold") for name in thresholds)
@@ -557,9 +575,10 @@ def test_thresholds_are_data():
     @jax.jit
     def run(quant):
         traces.append(1)
-        codes = ternary_codes(CONFIG, params, quant)
+        variables = {"params": params, "quant": quant}
+        codes = ternary_codes(CONFIG.spec, variables)
         zeros = {name: jnp.mean(t == 0) for name, (t, _) in codes.items()}
-        return zeros, Vaani(CONFIG).apply({"params": params, "quant": quant}, TOKENS)
+        return zeros, CONFIG.apply(variables, TOKENS)
 
     zeros, logits = run(quant)
     chosen = "layers_1/ffn/up_proj"
@@ -574,10 +593,10 @@ def test_thresholds_are_data():
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 def test_ternary_codes_are_those_of_the_kernels(scan_layers, granularity):
-    config = change(scan_layers=scan_layers, weight_granularity=granularity)
-    config = change(config, ternary_head=True)
-    params, quant = variables_of(config).values()
-    found = ternary_codes(config, params, quant)
+    model = change(scan_layers=scan_layers, weight_granularity=granularity)
+    model = change(model, ternary_head=True)
+    variables = variables_of(model)
+    found, params = ternary_codes(model.spec, variables), variables["params"]
     kernels = {"head": np.asarray(params["embedding"]).T}
     for name, w in flat(params).items():
         if name.endswith("/kernel"):
@@ -597,9 +616,9 @@ def test_ternary_codes_are_those_of_the_kernels(scan_layers, granularity):
     [("tensor", True, True), ("channel", False, True), ("tensor", False, False)],
 )
 def test_model_size_counts_the_real_tree(granularity, tie, quantize):
-    config = change(tie_embeddings=tie, quantize=quantize)
-    config = change(config, weight_granularity=granularity)
-    leaves, size = flat(variables_of(config)["params"]), model_size(config)
+    model = change(tie_embeddings=tie, quantize=quantize)
+    model = change(model, weight_granularity=granularity)
+    leaves, size = flat(variables_of(model)["params"]), model_size(model)
     assert size.parameters == sum(x.size for x in leaves.values())
     ternary = [x for n, x in leaves.items() if "kernel" in n and "lm_head" not in n]
     assert len(ternary) == 14
@@ -609,13 +628,13 @@ def test_model_size_counts_the_real_tree(granularity, tie, quantize):
     scales = 14 if granularity == "tensor" else sum(x.shape[1] for x in ternary)
     rest = size.parameters - size.ternary
     assert size.bytes_2bit == size.ternary // 4 + 2 * rest + 4 * scales
-    assert model_size(change(config, scan_layers=True)) == size
+    assert model_size(change(model, scan_layers=True)) == size
 
 
 def test_initial_weights_have_the_documented_spread():
     wide = {"vocab_size": 64, "dim": 64, "ffn_dim": 64, "n_heads": 2}
-    config = ModelConfig(**wide, n_layers=3, init_std=0.05)
-    params, _ = init_variables(config, jax.random.key(0))
+    model = Vaani().changed(**wide, n_layers=3, init_std=0.05)
+    params, _ = init_variables(model, jax.random.key(0)).values()
     for name, w in flat(params).items():
         if name.endswith("scale"):
             assert (w == 1).all()
@@ -629,7 +648,7 @@ def test_initial_weights_have_the_documented_spread():
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("kv_heads", [0, 2])
 def test_flops_counted_by_hand(tie, kv_heads):
-    config = ModelConfig(
+    model = Vaani().changed(
         vocab_size=1000,
         dim=64,
         n_layers=3,
@@ -645,23 +664,23 @@ def test_flops_counted_by_hand(tie, kv_heads):
         attention = 2 * 2 * seq_len * 8 * 8
         forward = 3 * (2 * layer + attention) + 2 * 64 * 1000
         for changes in ({}, {"quantize": False}, {"scan_layers": True, "remat": True}):
-            assert flops_per_token(change(config, **changes), seq_len) == 3 * forward
+            assert flops_per_token(change(model, **changes), seq_len) == 3 * forward
 
 
 @quantized_or_not
 @pytest.mark.parametrize("tie", [True, False])
-def test_flops_are_those_that_the_compiler_counts(config, tie):
+def test_flops_are_those_that_the_compiler_counts(model, tie):
     length = 64
     shape = {"dim": 128, "ffn_dim": 320, "vocab_size": 256, "max_seq_len": length}
-    config = change(config, tie_embeddings=tie, operands="float32", **shape)
-    shapes = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
+    model = change(model, tie_embeddings=tie, operands="float32", **shape)
+    shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
     tokens = jax.ShapeDtypeStruct((4, length), jnp.int32)
 
     def loss(params, quant, tokens):
         variables = {"params": params, "quant": quant}
-        return jnp.mean(jnp.square(Vaani(config).apply(variables, tokens, train=True)))
+        return jnp.mean(jnp.square(model.apply(variables, tokens, train=True)))
 
     step = jax.jit(jax.value_and_grad(loss))
-    counted = step.lower(*shapes, tokens).compile().cost_analysis()["flops"]
-    ratio = counted / (4 * length * flops_per_token(config, length))
+    counted = step.lower(*shapes.values(), tokens).compile().cost_analysis()["flops"]
+    ratio = counted / (4 * length * flops_per_token(model, length))
     assert 1.0 <= ratio < 1.05  # element-wise work is on top

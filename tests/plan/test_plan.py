@@ -95,7 +95,7 @@ FLAGS = {
     "model.n_heads": 4,
     "model.ffn_dim": 192,
     "model.max_seq_len": 32,
-    "model.scan_layers": True,
+    "execution.scan_layers": True,
 }
 
 

@@ -198,7 +198,7 @@ def test_small_keeps_to_its_budget(read):
     assert size.parameters <= 800_000
     assert config.num_steps == 2000
     assert (config.batch_size, config.model.max_seq_len) == (12, 64)
-    assert config.model.quantize
+    assert config.quantization.quantize
 
 
 def test_flags_override_the_file(read):
@@ -259,7 +259,7 @@ def test_a_sparsity_band(read):
         ("--config.qqq=3", "unknown config key qqq"),
         ("--config.model.dim=big", "config.model.dim=big"),
         ("--config.model.dim=3.5", "config.model.dim=3.5"),
-        ("--config.model.quantize=maybe", "config.model.quantize=maybe"),
+        ("--config.quantization.quantize=maybe", "config.quantization.quantize=maybe"),
         ("--config.optim.name=sgd", "optim.name is 'sgd': it must be one of adamw"),
         ("--config.batch_size=0", "batch_size is 0"),
         ("--config.seed=-1", "seed is -1"),
@@ -318,8 +318,8 @@ def test_a_missing_file_is_one_line(refusal, tmp_path):
         ({"learning_rate": False}, "learning_rate"),
         ({"init_from": None}, "init_from"),
         ({"model": 3}, "'model' must hold keys"),
-        ({"model": {"quantize": 1}}, "model.quantize"),
-        ({"model": {"dtype": ["float32"]}}, "model.dtype"),
+        ({"model": {"quantize": 1}}, "quantization.quantize"),
+        ({"model": {"dtype": ["float32"]}}, "quantization.dtype"),
         ({"sample": {"prompts": "abc"}}, "sample.prompts"),
         ({"sample": {"prompts": ["abc", 3]}}, "sample.prompts"),
         ({"data": {"tokeniser": "char"}}, "did you mean data.tokenizer?"),
@@ -368,7 +368,7 @@ def test_a_key_works_without_its_section(dashes):
     """As in the original, whose config had none."""
     flags = [f"{dashes}config.dim=96", f"{dashes}config.threshold=0.7"]
     config = config_from_flags([f"--config={SMALL}", *flags]).config
-    assert (config.model.dim, config.model.threshold) == (96, 0.7)
+    assert (config.model.dim, config.quantization.threshold) == (96, 0.7)
 
 
 def test_a_shipped_config_is_found_by_its_name(tmp_path, monkeypatch):

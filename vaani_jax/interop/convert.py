@@ -158,9 +158,7 @@ def export_model(
     name = pathlib.Path(workdir).resolve().name
     options = Options(gguf_type, embedding, shard_bytes, name)
     # As other tools compute it: in float32.
-    module = model.module.clone(
-        quantization=dataclasses.replace(model.quantization, dtype="float32")
-    )
+    module = model.module.changed(dtype="float32")
     variables, architecture = model.variables, model.architecture
     ternary, quant = module.quantization.quantize, model.variables["quant"]
     del model
@@ -286,17 +284,15 @@ def import_model(
         limit = max_seq_len or min(architecture.max_seq_len, CONTEXT)
         if limit > architecture.max_seq_len:
             raise VaaniError(
-                f"the model was trained on {architecture.max_seq_len} positions, fewer than"
-                f" {limit}"
+                f"the model was trained on {architecture.max_seq_len} positions, fewer"
+                f" than {limit}"
             )
         if limit < architecture.max_seq_len and not max_seq_len:
             notify(
-                f"context: {limit} of the {architecture.max_seq_len} positions it can take"
-                " (--max-seq-len N changes that; its cache grows with it)"
+                f"context: {limit} of the {architecture.max_seq_len} positions it can"
+                " take (--max-seq-len N changes that; its cache grows with it)"
             )
-        module = folder.module.clone(
-            architecture=dataclasses.replace(architecture, max_seq_len=limit)
-        )
+        module = folder.module.changed(max_seq_len=limit)
         imported = {
             "from": source.resolve().name,
             "model_type": family_of(architecture).model_type,

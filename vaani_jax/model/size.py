@@ -21,9 +21,7 @@ class ModelSize:
 
 def model_size(model: Vaani) -> ModelSize:
     """Counts parameters without computing any."""
-    quantized = model.clone(
-        quantization=dataclasses.replace(model.quantization, quantize=True)
-    )
+    quantized = model.changed(quantize=True)
     variables = jax.eval_shape(lambda: init_variables(quantized, jax.random.key(0)))
     total = sum(int(np.prod(p.shape)) for p in jax.tree.leaves(variables["params"]))
     kernels = jax.eval_shape(

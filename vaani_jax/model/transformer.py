@@ -28,9 +28,26 @@ Tree = Any
 class Vaani(nn.Module):
     """A BitNet b1.58 language model."""
 
-    architecture: Architecture
+    architecture: Architecture = Architecture()
     quantization: Quantization = Quantization()
     execution: Execution = Execution()
+
+    def changed(self, **keys: Any) -> "Vaani":
+        """The model with other keys, in whichever of its three parts they are.
+
+        ``Vaani().changed(vocab_size=256, dim=64, quantize=False)``, for example.
+
+        Raises VaaniError for a key that no part has, or a value that does not fit.
+        """
+        parts = {}
+        for name in ("architecture", "quantization", "execution"):
+            part: Any = getattr(self, name)
+            fields = {field.name for field in dataclasses.fields(part)}
+            mine = {key: keys.pop(key) for key in [*keys] if key in fields}
+            parts[name] = dataclasses.replace(part, **mine)
+        if keys:
+            raise VaaniError(f"a model has no key {min(keys)}")
+        return self.clone(**parts)
 
     @property
     def spec(self) -> TernarySpec:
@@ -207,9 +224,9 @@ def stack_layers(tree: Tree, n_layers: int) -> Tree:
 
 def init_variables(model: Vaani, key: Array) -> Tree:
     """Initial ``params`` and ``quant``; equal with and without `scan_layers`."""
-    plain = dataclasses.replace(model.execution, scan_layers=False, remat=False)
-    flat = model.clone(execution=plain)
-    variables = {"quant": {}, **flat.init(key, jnp.zeros((1, 1), jnp.int32))}
+    flat = model.changed(scan_layers=False, remat=False)
+    found = flat.init(key, jnp.zeros((1, 1), jnp.int32))
+    variables = {"params": found["params"], "quant": found.get("quant", {})}
     if model.execution.scan_layers:
         n_layers = model.architecture.n_layers
         variables = {k: stack_layers(v, n_layers) for k, v in variables.items()}
@@ -229,8 +246,5 @@ def unrolled(model: Vaani, variables: Tree) -> tuple[Vaani, Tree]:
             rest[f"layers_{i}"] = jax.tree.map(lambda x, i=i: x[i], tree["layers"])
         return rest
 
-    execution = dataclasses.replace(model.execution, scan_layers=False)
-    return (
-        model.clone(execution=execution),
-        {name: unstack(tree) for name, tree in variables.items()},
-    )
+    variables = {name: unstack(tree) for name, tree in variables.items()}
+    return model.changed(scan_layers=False), variables

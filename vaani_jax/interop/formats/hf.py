@@ -329,8 +329,8 @@ class Folder:
             extra.discard("lm_head.weight")
         if extra:
             raise VaaniError(
-                f"{path} holds a tensor that {architecture.n_layers} layers of this kind"
-                f" do not have: {ascii(min(extra))[:100]} ({len(extra)} in all)"
+                f"{path} holds a tensor that {architecture.n_layers} layers of this"
+                f" kind do not have: {ascii(min(extra))[:100]} ({len(extra)} in all)"
             )
         for name, (shape, dtypes) in expected.items():
             dtype, found = weights.describe(name)
