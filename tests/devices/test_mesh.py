@@ -4,7 +4,6 @@ The runs on eight (virtual) devices are made by this file as a script, since dev
 are counted once in a process.
 """
 
-import dataclasses
 import functools
 import json
 import os
@@ -30,8 +29,7 @@ from vaani_jax.devices.mesh import (
     state_shardings,
 )
 from vaani_jax.errors import VaaniError
-from vaani_jax.model.config import ModelConfig
-from vaani_jax.model.transformer import init_variables
+from vaani_jax.model.transformer import Vaani, init_variables
 from vaani_jax.runs.checkpoints import Checkpoints, fingerprints
 from vaani_jax.train.config import Config
 from vaani_jax.train.optimizers import OptimConfig, make_optimizer
@@ -44,7 +42,7 @@ PEAK = 1e-3  # of the learning rate; the warm-up of a config takes all the steps
 # Each axis alone, each pair of them, all three.
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 4, 1), (4, 1, 2), (1, 2, 4), (2, 2, 2)]
 TWIN_MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
-MODEL = ModelConfig(
+MODEL = Vaani().changed(
     vocab_size=128,
     dim=64,
     n_layers=2,
@@ -56,7 +54,7 @@ MODEL = ModelConfig(
 )
 
 # Only compiled: as in models of any use, most of its weights are in ternary kernels.
-WIDER = dataclasses.replace(MODEL, dim=256, ffn_dim=768)
+WIDER = MODEL.changed(dim=256, ffn_dim=768)
 
 
 # -- Runs, in a process with eight devices ------------------------------------------
@@ -71,19 +69,21 @@ def batches() -> list[np.ndarray]:
     return list(tokens)
 
 
-def make_config(model: ModelConfig, mesh: MeshConfig) -> Config:
+def make_config(model: Vaani, mesh: MeshConfig) -> Config:
     return Config(
         batch_size=64,
         num_steps=STEPS,
         learning_rate=PEAK,
         use_tuner=False,
-        model=model,
+        model=model.architecture,
+        quantization=model.quantization,
+        execution=model.execution,
         mesh=mesh,
     )
 
 
 def run(
-    model: ModelConfig,
+    model: Vaani,
     config: MeshConfig,
     folder: pathlib.Path | None = None,
     steps: int = STEPS,
@@ -114,11 +114,11 @@ def run(
     return {"losses": losses, "gradient": gradient, "marks": marks}
 
 
-def gathered(model: ModelConfig) -> list[tuple[str, int]]:
+def gathered(model: Vaani) -> list[tuple[str, int]]:
     """Element type and number of elements of each float or code that a step gathers."""
     config = MeshConfig(1, DEVICES, 1)
     # Layers one by one, so that the program's text holds each gather once.
-    model = dataclasses.replace(model, scan_layers=False, dtype="bfloat16")
+    model = model.changed(scan_layers=False, dtype="bfloat16")
     mesh = make_mesh(config)
     program = make_program(make_config(model, config), mesh, STEPS)
     tokens = jax.ShapeDtypeStruct((64, 33), jnp.int32, sharding=program.batch)
@@ -135,7 +135,7 @@ def gathered(model: ModelConfig) -> list[tuple[str, int]]:
 def moved(source: pathlib.Path, config: MeshConfig) -> dict:
     """Fingerprints of the parameters of a checkpoint, read onto a mesh."""
     mesh = make_mesh(config)
-    params = jax.eval_shape(lambda: init_variables(MODEL, jax.random.key(0))[0])
+    params = jax.eval_shape(lambda: init_variables(MODEL, jax.random.key(0))["params"])
     shardings = state_shardings({"params": params}, mesh, config)["params"]
     target = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -156,7 +156,7 @@ def moved(source: pathlib.Path, config: MeshConfig) -> dict:
 
 def compare(quantize: bool, meshes: list, root: pathlib.Path) -> dict:
     """Largest differences to one device, by mesh; checkpoints go to ``root``."""
-    model = dataclasses.replace(MODEL, quantize=quantize)
+    model = MODEL.changed(quantize=quantize)
     # The twin has no rounding that a few steps more could tip.
     steps = STEPS if quantize else 5
     one = run(model, MeshConfig(1, 1, 1), steps=steps)
@@ -188,10 +188,9 @@ def report() -> None:
             moves[f"{mesh} -> {following}"] = read == marks[json.dumps(mesh)]
         twin = compare(False, TWIN_MESHES, root)
     wires = {
-        wire: gathered(dataclasses.replace(WIDER, wire=wire))
-        for wire in ("2bit", "int8", "float")
+        wire: gathered(WIDER.changed(wire=wire)) for wire in ("2bit", "int8", "float")
     }
-    wires["twin"] = gathered(dataclasses.replace(WIDER, quantize=False))
+    wires["twin"] = gathered(WIDER.changed(quantize=False))
     for result in (ternary, twin):
         del result["marks"]
     print(
@@ -250,11 +249,13 @@ def weight_bytes(gathers) -> float:
 
 
 def test_kernels_cross_the_wire_as_codes(runs):
-    head = WIDER.vocab_size * WIDER.dim  # not ternary, here as in b1.58
+    head = (
+        WIDER.architecture.vocab_size * WIDER.architecture.dim
+    )  # not ternary, here as in b1.58
     sent = runs["gathered"]
     for wire, kind in (("2bit", "u8"), ("int8", "s8")):
         others = [n for k, n in sent[wire] if k != kind]
-        assert len(sent[wire]) - len(others) >= 7 * WIDER.n_layers
+        assert len(sent[wire]) - len(others) >= 7 * WIDER.architecture.n_layers
         assert sum(others) <= head, sent[wire]
     # The twin keeps whole kernels for the backward pass, codes are gathered for it
     # again: 2 x 2 bits against 16, and the head in both.
@@ -268,8 +269,8 @@ def test_kernels_cross_the_wire_as_codes(runs):
 
 
 def abstract(**changes):
-    model = dataclasses.replace(MODEL, **changes)
-    return jax.eval_shape(lambda: init_variables(model, jax.random.key(0))[0])
+    model = MODEL.changed(**changes)
+    return jax.eval_shape(lambda: init_variables(model, jax.random.key(0))["params"])
 
 
 def fake_mesh(data=1, fsdp=1, tensor=1):
@@ -341,7 +342,10 @@ def test_moments_and_codes_lie_as_their_parameters():
         )
         if sharding.is_fully_replicated
     ]
-    assert max(map(np.prod, whole)) <= MODEL.n_layers * MODEL.hidden_dim  # norms
+    assert (
+        max(map(np.prod, whole))
+        <= MODEL.architecture.n_layers * MODEL.architecture.hidden_dim
+    )  # norms
     moments = [s for s in jax.tree.leaves(shardings.opt_state) if s.spec == kernel]
     assert len(moments) == 5  # of the five column kernels
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from vaani_jax.evaluate.loss import Evaluation, ValidationSet, make_eval_step
-from vaani_jax.model.config import ModelConfig
 from vaani_jax.model.transformer import Vaani, init_variables
 from vaani_jax.text.tokenizers import ByteTokenizer, CharTokenizer
 
@@ -16,7 +15,7 @@ from vaani_jax.text.tokenizers import ByteTokenizer, CharTokenizer
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SEQ_LEN = 6
 ALPHABET = "abcdefghijk"
-MODEL = ModelConfig(
+MODEL = Vaani().changed(
     vocab_size=11, dim=16, n_layers=1, n_heads=2, ffn_dim=32, max_seq_len=SEQ_LEN
 )
 # 7 whole windows and 3 tokens that fill none.
@@ -27,15 +26,14 @@ TOKENS = TOKENS.astype(np.int32)
 @pytest.fixture(scope="module")
 def model():
     # Larger weights than usual, for logits that differ.
-    params, quant = jit(lambda: init_variables(MODEL, jax.random.key(0)))()
-    return jax.tree.map(lambda w: 4 * w, params), quant
+    variables = jit(lambda: init_variables(MODEL, jax.random.key(0)))()
+    return {**variables, "params": jax.tree.map(lambda w: 4 * w, variables["params"])}
 
 
 @pytest.fixture(scope="module")
 def expected(model):
     """Mean loss in float64: window after window, token after token."""
-    params, quant = model
-    forward = jit(lambda x: Vaani(MODEL).apply({"params": params, "quant": quant}, x))
+    forward = jit(lambda x: MODEL.apply(model, x))
     losses = []
     for start in range(0, 7 * SEQ_LEN, SEQ_LEN):
         logits = np.float64(forward(TOKENS[None, start : start + SEQ_LEN])[0])
@@ -61,7 +59,7 @@ def _set(tokens=TOKENS, tokenizer=None, *, batch_size, seq_len=SEQ_LEN):
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
 def test_equals_float64_for_every_batch_size(model, expected, eval_step, batch_size):
     validation = _set(batch_size=batch_size)
-    result = validation.evaluate(eval_step, *model)
+    result = validation.evaluate(eval_step, model)
     assert result.loss == pytest.approx(expected, rel=1e-6)
     assert result.tokens == 42
     assert result.bytes == 42
@@ -78,8 +76,8 @@ def test_equals_float64_for_every_batch_size(model, expected, eval_step, batch_s
 def _uniform(vocab_size):
     """An evaluation step that gives every token the same probability."""
 
-    def step(params, quant, tokens, weights):
-        del params, quant
+    def step(variables, tokens, weights):
+        del variables
         return (weights * (tokens.shape[1] - 1)).sum() * np.float32(np.log(vocab_size))
 
     return step
@@ -93,7 +91,7 @@ def _uniform(vocab_size):
 def test_bits_per_byte_of_characters(text):
     tokenizer = CharTokenizer(text)
     validation = _set(tokenizer.encode(text), tokenizer, batch_size=4)
-    result = validation.evaluate(_uniform(tokenizer.vocab_size), None, None)
+    result = validation.evaluate(_uniform(tokenizer.vocab_size), None)
     characters = (len(text) - 1) // SEQ_LEN * SEQ_LEN
     length = len(text[1 : 1 + characters].encode())
     assert result.tokens == characters
@@ -106,7 +104,7 @@ def test_bits_per_byte_of_characters(text):
 def test_bits_per_byte_of_bytes(text):
     tokenizer = ByteTokenizer()
     validation = _set(tokenizer.encode(text), tokenizer, batch_size=4, seq_len=4)
-    result = validation.evaluate(_uniform(256), None, None)
+    result = validation.evaluate(_uniform(256), None)
     assert result.bytes == result.tokens
     assert result.bits_per_byte == pytest.approx(8.0, rel=1e-6)
 
@@ -123,10 +121,10 @@ def test_stop_is_asked_between_batches(after):
     answers = iter([False] * after + [True] * 9)
     steps = []
 
-    def step(params, quant, tokens, weights):
+    def step(variables, tokens, weights):
         steps.append(len(tokens))
         return weights.sum()
 
-    result = _set(batch_size=2).evaluate(step, None, None, lambda: next(answers))
+    result = _set(batch_size=2).evaluate(step, None, lambda: next(answers))
     assert (result is None) == (after < 4)
     assert steps == [2] * after

@@ -1,6 +1,5 @@
 """Text from a model: decoding against no cache at all, samplers against numpy."""
 
-import dataclasses
 import functools
 
 import jax
@@ -11,13 +10,14 @@ import pytest
 from vaani_jax.errors import VaaniError
 from vaani_jax.inference import generate as generate_module
 from vaani_jax.inference.generate import SEGMENT, decode, generate, prefill, stream
+from vaani_jax.inference.model import Model
 from vaani_jax.inference.sampling import SamplerConfig, sample_token
-from vaani_jax.model.config import ModelConfig
 from vaani_jax.model.transformer import Vaani, init_variables, unrolled
+from vaani_jax.text.tokenizers import CharTokenizer
 from vaani_jax.train.config import SampleConfig
 
 CONTEXT = 24
-CONFIG = ModelConfig(
+CONFIG = Vaani().changed(
     vocab_size=17,
     dim=16,
     n_layers=1,
@@ -27,30 +27,33 @@ CONFIG = ModelConfig(
     init_std=0.5,
     tie_embeddings=False,  # a tied model of random weights repeats itself
 )
-TWIN = dataclasses.replace(CONFIG, quantize=False)
+TWIN = CONFIG.changed(quantize=False)
 GREEDY = SamplerConfig(temperature=0.0)
 WARM = SamplerConfig(temperature=1.0)
 
 
 @functools.cache
-def variables_of(config):
+def variables_of(module):
+    return init_variables(module, jax.random.key(2))
+
+
+def model_of(module):
     """A model whose greedy text is no cycle of a few tokens."""
-    return init_variables(config, jax.random.key(2))
+    return Model(module, variables_of(module), CharTokenizer("abcdefghijklmnopq"))
 
 
 @functools.cache
-def forward(config):
-    return jax.jit(Vaani(config).apply)
+def forward(module):
+    return jax.jit(module.apply)
 
 
 def prompt_of(length):
     return np.random.default_rng(length).integers(0, 17, length, dtype=np.int32)
 
 
-def generate_by_hand(config, prompt, max_new_tokens):
+def generate_by_hand(module, prompt, max_new_tokens):
     """Greedy tokens from the full forward over all that the context holds."""
-    params, quant = variables_of(config)
-    variables = {"params": params, "quant": quant}
+    variables = variables_of(module)
     window, drawn = list(prompt), []
     while len(drawn) < max_new_tokens:
         if len(window) >= CONTEXT:  # full: its newest half stays
@@ -58,20 +61,19 @@ def generate_by_hand(config, prompt, max_new_tokens):
         # Padding comes after, where a causal model doesn't see it.
         padded = np.zeros((1, CONTEXT), np.int32)
         padded[0, : len(window)] = window
-        logits = forward(config)(variables, jnp.asarray(padded))
+        logits = forward(module)(variables, jnp.asarray(padded))
         drawn.append(int(jnp.argmax(logits[0, len(window) - 1])))
         window.append(drawn[-1])
     return drawn
 
 
-@pytest.mark.parametrize("config", [CONFIG, TWIN], ids=["bit", "fp"])
-def test_greedy_text_equals_a_loop_without_a_cache(config):
+@pytest.mark.parametrize("module", [CONFIG, TWIN], ids=["bit", "fp"])
+def test_greedy_text_equals_a_loop_without_a_cache(module):
     """At the edges of the buckets (16, 24), of the context, and sliding past it."""
     for length in (1, 2, 15, 16, 17, 23, 24, 25, 60):
         prompt = prompt_of(length)
         found = generate(
-            config,
-            *variables_of(config),
+            model_of(module),
             prompt,
             max_new_tokens=45,
             sampler=GREEDY,
@@ -79,7 +81,7 @@ def test_greedy_text_equals_a_loop_without_a_cache(config):
         )
         assert found.shape == (2, 45)
         assert found.dtype == np.int32
-        expected = generate_by_hand(config, prompt, 45)
+        expected = generate_by_hand(module, prompt, 45)
         assert len(set(expected)) > 4  # a loop of one token would prove little
         np.testing.assert_array_equal(found, [expected, expected])
 
@@ -94,22 +96,19 @@ RAGGED = (5, 1, 17, 23, 24, 60)  # of all buckets; full contexts slide at once
 )
 def test_prompts_of_a_batch_continue_as_each_alone(changes):
     """Past the end of the context too, which each row reaches at its own time."""
-    config = dataclasses.replace(CONFIG, **changes)
+    module = CONFIG.changed(**changes)
     prompts = [prompt_of(length) for length in RAGGED]
-    found = generate(
-        config, *variables_of(config), prompts, max_new_tokens=45, sampler=GREEDY
-    )
+    found = generate(model_of(module), prompts, max_new_tokens=45, sampler=GREEDY)
     assert found.shape == (len(RAGGED), 45)
     for row, prompt in zip(found, prompts, strict=True):
-        np.testing.assert_array_equal(row, generate_by_hand(config, prompt, 45))
+        np.testing.assert_array_equal(row, generate_by_hand(module, prompt, 45))
 
 
 @pytest.mark.parametrize("kv_dtype", [None, "bfloat16", "int8"])
 def test_samples_of_a_prompt_are_the_same_in_any_batch(kv_dtype):
     def draw(prompt):
         return generate(
-            TWIN,
-            *variables_of(TWIN),
+            model_of(TWIN),
             prompt,
             max_new_tokens=30,
             sampler=WARM,
@@ -130,7 +129,7 @@ def test_samples_of_a_prompt_are_the_same_in_any_batch(kv_dtype):
 
 
 def test_the_cache_has_room_for_what_is_asked(monkeypatch):
-    config = dataclasses.replace(TWIN, max_seq_len=300)
+    module = TWIN.changed(max_seq_len=300)
     capacities, bytes_of = [], []
 
     def spy(*args, **options):
@@ -143,9 +142,7 @@ def test_the_cache_has_room_for_what_is_asked(monkeypatch):
 
     def run(lengths, new, **options):
         prompts = [prompt_of(length) for length in lengths]
-        found = generate(
-            config, *variables_of(config), prompts, max_new_tokens=new, **options
-        )
+        found = generate(model_of(module), prompts, max_new_tokens=new, **options)
         assert found.shape == (len(lengths), new)
 
     run([3], 1)
@@ -164,8 +161,7 @@ def test_the_cache_has_room_for_what_is_asked(monkeypatch):
 def test_equal_seeds_draw_equal_tokens_wherever_segments_end():
     def draw(max_new_tokens, seed=3, segment=SEGMENT):
         return generate(
-            TWIN,
-            *variables_of(TWIN),
+            model_of(TWIN),
             prompt_of(5),
             max_new_tokens=max_new_tokens,
             sampler=WARM,
@@ -183,9 +179,7 @@ def test_equal_seeds_draw_equal_tokens_wherever_segments_end():
 
 
 def test_samples_differ_but_greedy_ones_do_not():
-    run = functools.partial(
-        generate, TWIN, *variables_of(TWIN), prompt_of(5), max_new_tokens=30
-    )
+    run = functools.partial(generate, model_of(TWIN), prompt_of(5), max_new_tokens=30)
     warm = run(num_samples=2, sampler=WARM)
     assert warm.shape == (2, 30)
     assert np.mean(warm[0] != warm[1]) > 0.3
@@ -195,9 +189,7 @@ def test_samples_differ_but_greedy_ones_do_not():
 
 @pytest.mark.parametrize("length", [1, 16, 17, 40, 61])
 def test_a_stream_yields_what_was_asked_for(length):
-    segments = list(
-        stream(TWIN, *variables_of(TWIN), prompt_of(3), max_new_tokens=length)
-    )
+    segments = list(stream(model_of(TWIN), prompt_of(3), max_new_tokens=length))
     assert all(1 <= s.shape[1] <= SEGMENT and s.shape[0] == 1 for s in segments)
     assert sum(s.shape[1] for s in segments) == length
     tokens = np.concatenate(segments, axis=1)
@@ -206,14 +198,13 @@ def test_a_stream_yields_what_was_asked_for(length):
 
 
 def test_a_new_prompt_length_in_a_bucket_does_not_recompile():
-    config = dataclasses.replace(TWIN, max_seq_len=64)  # compiled by no other test
+    module = TWIN.changed(max_seq_len=64)  # compiled by no other test
 
     def compiled(*lengths):
         before = prefill._cache_size(), decode._cache_size()
         for length in lengths:
             generate(
-                config,
-                *variables_of(config),
+                model_of(module),
                 prompt_of(length),
                 max_new_tokens=20,
                 sampler=WARM,
@@ -228,13 +219,12 @@ def test_a_new_prompt_length_in_a_bucket_does_not_recompile():
 
 
 def test_new_lengths_in_a_batch_do_not_recompile():
-    config = dataclasses.replace(TWIN, max_seq_len=65)  # compiled by no other test
+    module = TWIN.changed(max_seq_len=65)  # compiled by no other test
 
     def compiled(*lengths, seed=0):
         before = prefill._cache_size(), decode._cache_size()
         generate(
-            config,
-            *variables_of(config),
+            model_of(module),
             [prompt_of(length) for length in lengths],
             max_new_tokens=20,
             sampler=WARM,
@@ -257,7 +247,7 @@ def test_a_prompt_alone_is_padded_on_the_right_only(monkeypatch):
 
     monkeypatch.setattr(generate_module, "prefill", spy)
     prompts = [prompt_of(5), prompt_of(5)[::-1]]
-    generate(TWIN, *variables_of(TWIN), prompts, max_new_tokens=1)
+    generate(model_of(TWIN), prompts, max_new_tokens=1)
     (tokens, length, start), *rest = seen
     assert not rest
     assert length == 5
@@ -267,12 +257,11 @@ def test_a_prompt_alone_is_padded_on_the_right_only(monkeypatch):
 
 
 def test_scanned_layers_unroll_to_the_same_model():
-    config = dataclasses.replace(CONFIG, n_layers=2, scan_layers=True)
-    plain = dataclasses.replace(config, scan_layers=False)
-    params, quant = variables_of(config)
-    found, *trees = unrolled(config, params, quant)
+    module = CONFIG.changed(n_layers=2, scan_layers=True)
+    plain = module.changed(scan_layers=False)
+    found, trees = unrolled(module, variables_of(module))
     assert found == plain
-    expected = list(variables_of(plain))
+    expected = variables_of(plain)
     assert jax.tree.structure(trees) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(trees), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -359,14 +348,18 @@ def test_temperature_zero_takes_the_likeliest_whatever_the_filters():
         ({"kv_dtype": "int4"}, "float32, bfloat16 or int8, not int4"),
         ({"max_new_tokens": 0}, "at least one token"),
         ({"num_samples": 0}, "one sample"),
-        ({"config": dataclasses.replace(TWIN, max_seq_len=1)}, "context of one token"),
+        ({"model": model_of(TWIN.changed(max_seq_len=1))}, "context of one token"),
     ],
 )
 def test_impossible_requests_are_refused(changes, words):
-    options = {"config": TWIN, "prompt": prompt_of(3), "max_new_tokens": 4, **changes}
-    params, quant = variables_of(TWIN)
+    options = {
+        "model": model_of(TWIN),
+        "prompt": prompt_of(3),
+        "max_new_tokens": 4,
+        **changes,
+    }
     with pytest.raises(VaaniError, match=words):
-        generate(params=params, quant=quant, **options)
+        generate(**options)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from vaani_jax.inference.generate import generate, prefill
 from vaani_jax.inference.model import (
     PACKED_ARRAYS,
     PACKED_CONFIG,
+    Model,
     load,
     load_packed,
     pack_model,
@@ -26,7 +27,6 @@ from vaani_jax.inference.model import (
 )
 from vaani_jax.inference.sampling import SamplerConfig
 from vaani_jax.inference.tensors import ALIGNMENT, read_tensors, write_tensors
-from vaani_jax.model.transformer import Vaani
 from vaani_jax.quant.norm import rms_norm
 from vaani_jax.quant.packed import PackedTernary, pack
 from vaani_jax.quant.spec import TernarySpec
@@ -106,9 +106,11 @@ def copy(folder, tmp_path):
 
 def test_what_is_loaded_is_what_was_packed(run, folder):
     packed, loaded = pack_model(load(run)), load_packed(folder)
-    assert jax.tree.structure(packed.params) == jax.tree.structure(loaded.params)
+    assert jax.tree.structure(packed.variables) == jax.tree.structure(loaded.variables)
     for a, b in zip(
-        jax.tree.leaves(packed.params), jax.tree.leaves(loaded.params), strict=True
+        jax.tree.leaves(packed.variables),
+        jax.tree.leaves(loaded.variables),
+        strict=True,
     ):
         np.testing.assert_array_equal(a, b)
     assert loaded.step == packed.step
@@ -132,11 +134,7 @@ def test_logits_differ_by_roundings_that_fall_the_other_way_only(run, folder):
     trained, packed = load(run), load_packed(folder)
     tokens = jnp.asarray(trained.tokenizer.encode(TEXT[: 48 * 24])).reshape(24, 48)
     logits = [
-        np.asarray(
-            jax.jit(Vaani(m.config).apply)(
-                {"params": m.params, "quant": m.quant}, tokens
-            )
-        )
+        np.asarray(jax.jit(m.module.apply)(m.variables, tokens))
         for m in (trained, packed)
     ]
     worst = np.abs(logits[0] - logits[1]).max(axis=-1)
@@ -151,18 +149,17 @@ def test_decoding_gives_the_logits_of_masters_to_the_bit(run, folder):
     ids = trained.tokenizer.encode(TEXT[:40])
 
     @functools.partial(jax.jit, static_argnums=0)
-    def forward(config, params, quant, token, cache):
-        variables = {"params": params, "quant": quant}
-        return Vaani(config).apply(variables, token, cache)
+    def forward(module, variables, token, cache):
+        return module.apply(variables, token, cache)
 
     rows = []
     for m in (trained, packed):
         tokens = jnp.zeros((1, 16), jnp.int32).at[0, :9].set(ids[:9])
-        logits, cache = prefill(m.config, m.params, m.quant, tokens, jnp.int32(9))
+        logits, cache = prefill(m.module, m.variables, tokens, jnp.int32(9))
         seen = [logits[0]]
         for token in ids[9:]:
             one = jnp.asarray([[token]])
-            logits, cache = forward(m.config, m.params, m.quant, one, cache)
+            logits, cache = forward(m.module, m.variables, one, cache)
             seen.append(logits[0, 0])
         rows.append(np.asarray(jnp.stack(seen)))
     if same_bits():
@@ -180,9 +177,7 @@ def test_greedy_text_is_that_of_training(run, folder):
     ]
     greedy = SamplerConfig(temperature=0.0)
     texts = [
-        generate(
-            m.config, m.params, m.quant, prompts, max_new_tokens=256, sampler=greedy
-        )
+        generate(m, prompts, max_new_tokens=256, sampler=greedy)
         for m in (trained, packed)
     ]
     assert texts[0].shape == (20, 256)
@@ -193,11 +188,9 @@ def test_greedy_text_is_that_of_training(run, folder):
             # Where two tokens are as likely, the last bit decides, and all that
             # follows: both choices must be within roundings of each other.
             at = int(np.argmax(one != other))
-            room = trained.config.max_seq_len
+            room = trained.architecture.max_seq_len
             seen = np.concatenate([prompt, one[:at]])[-room:].astype(np.int32)
-            variables = {"params": trained.params, "quant": trained.quant}
-            logits = Vaani(trained.config).apply(variables, jnp.asarray(seen)[None])
-            last = logits[0, -1]
+            last = trained(jnp.asarray(seen)[None])[0, -1]
             assert abs(last[one[at]] - last[other[at]]) < 0.05 * np.abs(last).max()
 
 
@@ -294,11 +287,9 @@ def test_a_full_disk_leaves_nothing(run, tmp_path, monkeypatch):
 
 def test_a_twin_is_refused(run):
     model = load(run)
-    import dataclasses
-
-    config = dataclasses.replace(model.config, quantize=False)
+    twin = Model(model.module.changed(quantize=False), model.variables, model.tokenizer)
     with pytest.raises(VaaniError, match="twin"):
-        pack_model(dataclasses.replace(model, config=config))
+        pack_model(twin)
 
 
 def test_packed_weights_are_no_start_for_training(run, folder, tmp_path):
@@ -339,8 +330,8 @@ def test_files_that_are_missing(copy):
     ("change", "match"),
     [
         ({"format": "other"}, "format"),
-        ({"model": {"nonsense": 1}}, "unknown config key"),
-        ({"model": 7}, "must hold keys"),
+        ({"architecture": {"nonsense": 1}}, "unknown config key"),
+        ({"quantization": 7}, "must hold keys"),
         ({"tokenizer": {"type": "bird"}}, "tokenizer"),
         ({"packed": 7}, "damaged"),
         ({"step": "x"}, "damaged"),

@@ -13,11 +13,10 @@ import transformers
 
 from vaani_jax.interop import tokenizers as tokenizer_files
 from vaani_jax.interop.formats import hf
-from vaani_jax.model.config import ModelConfig
-from vaani_jax.model.transformer import init_variables
+from vaani_jax.model.transformer import Vaani, init_variables
 from vaani_jax.runs.checkpoints import Checkpoints
+from vaani_jax.runs.metadata import Metadata
 from vaani_jax.text.tokenizers import CharTokenizer
-from vaani_jax.train.config import Config
 
 TEXT = (
     "First Citizen:\nBefore we proceed any further, hear me speak.\n\n"
@@ -28,7 +27,7 @@ TEXT = (
 CHARACTERS = CharTokenizer.from_text(TEXT)
 
 
-SMALL = ModelConfig(
+SMALL = Vaani().changed(
     vocab_size=CHARACTERS.vocab_size,
     dim=64,
     n_layers=2,
@@ -42,9 +41,9 @@ SMALL = ModelConfig(
 notify = lambda line: None  # noqa: E731
 
 
-def random_variables(config, seed=0):
+def random_variables(module, seed=0):
     """Weights of a shape that training gives: norms and embedding off their start."""
-    params, quant = init_variables(config, jax.random.key(seed))
+    variables = init_variables(module, jax.random.key(seed))
     rng = np.random.default_rng(seed)
 
     def moved(path, leaf):
@@ -53,24 +52,15 @@ def random_variables(config, seed=0):
             return leaf * factors.astype(np.float32)
         return leaf
 
-    return jax.tree_util.tree_map_with_path(moved, params), quant
+    return jax.tree_util.tree_map_with_path(moved, variables)
 
 
-def make_run(workdir, config, *, tokenizer=CHARACTERS, params=None, quant=None):
+def make_run(workdir, module, *, tokenizer=CHARACTERS, variables=None):
     """A workdir as training leaves it, as far as loading a model goes."""
-    if params is None:
-        params, quant = random_variables(config)
-    meta = {
-        "version": "test",
-        "config": Config(model=config).to_dict(),
-        "tokenizer": tokenizer.to_json(),
-        "corpus": {"source": "a test", "sha256": "", "characters": 0},
-        "elapsed_seconds": 0.0,
-        "best": None,
-        "window": [],
-    }
+    variables = variables or random_variables(module)
+    meta = Metadata.of(module, tokenizer.to_json()).to_json()
     checkpoints = Checkpoints(pathlib.Path(workdir) / "checkpoints")
-    checkpoints.save(1, {"model": {"params": params, "quant": quant}}, meta)
+    checkpoints.save(1, {"model": variables}, meta)
     checkpoints.wait()
     checkpoints.close()
     return pathlib.Path(workdir)

@@ -30,6 +30,7 @@ from vaani_jax.interop import names
 from vaani_jax.interop import tokenizers as tokenizer_files
 from vaani_jax.interop.convert import export_model, import_model
 from vaani_jax.interop.formats import hf
+from vaani_jax.model.config import Quantization
 from vaani_jax.model.names import ternary_codes
 from vaani_jax.model.transformer import init_variables
 from vaani_jax.text.tokenizers import (
@@ -71,9 +72,7 @@ def bpe(eos=True):
 )
 @pytest.mark.parametrize("sub_norms", [True, False])
 def test_auto_tokenizer_gives_the_same_ids(tokenizer, sub_norms, tmp_path):
-    config = dataclasses.replace(
-        SMALL, vocab_size=tokenizer.vocab_size, sub_norms=sub_norms
-    )
+    config = SMALL.changed(vocab_size=tokenizer.vocab_size, sub_norms=sub_norms)
     run = make_run(tmp_path / "run", config, tokenizer=tokenizer)
     export_model(run, tmp_path / "out", target="hf", notify=notify)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -203,9 +202,7 @@ def test_an_import_can_be_packed(kind, tmp_path, capsys):
     codes = load(back, notify=notify)
     packed = load(small, notify=notify)
     assert packed.packed
-    for name, (_, scale) in ternary_codes(
-        codes.config, codes.params, codes.quant
-    ).items():
+    for name, (_, scale) in ternary_codes(codes.module.spec, codes.variables).items():
         node = packed.params
         for key in name.split("/"):
             node = node[key]
@@ -234,29 +231,29 @@ def test_an_import_is_not_trained_in_place(tmp_path):
     import_model(tmp_path / "out", tmp_path / "back", notify=notify)
     text = tmp_path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
-    config = Config(model=SMALL, data=DataConfig(path=str(text)))
+    config = Config(model=SMALL.architecture, data=DataConfig(path=str(text)))
     with pytest.raises(VaaniError, match="init_from"):
         train(config, tmp_path / "back")
-    stored = dataclasses.replace(SMALL, weight_scale="stored")
+    stored = Quantization(weight_scale="stored")
     with pytest.raises(VaaniError, match="stored"):
-        train(dataclasses.replace(config, model=stored), tmp_path / "new")
+        train(dataclasses.replace(config, quantization=stored), tmp_path / "new")
 
 
 def test_a_long_context_is_shortened_and_said(tmp_path):
     their_llama(tmp_path / "theirs", max_position_embeddings=20_000)
     lines = []
-    config = import_model(tmp_path / "theirs", tmp_path / "a", notify=lines.append)
-    assert config.max_seq_len == 4096
+    module = import_model(tmp_path / "theirs", tmp_path / "a", notify=lines.append)
+    assert module.architecture.max_seq_len == 4096
     assert "4096 of the 20000" in lines[0]
-    config = import_model(tmp_path / "theirs", tmp_path / "b", max_seq_len=32)
-    assert config.max_seq_len == 32
+    module = import_model(tmp_path / "theirs", tmp_path / "b", max_seq_len=32)
+    assert module.architecture.max_seq_len == 32
     with pytest.raises(VaaniError, match="20000 positions"):
         import_model(tmp_path / "theirs", tmp_path / "c", max_seq_len=30_000)
 
 
 # -- Damage -----------------------------------------------------------------------
 
-TINY = dataclasses.replace(SMALL, dim=16, n_heads=2, n_layers=1, ffn_dim=16)
+TINY = SMALL.changed(dim=16, n_heads=2, n_layers=1, ffn_dim=16)
 
 
 @pytest.fixture(scope="module")
@@ -443,7 +440,7 @@ def mutate(rng, content):
 
 
 def outcome(folder, workdir):
-    """What an import comes to: the config of a model, or its error."""
+    """What an import comes to: a model, or its error."""
     try:
         return import_model(folder, workdir, notify=notify)
     except VaaniError as error:
@@ -471,11 +468,11 @@ def test_a_thousand_mutated_files_give_a_model_or_one_line(folders, tmp_path):
             # What was imported loads, with the shapes that its config says.
             model = load(workdir, notify=notify)
             shutil.rmtree(workdir)
-            assert model.config == found
+            assert model.module == found
             expected = jax.eval_shape(
                 lambda c=found: init_variables(c, jax.random.key(0))
             )
-            variables = (model.params, model.quant)
+            variables = model.variables
             shapes = jax.tree.map(lambda x: x.shape, variables)
             assert shapes == jax.tree.map(lambda x: x.shape, expected)
             assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
@@ -485,23 +482,22 @@ def test_a_thousand_mutated_files_give_a_model_or_one_line(folders, tmp_path):
 
 
 def test_every_parameter_has_its_name():
-    for config in (SMALL, dataclasses.replace(SMALL, tie_embeddings=False)):
-        params, _ = jax.eval_shape(
+    for config in (SMALL, SMALL.changed(tie_embeddings=False)):
+        variables = jax.eval_shape(
             lambda c=config: init_variables(c, jax.random.key(0))
         )
-        leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+        leaves = jax.tree_util.tree_flatten_with_path(variables["params"])[0]
         shapes = {tuple(k.key for k in path): leaf.shape for path, leaf in leaves}
-        assert {t.path: t.shape for t in names.tensors(config)} == shapes
+        assert {t.path: t.shape for t in names.tensors(config.architecture)} == shapes
 
 
 def test_settings_survive_the_trip():
-    config = dataclasses.replace(SMALL, n_kv_heads=2, rope_theta=1e4, norm_eps=1e-6)
+    config = SMALL.changed(n_kv_heads=2, rope_theta=1e4, norm_eps=1e-6)
     for storage in ("masters", "multiply", "divide", "full"):
-        found, kept = names.config_from_hf(names.hf_config(config, storage))
+        found, kept = names.model_from_hf(names.hf_config(config.architecture, storage))
         assert kept == storage
         stored = storage in ("multiply", "divide")
-        assert found == dataclasses.replace(
-            config,
+        assert found == config.changed(
             quantize=storage != "full",
             weight_scale="stored" if stored else "absmean",
         )
@@ -511,4 +507,4 @@ def test_the_context_of_an_import_decides_nothing_else(tmp_path):
     run = make_run(tmp_path / "run", TINY, tokenizer=CHARACTERS)
     export_model(run, tmp_path / "out", target="hf", notify=notify)
     import_model(tmp_path / "out", tmp_path / "back", max_seq_len=8, notify=notify)
-    assert load(tmp_path / "back", notify=notify).config.max_seq_len == 8
+    assert load(tmp_path / "back", notify=notify).architecture.max_seq_len == 8

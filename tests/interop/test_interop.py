@@ -1,6 +1,5 @@
 """Exports and imports, against transformers, torch and gguf's own reader."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -37,16 +36,15 @@ from vaani_jax.interop.convert import as_flags, export_model, import_model
 from vaani_jax.interop.formats import gguf as gguf_files
 from vaani_jax.interop.formats import hf
 from vaani_jax.model.names import ternary_codes
-from vaani_jax.model.transformer import Vaani
 
 VARIANTS = {
     "swiglu-mha-tied": SMALL,
-    "relu2-gqa-tied": dataclasses.replace(SMALL, activation="relu2", n_kv_heads=2),
-    "swiglu-gqa-untied": dataclasses.replace(
-        SMALL, n_kv_heads=1, tie_embeddings=False, rope_theta=10_000.0
+    "relu2-gqa-tied": SMALL.changed(activation="relu2", n_kv_heads=2),
+    "swiglu-gqa-untied": SMALL.changed(
+        n_kv_heads=1, tie_embeddings=False, rope_theta=10_000.0
     ),
-    "relu2-mha-untied": dataclasses.replace(
-        SMALL, activation="relu2", tie_embeddings=False, norm_eps=1e-6
+    "relu2-mha-untied": SMALL.changed(
+        activation="relu2", tie_embeddings=False, norm_eps=1e-6
     ),
 }
 
@@ -81,11 +79,9 @@ def agreement(workdir, folder):
     theirs = transformers_model(folder)
     assert sum(p.dtype == torch.float32 for p in theirs.parameters())
     ids = model.tokenizer.encode(TEXT)
-    length = model.config.max_seq_len
+    length = model.architecture.max_seq_len
     held = ValidationSet(ids, model.tokenizer, seq_len=length, batch_size=8)
-    ours = held.evaluate(
-        jax.jit(make_eval_step(model.config)), model.params, model.quant
-    )
+    ours = held.evaluate(jax.jit(make_eval_step(model.module)), model.variables)
     windows = np.concatenate([w[weights > 0] for w, weights in held.batches])
     inputs = torch.tensor(windows[:, :-1], dtype=torch.long)
     with torch.no_grad():
@@ -94,15 +90,13 @@ def agreement(workdir, folder):
         logits.reshape(-1, logits.shape[-1]).double(),
         torch.tensor(windows[:, 1:].reshape(-1), dtype=torch.long),
     )
-    expected = jax.jit(Vaani(model.config).apply)(
-        {"params": model.params, "quant": model.quant}, jnp.asarray(windows[:, :-1])
+    expected = jax.jit(model.module.apply)(
+        model.variables, jnp.asarray(windows[:, :-1])
     )
     difference = np.abs(np.asarray(expected) - logits.numpy())
     prompts = np.stack([ids[7 * start : 7 * start + 12] for start in range(10)])
     mine = generate(
-        model.config,
-        model.params,
-        model.quant,
+        model,
         list(prompts),
         max_new_tokens=32,
         sampler=SamplerConfig(temperature=0.0),
@@ -181,10 +175,9 @@ def test_masters_come_back_as_they_were(variant, runs, tmp_path):
     assert_same_arrays(before.params, after.params)
     assert_same_arrays(before.quant, after.quant)
     assert after.tokenizer.to_json() == before.tokenizer.to_json()
-    same = dataclasses.replace(
-        after.config, n_kv_heads=before.config.n_kv_heads, ffn_dim=before.config.ffn_dim
-    )
-    assert same == before.config
+    old = before.architecture
+    same = after.module.changed(n_kv_heads=old.n_kv_heads, ffn_dim=old.ffn_dim)
+    assert same == before.module
 
 
 @pytest.mark.parametrize(
@@ -197,14 +190,14 @@ def test_masters_come_back_as_they_were(variant, runs, tmp_path):
     ],
 )
 def test_codes_and_scales_come_back_exactly(change, tmp_path):
-    config = dataclasses.replace(SMALL, **change)
+    config = SMALL.changed(**change)
     run = make_run(tmp_path / "run", config)
     export_model(run, tmp_path / "out", target="hf-packed", notify=notify)
     import_model(tmp_path / "out", tmp_path / "back", notify=notify)
     before = load(run, notify=notify)
     after = load(tmp_path / "back", notify=notify)
-    ours = ternary_codes(before.config, before.params, before.quant)
-    theirs = ternary_codes(after.config, after.params, after.quant)
+    ours = ternary_codes(before.module.spec, before.variables)
+    theirs = ternary_codes(after.module.spec, after.variables)
     assert ours.keys() == theirs.keys()
     for name, (codes, scale) in ours.items():
         np.testing.assert_array_equal(codes, theirs[name][0])
@@ -216,8 +209,8 @@ def test_codes_and_scales_come_back_exactly(change, tmp_path):
         a, b = (tmp_path / d / file for d in ("out", "again"))
         assert a.read_bytes() == b.read_bytes()
     # As masters, the weights of an import have the codes and the scale at tau 0.5.
-    plain = dataclasses.replace(after.config, weight_scale="absmean")
-    for name, (codes, scale) in ternary_codes(plain, after.params, after.quant).items():
+    plain = after.module.changed(weight_scale="absmean")
+    for name, (codes, scale) in ternary_codes(plain.spec, after.variables).items():
         np.testing.assert_array_equal(codes, theirs[name][0])
         np.testing.assert_allclose(scale, theirs[name][1], rtol=1e-5)
 
@@ -249,7 +242,7 @@ def test_a_large_model_is_sharded(runs, tmp_path):
 
 
 def test_a_full_precision_model_goes_out_and_in(tmp_path):
-    config = dataclasses.replace(SMALL, quantize=False, n_kv_heads=2)
+    config = SMALL.changed(quantize=False, n_kv_heads=2)
     run = make_run(tmp_path / "run", config)
     export_model(run, tmp_path / "out", target="hf", notify=notify)
     found = agreement(run, tmp_path / "out")
@@ -316,24 +309,24 @@ def test_falcon_e_divides_by_its_scale(tmp_path):
 
 def test_a_llama_computes_the_same_and_starts_a_ternary_run(tmp_path):
     their_llama(tmp_path / "theirs", rope_theta=10_000.0)
-    config = import_model(tmp_path / "theirs", tmp_path / "run", notify=notify)
-    assert not config.quantize
-    assert not config.sub_norms
+    module = import_model(tmp_path / "theirs", tmp_path / "run", notify=notify)
+    assert not module.quantization.quantize
+    assert not module.architecture.sub_norms
     found = agreement(tmp_path / "run", tmp_path / "theirs")
     assert found["loss"] <= 1e-5
     assert found["same"] == 10
     log = train_from(tmp_path, "--config.quantize_steps=4")
     assert "sub-norms are added" in log
     trained = load(tmp_path / "trained", checkpoint="last", notify=notify)
-    assert trained.config.quantize
-    assert trained.config.sub_norms
+    assert trained.quantization.quantize
+    assert trained.architecture.sub_norms
 
 
 def train_from(folder, *flags):
     """Trains a few steps from the run in ``folder``; returns what it printed."""
     (folder / "text.txt").write_text(TEXT * 2, encoding="utf-8")
     root = pathlib.Path(__file__).parents[2]
-    theirs = load(folder / "run", notify=notify).config
+    theirs = load(folder / "run", notify=notify).module
     told = [f for f in as_flags(theirs).split() if "max_seq_len" not in f]
     done = subprocess.run(
         [
@@ -368,8 +361,8 @@ def test_a_ternary_import_starts_a_run_where_it_was(target, runs, tmp_path):
     train_from(tmp_path)
     before = load(tmp_path / "run", notify=notify)
     after = load(tmp_path / "trained", checkpoint="last", notify=notify)
-    a = ternary_codes(before.config, before.params, before.quant)
-    b = ternary_codes(after.config, after.params, after.quant)
+    a = ternary_codes(before.module.spec, before.variables)
+    b = ternary_codes(after.module.spec, after.variables)
     for name in a:
         assert np.mean(np.asarray(a[name][0]) == np.asarray(b[name][0])) > 0.99
         np.testing.assert_allclose(a[name][1], b[name][1], rtol=0.02)
@@ -377,9 +370,7 @@ def test_a_ternary_import_starts_a_run_where_it_was(target, runs, tmp_path):
 
 # -- GGUF -------------------------------------------------------------------------
 
-BLOCKY = dataclasses.replace(
-    SMALL, dim=256, n_layers=1, ffn_dim=512, n_kv_heads=2, init_std=0.1
-)
+BLOCKY = SMALL.changed(dim=256, n_layers=1, ffn_dim=512, n_kv_heads=2, init_std=0.1)
 
 
 @pytest.mark.parametrize("embedding", ["float16", "float32"])
@@ -397,7 +388,7 @@ def test_ggufs_own_reader_finds_the_codes(kind, embedding, tmp_path):
     else:
         assert result.median <= 1e-6 * result.spread
     model = load(run, notify=notify)
-    codes = ternary_codes(model.config, model.params, model.quant)
+    codes = ternary_codes(model.module.spec, model.variables)
     reader = gguf.GGUFReader(path)
     found = {t.name: t for t in reader.tensors}
     expected = {"token_embd.weight", "output_norm.weight"}
@@ -442,7 +433,7 @@ def test_ggufs_own_reader_finds_the_codes(kind, embedding, tmp_path):
 def test_a_full_precision_model_in_gguf(tmp_path):
     import gguf
 
-    config = dataclasses.replace(BLOCKY, quantize=False)
+    config = BLOCKY.changed(quantize=False)
     run = make_run(tmp_path / "run", config)
     path = tmp_path / "out.gguf"
     export_model(run, path, target="gguf", gguf_type="f16", notify=notify)
@@ -476,7 +467,7 @@ def test_a_full_precision_model_in_gguf(tmp_path):
     ],
 )
 def test_what_a_format_cannot_hold_is_refused(change, target, words, tmp_path):
-    run = make_run(tmp_path / "run", dataclasses.replace(SMALL, **change))
+    run = make_run(tmp_path / "run", SMALL.changed(**change))
     with pytest.raises(VaaniError, match=words) as caught:
         export_model(run, tmp_path / "out", target=target, notify=notify)
     assert "\n" not in str(caught.value)

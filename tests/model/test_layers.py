@@ -67,7 +67,7 @@ def initialised(module, *args):
     return jax.tree_util.tree_map_with_path(fill, abstract)
 
 
-# A float64 numpy reference of everything; `model.quantization.quantize` fakes the quantisers.
+# A float64 numpy reference of everything; `quantize` fakes the quantizers.
 
 
 def linear(model, params, x):

@@ -1,6 +1,5 @@
 """The plan of a small model, against sums made by hand."""
 
-import dataclasses
 import functools
 import json
 import pathlib
@@ -11,17 +10,22 @@ import pytest
 
 from vaani_jax import cli
 from vaani_jax.devices.chips import CHIPS
-from vaani_jax.model.config import ModelConfig
+from vaani_jax.model.config import Execution
 from vaani_jax.model.size import flops_per_token
+from vaani_jax.model.transformer import Vaani
 from vaani_jax.plan import make_plan
 from vaani_jax.train.config import Config
 
 ROOT = pathlib.Path(__file__).parents[2]
-MODEL = ModelConfig(
+MODEL = Vaani().changed(
     vocab_size=128, dim=64, n_layers=3, n_heads=4, ffn_dim=192, max_seq_len=32
 )
 CONFIG = Config(
-    batch_size=8, num_steps=10, learning_rate=1e-3, use_tuner=False, model=MODEL
+    batch_size=8,
+    num_steps=10,
+    learning_rate=1e-3,
+    use_tuner=False,
+    model=MODEL.architecture,
 )
 KERNELS = 3 * (4 * 64 * 64 + 3 * 64 * 192)  # weights of the ternary ones
 PARAMETERS = KERNELS + 128 * 64 + 3 * (3 * 64 + 192) + 64
@@ -29,7 +33,7 @@ PARAMETERS = KERNELS + 128 * 64 + 3 * (3 * 64 + 192) + 64
 
 @functools.cache
 def plan(**changes):
-    return make_plan(dataclasses.replace(CONFIG, **changes))
+    return make_plan(CONFIG.changed(**changes))
 
 
 def test_memory_is_that_of_the_arrays_and_of_what_the_backward_pass_keeps():
@@ -61,8 +65,8 @@ def test_the_compilers_temporaries_grow_with_the_batch_and_go_with_remat():
     assert more.tokens == 2 * plan().memory.tokens
     grown = more.temporaries - plan().memory.temporaries
     assert activations(8) < grown < 3 * activations(8)
-    remat = dataclasses.replace(MODEL, remat=True, scan_layers=True)
-    assert plan(model=remat, batch_size=16).memory.temporaries < more.temporaries
+    remat = Execution(remat=True, scan_layers=True)
+    assert plan(execution=remat, batch_size=16).memory.temporaries < more.temporaries
 
 
 def test_the_range_test_holds_a_second_state():
@@ -80,8 +84,8 @@ def test_time_is_the_arithmetic_that_the_module_names():
     assert spent.communication == 0
     assert spent.update == pytest.approx(2 * 12 * PARAMETERS / 3.35e12, rel=1e-3)
     assert spent.step == spent.compute + spent.update
-    remat = dataclasses.replace(MODEL, remat=True, scan_layers=True)
-    assert plan(model=remat).executed == pytest.approx(flops * 4 / 3)
+    remat = Execution(remat=True, scan_layers=True)
+    assert plan(execution=remat).executed == pytest.approx(flops * 4 / 3)
 
 
 FLAGS = {

@@ -1,6 +1,5 @@
 """One validated Config, from files and flags; the shipped files are what they say."""
 
-import dataclasses
 import importlib
 import json
 import pathlib
@@ -117,11 +116,12 @@ def _parameters(model, vocab_size):
 )
 def test_sizes_are_those_of_the_arrays(read, name, vocab_size, millions):
     """Against the model itself and a count by hand; nothing is allocated."""
-    model = read(f"--config={ROOT}/configs/{name}.py")[0].model
-    model = dataclasses.replace(model, vocab_size=vocab_size)
-    params = jax.eval_shape(lambda: init_variables(model, jax.random.key(0))[0])
-    arrays = sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert model_size(model).parameters == arrays == _parameters(model, vocab_size)
+    model = read(f"--config={ROOT}/configs/{name}.py")[0].vaani
+    model = model.changed(vocab_size=vocab_size)
+    variables = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+    arrays = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    by_hand = _parameters(model.architecture, vocab_size)
+    assert model_size(model).parameters == arrays == by_hand
     if millions is not None:
         assert arrays / 1e6 == pytest.approx(millions, rel=5e-3)
 
@@ -140,6 +140,7 @@ def test_large_ones_have_the_shapes_and_schedules_of_their_papers(read, name):
     shape, batch_size, peak, parameters = LARGE[name]
     config = read(f"--config={ROOT}/configs/{name}.py")[0]
     model, optim = config.model, config.optim
+    rounding, execution = config.quantization, config.execution
     assert shape == (
         model.dim,
         model.n_layers,
@@ -152,7 +153,7 @@ def test_large_ones_have_the_shapes_and_schedules_of_their_papers(read, name):
     dim, layers, heads, kv_heads, ffn, context, vocab_size = shape
     matrices = 2 * dim * dim * (1 + kv_heads / heads) + 3 * dim * ffn
     norms = 3 * dim + ffn
-    size = model_size(model)
+    size = model_size(config.vaani)
     assert size.parameters == layers * (matrices + norms) + vocab_size * dim + dim
     assert size.ternary == layers * matrices
     assert size.parameters == pytest.approx(parameters, rel=0.005)
@@ -160,11 +161,11 @@ def test_large_ones_have_the_shapes_and_schedules_of_their_papers(read, name):
     assert model.rope_theta == (5e5 if name == "b2b4t" else 1e4)
     assert model.tie_embeddings
     assert model.sub_norms
-    assert model.quantize
-    assert not model.ternary_head
-    assert model.dtype == "bfloat16"
-    assert model.scan_layers
-    assert model.remat
+    assert rounding.quantize
+    assert not rounding.ternary_head
+    assert rounding.dtype == "bfloat16"
+    assert execution.scan_layers
+    assert execution.remat
 
     assert config.batch_size == batch_size
     assert batch_size * context == 2**20
@@ -194,7 +195,7 @@ def test_large_ones_need_a_text_and_a_tokenizer(read, name, tmp_path, monkeypatc
 
 def test_small_keeps_to_its_budget(read):
     config = read(f"--config={SMALL}")[0]
-    size = model_size(dataclasses.replace(config.model, vocab_size=65))
+    size = model_size(config.vaani.changed(vocab_size=65))
     assert size.parameters <= 800_000
     assert config.num_steps == 2000
     assert (config.batch_size, config.model.max_seq_len) == (12, 64)
@@ -318,8 +319,8 @@ def test_a_missing_file_is_one_line(refusal, tmp_path):
         ({"learning_rate": False}, "learning_rate"),
         ({"init_from": None}, "init_from"),
         ({"model": 3}, "'model' must hold keys"),
-        ({"model": {"quantize": 1}}, "quantization.quantize"),
-        ({"model": {"dtype": ["float32"]}}, "quantization.dtype"),
+        ({"quantization": {"quantize": 1}}, "quantization.quantize"),
+        ({"quantization": {"dtype": ["float32"]}}, "quantization.dtype"),
         ({"sample": {"prompts": "abc"}}, "sample.prompts"),
         ({"sample": {"prompts": ["abc", 3]}}, "sample.prompts"),
         ({"data": {"tokeniser": "char"}}, "did you mean data.tokenizer?"),

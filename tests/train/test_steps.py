@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from vaani_jax.evaluate.loss import make_eval_step
-from vaani_jax.model.config import ModelConfig
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.train.optimizers import OptimConfig, make_optimizer
 from vaani_jax.train.schedules import Schedule
@@ -17,7 +16,7 @@ from vaani_jax.train.state import init_state, layer_norms
 from vaani_jax.train.steps import make_adjust_step, make_report_step, make_train_step
 from vaani_jax.train.tuner import NON_FINITE, HyperparameterTuner
 
-MODEL = ModelConfig(
+MODEL = Vaani().changed(
     vocab_size=11, dim=16, n_layers=1, n_heads=2, ffn_dim=32, max_seq_len=8
 )
 # A large eps keeps Adam from turning rounding errors into signs.
@@ -28,7 +27,7 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 
 def _model(**changes):
-    return dataclasses.replace(MODEL, **changes)
+    return MODEL.changed(**changes)
 
 
 @functools.cache
@@ -48,7 +47,7 @@ def _train_step(config=MODEL, **options):
 
 @functools.cache
 def _forward(config=MODEL):
-    apply = lambda p, q, x, mix: Vaani(config).apply(  # noqa: E731
+    apply = lambda p, q, x, mix: config.apply(  # noqa: E731
         {"params": p, "quant": q}, x, mix=mix
     )
     return jit(apply)
@@ -92,7 +91,7 @@ def test_loss_and_gradient_norm():
 
     def loss(params):
         variables = {"params": params, "quant": state.quant}
-        logits = Vaani(MODEL).apply(variables, tokens[:, :-1])
+        logits = MODEL.apply(variables, tokens[:, :-1])
         chosen = jnp.sum(logits * jax.nn.one_hot(tokens[:, 1:], 11), axis=-1)
         return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
 
@@ -214,7 +213,7 @@ def test_micro_batches_move_tracked_ranges_one_after_the_other():
     @jit
     def observe(quant, x):
         variables = {"params": state.params, "quant": quant}
-        return Vaani(config).apply(variables, x, train=True, mutable=["quant"])[1]
+        return config.apply(variables, x, train=True, mutable=["quant"])[1]
 
     quant = state.quant
     for half in (tokens[:4], tokens[4:]):
@@ -228,9 +227,11 @@ def test_micro_batches_move_tracked_ranges_one_after_the_other():
 def _codes64(kernel, config):
     """Codes and scale of one kernel [in, out], from the definition."""
     w = np.float64(kernel)
-    axis = 0 if config.weight_granularity == "channel" else None
+    axis = 0 if config.quantization.weight_granularity == "channel" else None
     gamma = np.abs(w).mean(axis=axis)
-    return np.sign(w) * (np.abs(w) > config.threshold * gamma), gamma.mean()
+    return np.sign(w) * (
+        np.abs(w) > config.quantization.threshold * gamma
+    ), gamma.mean()
 
 
 def _kernels(params, name):
@@ -287,7 +288,7 @@ def test_eval_step_sums_weighted_rows():
     logits = _forward()(state.params, state.quant, tokens[:, :-1], None)
     rows = _losses64(logits, tokens[:, 1:]).sum(axis=-1)
     for weights in ([1, 1, 1, 1], [1, 0, 1, 0], [0.5, 2, 0, 0]):
-        total = step(state.params, state.quant, tokens, np.float32(weights))
+        total = step(state.variables, tokens, np.float32(weights))
         assert float(total) == pytest.approx((rows * weights).sum(), rel=1e-6)
 
 
@@ -373,8 +374,8 @@ def test_adjusting_writes_thresholds_and_momentum_where_they_belong(changes):
             assert (value != 0.99).all()
         else:
             np.testing.assert_array_equal(value, before[jax.tree_util.keystr(path)])
-    assert ("threshold" in seen) == config.quantize
-    assert ("momentum" in seen) == (config.activation_tracking == "ema")
+    assert ("threshold" in seen) == config.quantization.quantize
+    assert ("momentum" in seen) == (config.quantization.activation_tracking == "ema")
     assert len(adjustment.thresholds) == sum(
         path[-1].key == "threshold" for path, _ in _leaves(state.quant)
     )

@@ -45,10 +45,9 @@ def fingerprint(leaf) -> str:
 def test_a_run_loads_to_the_bit(room):
     model = load("run")
     assert model.step == EXPECTED["step"]
-    trees = {"params": model.params, "quant": model.quant}
     found = {
         "model/" + "/".join(entry.key for entry in path): fingerprint(leaf)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(trees)[0]
+        for path, leaf in jax.tree_util.tree_flatten_with_path(model.variables)[0]
     }
     old = {k: v for k, v in EXPECTED["arrays"].items() if k.startswith("model/")}
     assert found == old

@@ -105,7 +105,11 @@ def test_a_lost_process_ends_the_other_and_one_goes_on(text, tmp_path):
     workdir = tmp_path / "run"
     keys: dict = {"num_steps": 100_000, "optim.schedule": "constant"}
     # In full precision, where hundreds of steps stay alike in sums of another order.
-    keys |= {"quantization.quantize": False, "save_interval": 20, "eval_interval": 100_000}
+    keys |= {
+        "quantization.quantize": False,
+        "save_interval": 20,
+        "eval_interval": 100_000,
+    }
     processes = start(text, workdir, 2, **keys)
     try:
         deadline = time.monotonic() + 200

@@ -65,6 +65,16 @@ class Model:
         return self.module.quantization
 
     @property
+    def params(self) -> Any:
+        """Masters, or packed arrays."""
+        return self.variables["params"]
+
+    @property
+    def quant(self) -> Any:
+        """What the quantizers keep: thresholds, and ranges where they are tracked."""
+        return self.variables["quant"]
+
+    @property
     def step(self) -> int:
         """Of the checkpoint; 0 for a model made in memory."""
         return self.metadata.step if self.metadata else 0
@@ -72,7 +82,7 @@ class Model:
     @property
     def packed(self) -> bool:
         """Whether its kernels are packed."""
-        return any(map(_is_packed, _leaves(self.variables["params"]).values()))
+        return any(map(_is_packed, _leaves(self.params).values()))
 
 
 def load(

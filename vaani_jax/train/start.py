@@ -388,7 +388,7 @@ def _fitting(config: Config, source: Model, state: TrainState, say: Notify) -> A
             f"the weights in {config.init_from} do not fit this config: "
             + "; ".join(changed)
         )
-    params = source.variables["params"]
+    params = source.params
     if ours.sub_norms != theirs.sub_norms:
         if theirs.sub_norms:
             raise VaaniError(
