@@ -71,15 +71,13 @@ def embedding(shape: str) -> Any:
 def write_vaani(shape: str, folder: pathlib.Path) -> None:
     import jax.numpy as jnp
 
-    from vaani_jax import __version__
-    from vaani_jax.inference.model import LoadedModel, save_packed
-    from vaani_jax.model.config import ModelConfig
+    from vaani_jax.inference.model import Model, save_packed
+    from vaani_jax.model.transformer import Vaani
     from vaani_jax.quant.packed import pack, pack_rows
-    from vaani_jax.runs.metadata import Metadata
     from vaani_jax.text.tokenizers import ByteTokenizer
 
     layers, d, f, heads, v = SHAPES[shape]
-    config = ModelConfig(
+    module = Vaani().changed(
         vocab_size=v,
         dim=d,
         n_layers=layers,
@@ -104,9 +102,7 @@ def write_vaani(shape: str, folder: pathlib.Path) -> None:
             codes, scale = weights(shape, i, index, k, n)
             layer[part][name] = {"kernel": pack(codes, jnp.float32(scale))}
         params[f"layers_{i}"] = layer
-    tokenizer = ByteTokenizer()
-    metadata = Metadata(__version__, config, tokenizer.to_json(), corpus=None, run={})
-    model = LoadedModel(config, params, {}, tokenizer, metadata)
+    model = Model(module, {"params": params, "quant": {}}, ByteTokenizer())
     save_packed(model, folder)
 
 
@@ -178,9 +174,8 @@ def measure_vaani(path: pathlib.Path) -> dict[str, Any]:
 
     def read() -> Any:
         return prefill(
-            model.config,
-            model.params,
-            model.quant,
+            model.module,
+            model.variables,
             jnp.ones((1, PREFILL), jnp.int32),
             jnp.int32(PREFILL),
             capacity=PREFILL,
@@ -188,15 +183,14 @@ def measure_vaani(path: pathlib.Path) -> dict[str, Any]:
         )
 
     def generate() -> float:
-        cache = KVCache.create(model.config, 1, 256, KV_DTYPE)
-        logits = jnp.zeros((1, model.config.vocab_size))
+        cache = KVCache.create(model.architecture, 1, 256, KV_DTYPE)
+        logits = jnp.zeros((1, model.architecture.vocab_size))
         began = time.perf_counter()
         tokens, _, _ = decode(
-            model.config,
+            model.module,
             greedy,
             GENERATE,
-            model.params,
-            model.quant,
+            model.variables,
             logits,
             cache,
             key,

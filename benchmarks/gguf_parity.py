@@ -41,7 +41,6 @@ from vaani_jax.inference.generate import generate
 from vaani_jax.inference.model import load
 from vaani_jax.inference.sampling import SamplerConfig
 from vaani_jax.interop.convert import export_model
-from vaani_jax.model.transformer import Vaani
 from vaani_jax.settings import build
 from vaani_jax.train.loop import train
 
@@ -120,7 +119,8 @@ def compare(options: argparse.Namespace) -> int:
     if not llama:
         print("llama-cpp-python is not installed: its rows are left out")
     model = load(options.workdir)
-    length = model.config.max_seq_len
+    length = model.architecture.max_seq_len
+    assert model.metadata is not None  # it was loaded
     data = build(DataConfig, model.metadata.run["data"], "data.")
     corpus = load_corpus(data)
     split = split_tokens(data, corpus, model.tokenizer, length)
@@ -129,14 +129,11 @@ def compare(options: argparse.Namespace) -> int:
         ids = ids[: options.windows * length + 1]
     windows = validation_windows(ids, length)
     held = ValidationSet(ids, model.tokenizer, seq_len=length, batch_size=64)
-    ours = held.evaluate(
-        jax.jit(make_eval_step(model.config)), model.params, model.quant
-    )
-    forward = jax.jit(Vaani(model.config).apply)
-    variables = {"params": model.params, "quant": model.quant}
+    ours = held.evaluate(jax.jit(make_eval_step(model.module)), model.variables)
+    forward = jax.jit(model.module.apply)
     likeliest = np.concatenate(
         [
-            np.argmax(forward(variables, part[:, :-1]), axis=-1)
+            np.argmax(forward(model.variables, part[:, :-1]), axis=-1)
             for part in np.array_split(windows, -(-len(windows) // 64))
         ]
     )
@@ -145,9 +142,7 @@ def compare(options: argparse.Namespace) -> int:
     greedy = SamplerConfig(temperature=0.0)
     texts = [
         generate(
-            model.config,
-            model.params,
-            model.quant,
+            model,
             prompt,
             max_new_tokens=NEW,
             sampler=greedy,
@@ -201,8 +196,7 @@ def compare(options: argparse.Namespace) -> int:
                 equal = next((i for i in range(NEW) if found[i] != expected[i]), NEW)
                 if equal < NEW:
                     seen = np.concatenate([prompt, expected[:equal]]).astype(np.int32)
-                    found_logits: Any = Vaani(model.config).apply(variables, seen[None])
-                    logits = found_logits[0, -1]
+                    logits = model(seen[None])[0, -1]
                     margin = logits[expected[equal]] - logits[found[equal]]
                     margins.append(float(margin))
             ratio = theirs / ours.perplexity

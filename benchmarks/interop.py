@@ -39,13 +39,12 @@ MAKE = """
 import pathlib, sys
 import jax
 from vaani_jax.runs.checkpoints import Checkpoints
-from vaani_jax.train.config import Config
-from vaani_jax.model.config import ModelConfig
-from vaani_jax.model.transformer import init_variables
+from vaani_jax.model.transformer import Vaani, init_variables
+from vaani_jax.runs.metadata import Metadata
 from vaani_jax.text.tokenizers import ByteTokenizer
 
 small = sys.argv[2] == "small"
-config = ModelConfig(
+model = Vaani().changed(
     vocab_size=256 if small else 50304,
     dim=256 if small else 768,
     n_layers=1 if small else 12,
@@ -53,21 +52,13 @@ config = ModelConfig(
     ffn_dim=256 if small else 2048,
     max_seq_len=1024,
 )
-params, quant = init_variables(config, jax.random.key(0))
-meta = {
-    "version": "benchmark",
-    "config": Config(model=config).to_dict(),
-    "tokenizer": ByteTokenizer().to_json(),
-    "corpus": None,
-    "elapsed_seconds": 0.0,
-    "best": None,
-    "window": [],
-}
+variables = init_variables(model, jax.random.key(0))
+meta = Metadata.of(model, ByteTokenizer().to_json()).to_json()
 checkpoints = Checkpoints(pathlib.Path(sys.argv[1]) / "checkpoints")
-checkpoints.save(1, {"model": {"params": params, "quant": quant}}, meta)
+checkpoints.save(1, {"model": variables}, meta)
 checkpoints.wait()
 checkpoints.close()
-print("bytes", sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+print("bytes", sum(leaf.nbytes for leaf in jax.tree.leaves(variables["params"])))
 """
 
 

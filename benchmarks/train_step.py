@@ -83,7 +83,6 @@ def load_characters(path: str, overrides: list[str]) -> Any:
 
 
 def vaani_step(config: Any, quantize: bool, tuned: bool) -> Callable[[int], float]:
-    import dataclasses
 
     import jax
     import numpy as np
@@ -96,7 +95,7 @@ def vaani_step(config: Any, quantize: bool, tuned: bool) -> Callable[[int], floa
     from vaani_jax.train.tuner import HyperparameterTuner
 
     keep_freed_memory()
-    model = dataclasses.replace(config.model, quantize=quantize)
+    model = config.vaani.changed(quantize=quantize)
     optimizer = make_optimizer(config.optim)
     schedule = Schedule(config.optim, 1e-3, 1_000_000)
     tuner = HyperparameterTuner(learning_rate=1e-3) if tuned else None
@@ -115,8 +114,9 @@ def vaani_step(config: Any, quantize: bool, tuned: bool) -> Callable[[int], floa
         adjust = jax.jit(make_adjust_step(model, tuner), donate_argnums=0)
     state = jax.jit(lambda: init_state(model, optimizer, 0, tuner))()
     rng = np.random.default_rng(0)
-    shape = (config.batch_size, model.max_seq_len + 1)
-    tokens = jax.device_put(rng.integers(0, model.vocab_size, shape, dtype=np.int32))
+    shape = (config.batch_size, config.model.max_seq_len + 1)
+    ids = rng.integers(0, config.model.vocab_size, shape, dtype=np.int32)
+    tokens = jax.device_put(ids)
 
     def run(count: int) -> float:
         nonlocal state
@@ -218,17 +218,22 @@ def measure(options: argparse.Namespace, path: str, overrides: list[str]) -> Non
     from vaani_jax.model.size import flops_per_token, model_size
 
     config, (batch,) = load_config(path, overrides), options.batch
-    model = dataclasses.replace(
-        config.model,
+    model = config.vaani.changed(
         vocab_size=config.model.vocab_size or VOCABULARY,
         max_seq_len=options.context,
         **VARIANTS[options.measure],
     )
-    optim = dataclasses.replace(config.optim, accumulation_steps=1)
-    config = dataclasses.replace(config, model=model, optim=optim, batch_size=batch)
+    config = dataclasses.replace(
+        config,
+        model=model.architecture,
+        quantization=model.quantization,
+        execution=model.execution,
+        optim=dataclasses.replace(config.optim, accumulation_steps=1),
+        batch_size=batch,
+    )
     device = jax.devices()[0]
     start = time.perf_counter()
-    run = vaani_step(config, model.quantize, tuned=False)
+    run = vaani_step(config, model.quantization.quantize, tuned=False)
     run(1)
     first = time.perf_counter() - start
     count = max(1, round(options.seconds / run(1)))

@@ -191,12 +191,13 @@ def run_other(job: Job) -> dict[str, Any]:
     config, name = load_config(job), job["optimizer"]
     corpus = load_corpus(config.data)
     tokenizer = make_tokenizer(config.data, corpus)
-    model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
-    config = dataclasses.replace(config, model=model)
-    split = split_tokens(config.data, corpus, tokenizer, model.max_seq_len)
+    architecture = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
+    config = dataclasses.replace(config, model=architecture)
+    model, length = config.vaani, architecture.max_seq_len
+    split = split_tokens(config.data, corpus, tokenizer, length)
     batches = Batches(
         split.train,
-        seq_len=model.max_seq_len,
+        seq_len=length,
         batch_size=config.batch_size,
         seed=config.seed,
     )
@@ -226,8 +227,8 @@ def run_other(job: Job) -> dict[str, Any]:
     if name == "schedule_free_adamw":
         inner = state.opt_state.inner_state[1]
         params = contrib.schedule_free_eval_params(inner, params)
-    result = validation_set(config.model.max_seq_len, split, tokenizer).evaluate(
-        jax.jit(make_eval_step(model)), params, state.quant
+    result = validation_set(length, split, tokenizer).evaluate(
+        jax.jit(make_eval_step(model)), {"params": params, "quant": state.quant}
     )
     assert result is not None
     return {"loss": result.loss}

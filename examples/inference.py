@@ -12,19 +12,18 @@ import jax.numpy as jnp
 
 from vaani_jax.inference.model import load
 from vaani_jax.model.cache import KVCache
-from vaani_jax.model.transformer import Vaani
 
 model = load(sys.argv[1])
 prompt = sys.argv[2] if len(sys.argv) > 2 else "\n"
 tokens = jnp.asarray(model.tokenizer.encode(prompt))[None]  # [B = 1, T]
-steps = model.config.max_seq_len - tokens.shape[1]
+steps = model.architecture.max_seq_len - tokens.shape[1]
 
 
 @jax.jit
 def continue_greedily(variables, tokens):
     """Reads the prompt, then draws ``steps`` tokens in one compiled loop."""
-    apply: Any = Vaani(model.config).apply  # logits, and the cache where one is given
-    cache = KVCache.create(model.config, batch=tokens.shape[0])
+    apply: Any = model.module.apply  # logits, and the cache where one is given
+    cache = KVCache.create(model.architecture, batch=tokens.shape[0])
     logits, cache = apply(variables, tokens, cache)
 
     def body(carry, _):
@@ -36,5 +35,4 @@ def continue_greedily(variables, tokens):
     return jax.lax.scan(body, (first, cache), length=steps)[1].T  # [B, steps]
 
 
-variables = {"params": model.params, "quant": model.quant}
-print(prompt + model.tokenizer.decode(continue_greedily(variables, tokens)[0]))
+print(prompt + model.tokenizer.decode(continue_greedily(model.variables, tokens)[0]))

@@ -147,8 +147,9 @@ def test_a_metric_shows_in_the_line_and_the_curves(monkeypatch, tmp_path):
 
 
 def test_a_format_exports(monkeypatch, tmp_path):
-    def write(path, config, tokenizer, take, options):
-        arrays = {"/".join(t.path): take(t)[0] for t in tensors(config)}
+    def write(path, module, tokenizer, take, options):
+        found = tensors(module.architecture)
+        arrays = {"/".join(t.path): take(t)[0] for t in found}
         with path.open("wb") as file:
             np.savez(file, **arrays)
 
@@ -156,7 +157,7 @@ def test_a_format_exports(monkeypatch, tmp_path):
         params = {}
         for key, array in np.load(path).items():
             put(params, tuple(key.split("/")), jnp.asarray(array))
-        return like, params, {}
+        return like, {"params": params, "quant": {}}
 
     row = Format(lambda *about: None, write, read, folder=False)
     monkeypatch.setitem(FORMATS, "npz", row)

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 from vaani_jax.errors import VaaniError
@@ -107,6 +107,40 @@ def _checked(kind: Any, value: Any, key: str) -> Any:
             f"config key {key} is {value!r}: it must be of type {kind.__name__}"
         )
     return value
+
+
+def renamed(values: Any, names: Mapping[str, str], say: Callable[[str], None]) -> Any:
+    """Nested values, with keys that have moved under their new names.
+
+    Args:
+      values: as for `build`; left as it is. None under an old name is no value.
+      names: new dotted names by the old ones.
+      say: receives a line for each key that was given by its old name.
+    """
+    for old, new in names.items():
+        values, value = _taken(values, old.split("."))
+        if value is not None:
+            say(f"{old} is called {new} now")
+            values = _with(values, new.split("."), value)
+    return values
+
+
+def _taken(values: Any, path: list[str]) -> tuple[Any, Any]:
+    """Values without the key at ``path``, and what it had; None where there is none."""
+    if not isinstance(values, dict) or path[0] not in values:
+        return values, None
+    rest = {name: value for name, value in values.items() if name != path[0]}
+    if len(path) == 1:
+        return rest, values[path[0]]
+    inner, value = _taken(values[path[0]], path[1:])
+    return {**values, path[0]: inner}, value
+
+
+def _with(values: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
+    """Values with another one at ``path``."""
+    if len(path) > 1:
+        value = _with(values.get(path[0], {}), path[1:], value)
+    return {**values, path[0]: value}
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -249,13 +249,12 @@ def weight_bytes(gathers) -> float:
 
 
 def test_kernels_cross_the_wire_as_codes(runs):
-    head = (
-        WIDER.architecture.vocab_size * WIDER.architecture.dim
-    )  # not ternary, here as in b1.58
+    shape = WIDER.architecture
+    head = shape.vocab_size * shape.dim  # not ternary, here as in b1.58
     sent = runs["gathered"]
     for wire, kind in (("2bit", "u8"), ("int8", "s8")):
         others = [n for k, n in sent[wire] if k != kind]
-        assert len(sent[wire]) - len(others) >= 7 * WIDER.architecture.n_layers
+        assert len(sent[wire]) - len(others) >= 7 * shape.n_layers
         assert sum(others) <= head, sent[wire]
     # The twin keeps whole kernels for the backward pass, codes are gathered for it
     # again: 2 x 2 bits against 16, and the head in both.
@@ -342,10 +341,8 @@ def test_moments_and_codes_lie_as_their_parameters():
         )
         if sharding.is_fully_replicated
     ]
-    assert (
-        max(map(np.prod, whole))
-        <= MODEL.architecture.n_layers * MODEL.architecture.hidden_dim
-    )  # norms
+    shape = MODEL.architecture
+    assert max(map(np.prod, whole)) <= shape.n_layers * shape.hidden_dim  # norms
     moments = [s for s in jax.tree.leaves(shardings.opt_state) if s.spec == kernel]
     assert len(moments) == 5  # of the five column kernels
 

@@ -242,7 +242,7 @@ def test_a_prompt_alone_is_padded_on_the_right_only(monkeypatch):
     seen = []
 
     def spy(*args, **options):
-        seen.append([np.asarray(x) for x in args[3:6]])
+        seen.append([np.asarray(x) for x in args[2:5]])
         return prefill(*args, **options)
 
     monkeypatch.setattr(generate_module, "prefill", spy)
@@ -265,9 +265,9 @@ def test_scanned_layers_unroll_to_the_same_model():
     assert jax.tree.structure(trees) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(trees), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
-    same, same_params, _ = unrolled(plain, *expected)
+    same, same_variables = unrolled(plain, expected)
     assert same is plain
-    assert same_params is expected[0]
+    assert same_variables is expected
 
 
 # Samplers.

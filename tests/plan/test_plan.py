@@ -1,5 +1,6 @@
 """The plan of a small model, against sums made by hand."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -33,7 +34,7 @@ PARAMETERS = KERNELS + 128 * 64 + 3 * (3 * 64 + 192) + 64
 
 @functools.cache
 def plan(**changes):
-    return make_plan(CONFIG.changed(**changes))
+    return make_plan(dataclasses.replace(CONFIG, **changes))
 
 
 def test_memory_is_that_of_the_arrays_and_of_what_the_backward_pass_keeps():

@@ -14,6 +14,7 @@ from vaani_jax.data.config import DataConfig
 from vaani_jax.data.corpus import make_tokenizer
 from vaani_jax.data.sources import Corpus, load_corpus
 from vaani_jax.errors import VaaniError
+from vaani_jax.model.config import RENAMED
 from vaani_jax.model.size import model_size
 from vaani_jax.model.transformer import init_variables
 from vaani_jax.settings import described, differences
@@ -79,7 +80,9 @@ def _file(folder, body):
 
 
 def test_base_has_every_key_with_its_default():
-    assert set(_keys(_base().to_dict())) == set(_keys(Config().to_dict()))
+    # And takes those of earlier versions, which have no value of their own.
+    keys = set(_keys(Config().to_dict())) | set(RENAMED)
+    assert set(_keys(_base().to_dict())) == keys
     assert differences(_base().to_dict(), Config().to_dict()) == {}
     assert from_config_dict(_base()) == Config()
 
@@ -370,6 +373,26 @@ def test_a_key_works_without_its_section(dashes):
     flags = [f"{dashes}config.dim=96", f"{dashes}config.threshold=0.7"]
     config = config_from_flags([f"--config={SMALL}", *flags]).config
     assert (config.model.dim, config.quantization.threshold) == (96, 0.7)
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_every_old_name_works_in_files_and_flags(old, new, read, tmp_path, capsys):
+    default = {name: value for name, value, _ in described(Config())}[new]
+    others = {"remat_save": "products", "weight_scale": "least_squares"}
+    others |= {"weight_granularity": "channel", "activation_tracking": "ema"}
+    others |= {"dtype": "bfloat16", "operands": "int8", "wire": "int8"}
+    others |= {"attention": "library"}
+    name = new.rpartition(".")[2]
+    value = (not default) if isinstance(default, bool) else others.get(name, 0.75)
+    by_file = read(_file(tmp_path, f"config.{old} = {value!r}"))[0]
+    said = capsys.readouterr().err
+    assert said == f"{old} is called {new} now\n"
+    by_flag = read("--config=base", f"--config.{old}={value}")[0]
+    assert capsys.readouterr().err == said
+    found = {name: value for name, value, _ in described(by_flag)}
+    assert found[new] == value
+    file = {name: value for name, value, _ in described(by_file)}
+    assert file[new] == value
 
 
 def test_a_shipped_config_is_found_by_its_name(tmp_path, monkeypatch):

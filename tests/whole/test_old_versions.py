@@ -74,7 +74,10 @@ def test_a_run_resumes(room, capsys):
     flags = (HERE / "README.md").read_text(encoding="utf-8")
     command = flags.split("python train.py ")[1].split("\n\n")[0]
     assert cli.main(["train", *command.replace("\\", " ").split()]) == 0
-    assert "resumed at step 80" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "resumed at step 80" in shown.out
+    key = "activation_tracking"  # which the command gives by its old name
+    assert f"model.{key} is called quantization.{key} now" in shown.err
     lines = (room / "run" / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if row["step"] > EXPECTED["step"]]
     old = EXPECTED["resumed_rows"]

@@ -16,14 +16,27 @@ from absl import flags
 from ml_collections import ConfigDict, FieldReference, config_flags
 from ml_collections.config_dict import placeholder
 
+from vaani_jax.cli.output import notify
 from vaani_jax.errors import VaaniError
+from vaani_jax.model.config import RENAMED
 from vaani_jax.settings import described
 from vaani_jax.train.config import Config, from_dict
 
 
 def default_config() -> ConfigDict:
-    """Every key with its default, for config files to change; locked."""
-    return _config_dict(Config()).lock()
+    """Every key with its default, for config files to change; locked.
+
+    It takes keys by the names that they had in earlier versions too.
+    """
+    result = _config_dict(Config())
+    kinds = {name: type(value) for name, value, _ in described(Config())}
+    for old, new in RENAMED.items():
+        *sections, name = old.split(".")
+        section = result
+        for part in sections:
+            section = section[part]
+        section[name] = placeholder(kinds[new])
+    return result.lock()
 
 
 def _config_dict(settings: Any) -> ConfigDict:
@@ -72,7 +85,7 @@ def from_config_dict(values: ConfigDict) -> Config:
     """Validates what a config file returned."""
     if not isinstance(values, ConfigDict):
         raise VaaniError("get_config() must return an ml_collections.ConfigDict")
-    return from_dict(values.to_dict())
+    return from_dict(values.to_dict(), notify)
 
 
 @dataclasses.dataclass(frozen=True)

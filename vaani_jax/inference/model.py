@@ -51,7 +51,7 @@ class Model:
     tokenizer: Tokenizer
     metadata: Metadata | None = None
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: Any) -> jax.Array:
         """Logits [B, T, V], float32, of ids [B, T]."""
         logits: Any = self.module.apply(self.variables, tokens)
         return logits

@@ -1,16 +1,17 @@
 """One frozen, validated `Config` of a run, from nested plain values."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 from vaani_jax.data.config import DataConfig
 from vaani_jax.devices.mesh import MeshConfig
 from vaani_jax.errors import VaaniError
 from vaani_jax.inference.sampling import SamplerConfig
-from vaani_jax.model.config import Architecture, Execution, Quantization
+from vaani_jax.model.config import RENAMED, Architecture, Execution, Quantization
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.runs.metadata import Metadata
-from vaani_jax.settings import build, key, named
+from vaani_jax.settings import build, key, named, renamed
 from vaani_jax.train.optimizers import OptimConfig
 from vaani_jax.train.schedules import SCHEDULES
 from vaani_jax.train.tuner import TunerConfig
@@ -164,9 +165,15 @@ def config_of(metadata: Metadata) -> Config:
     )
 
 
-def from_dict(values: dict[str, Any]) -> Config:
+def from_dict(
+    values: dict[str, Any], say: Callable[[str], None] = lambda line: None
+) -> Config:
     """Builds a `Config` from nested values, as `Config.to_dict` gives them.
+
+    Args:
+      values: what they lack has its default; None stands for that in keys of `RENAMED`.
+      say: receives a line for a key that is given by an old name.
 
     Raises VaaniError, naming the key, for unknown keys and for values of another type.
     """
-    return build(Config, values)
+    return build(Config, renamed(values, RENAMED, say))
