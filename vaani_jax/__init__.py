@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from vaani_jax.quant.weights import TernaryQuantizer
     from vaani_jax.train.config import Config
     from vaani_jax.train.loop import train
-    from vaani_jax.train.tuner import HyperparameterTuner, TunerConfig
+    from vaani_jax.train.tuner import HyperparameterTuner
+    from vaani_jax.train.tuner.config import TunerConfig
 
 __version__ = "0.2.0"
 
@@ -39,7 +40,7 @@ _FACE = {
     "Model": "vaani_jax.inference.model",
     "Quantization": "vaani_jax.model.config",
     "TernaryQuantizer": "vaani_jax.quant.weights",
-    "TunerConfig": "vaani_jax.train.tuner",
+    "TunerConfig": "vaani_jax.train.tuner.config",
     "Vaani": "vaani_jax.model.transformer",
     "VaaniError": "vaani_jax.errors",
     "default_config": "vaani_jax.cli.flags",

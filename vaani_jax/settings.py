@@ -125,6 +125,31 @@ def renamed(values: Any, names: Mapping[str, str], say: Callable[[str], None]) -
     return values
 
 
+def without(
+    values: Any, retired: Mapping[str, tuple[Any, str]], say: Callable[[str], None]
+) -> Any:
+    """Nested values without keys that are constants now.
+
+    Args:
+      values: as for `build`; left as it is. None is no value.
+      retired: the constants, and where they are, by the dotted names of the keys.
+      say: receives a line for each such key that was given.
+
+    Raises VaaniError where one was given another value than the constant has.
+    """
+    for name, (constant, place) in retired.items():
+        values, given = _taken(values, name.split("."))
+        if given is None:
+            continue
+        if given != constant:
+            raise VaaniError(
+                f"{name} is no key any more: it is the constant {place}, {constant},"
+                f" and can't be {given}"
+            )
+        say(f"{name} is no key any more: it is the constant {place}")
+    return values
+
+
 def _taken(values: Any, path: list[str]) -> tuple[Any, Any]:
     """Values without the key at ``path``, and what it had; None where there is none."""
     if not isinstance(values, dict) or path[0] not in values:

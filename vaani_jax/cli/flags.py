@@ -20,22 +20,25 @@ from vaani_jax.cli.output import notify
 from vaani_jax.errors import VaaniError
 from vaani_jax.model.config import RENAMED
 from vaani_jax.settings import described
-from vaani_jax.train.config import Config, from_dict
+from vaani_jax.train.config import RETIRED, Config, from_dict
 
 
 def default_config() -> ConfigDict:
     """Every key with its default, for config files to change; locked.
 
-    It takes keys by the names that they had in earlier versions too.
+    It takes keys of earlier versions too: by the names that they had, and those that
+    are constants now.
     """
     result = _config_dict(Config())
     kinds = {name: type(value) for name, value, _ in described(Config())}
-    for old, new in RENAMED.items():
+    older = {old: kinds[new] for old, new in RENAMED.items()}
+    older |= {old: type(value) for old, (value, _) in RETIRED.items()}
+    for old, kind in older.items():
         *sections, name = old.split(".")
         section = result
         for part in sections:
             section = section[part]
-        section[name] = placeholder(kinds[new])
+        section[name] = placeholder(kind)
     return result.lock()
 
 

@@ -327,7 +327,7 @@ def _memory(program: Program, config: Config, mesh: Mesh, compiled: Any) -> Memo
     second = 0
     # A run that is given in epochs may well be long enough for a range test.
     steps, tuner = config.num_steps, program.tuner
-    if tuner is not None and (not steps or tuner.probe_rates(steps)):
+    if tuner is not None and (not steps or tuner.range_test.rates(steps)):
         second = params + optimizer + other
     return Memory(
         params=params,

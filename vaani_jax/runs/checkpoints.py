@@ -31,8 +31,9 @@ Tree = Any
 Meta = dict[str, Any]
 
 
-FORMAT = "vaani-checkpoint-2"
-FORMATS = (FORMAT, "vaani-checkpoint-1")  # what is read
+FORMAT = "vaani-checkpoint-3"
+FLAT_TUNER = ("vaani-checkpoint-1", "vaani-checkpoint-2")  # see `train.tuner.flat`
+FORMATS = (FORMAT, *FLAT_TUNER)  # what is read
 
 
 @jax.jit

@@ -11,10 +11,21 @@ from vaani_jax.inference.sampling import SamplerConfig
 from vaani_jax.model.config import RENAMED, Architecture, Execution, Quantization
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.runs.metadata import Metadata
-from vaani_jax.settings import build, key, named, renamed
+from vaani_jax.settings import build, key, named, renamed, without
 from vaani_jax.train.optimizers import OptimConfig
 from vaani_jax.train.schedules import SCHEDULES
-from vaani_jax.train.tuner import TunerConfig
+from vaani_jax.train.tuner import (
+    clipping,
+    divergence,
+    explosion,
+    learning_rate,
+    memory,
+    momentum,
+    range_test,
+    sparsity,
+    warmup,
+)
+from vaani_jax.train.tuner.config import TunerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,15 +176,60 @@ def config_of(metadata: Metadata) -> Config:
     )
 
 
+# Keys of earlier versions that are constants of the tuner's rules now: what they are,
+# and where.
+RETIRED: dict[str, tuple[float, str]] = {
+    f"tuner.{name}": (getattr(module, constant), f"{module.__name__}.{constant}")
+    for name, (module, constant) in {
+        "probe_steps_min": (range_test, "STEPS_MIN"),
+        "probe_low": (range_test, "LOW"),
+        "probe_high": (range_test, "HIGH"),
+        "probe_drop": (range_test, "DROP"),
+        "probe_gain": (range_test, "GAIN"),
+        "probe_exponent": (range_test, "EXPONENT"),
+        "trust": (range_test, "TRUST"),
+        "cut": (learning_rate, "CUT"),
+        "recovery": (learning_rate, "RECOVERY"),
+        "factor_min": (learning_rate, "FACTOR_MIN"),
+        "overfit_rise": (learning_rate, "OVERFIT_RISE"),
+        "flip_ratio": (learning_rate, "FLIP_RATIO"),
+        "rescue_cut": (learning_rate, "RESCUE_CUT"),
+        "update_skip_ratio": (explosion, "UPDATE_SKIP_RATIO"),
+        "update_ratio": (explosion, "UPDATE_RATIO"),
+        "patience": (explosion, "PATIENCE"),
+        "spike_ratio": (memory, "SPIKE_RATIO"),
+        "rise_sigma": (memory, "RISE_SIGMA"),
+        "diverged_share": (divergence, "SHARE"),
+        "diverged_floor": (divergence, "FLOOR"),
+        "diverged_ratio": (divergence, "RATIO"),
+        "clip_margin": (clipping, "MARGIN"),
+        "clip_range": (clipping, "RANGE"),
+        "warmup_fast": (warmup, "FAST"),
+        "warmup_slow": (warmup, "SLOW"),
+        "warmup_calm": (warmup, "CALM"),
+        "threshold_rate": (sparsity, "RATE"),
+        "threshold_min": (sparsity, "LOWEST"),
+        "threshold_max": (sparsity, "HIGHEST"),
+        "band_margin": (sparsity, "MARGIN"),
+        "momentum_min": (momentum, "LOWEST"),
+        "momentum_max": (momentum, "HIGHEST"),
+        "momentum_steps": (momentum, "STEPS"),
+        "dead_band": (clipping, "DEAD_BAND"),
+    }.items()
+}
+
+
 def from_dict(
     values: dict[str, Any], say: Callable[[str], None] = lambda line: None
 ) -> Config:
     """Builds a `Config` from nested values, as `Config.to_dict` gives them.
 
     Args:
-      values: what they lack has its default; None stands for that in keys of `RENAMED`.
-      say: receives a line for a key that is given by an old name.
+      values: what they lack has its default; None stands for that in keys of `RENAMED`
+        and `RETIRED`.
+      say: receives a line for a key that is given by an old name, or is none any more.
 
     Raises VaaniError, naming the key, for unknown keys and for values of another type.
     """
-    return build(Config, renamed(values, RENAMED, say))
+    values = without(renamed(values, RENAMED, say), RETIRED, say)
+    return build(Config, values)

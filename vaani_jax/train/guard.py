@@ -25,19 +25,11 @@ from vaani_jax.train.display import Display
 from vaani_jax.train.journal import Event, Journal
 from vaani_jax.train.start import Start, first_state, restore
 from vaani_jax.train.state import TrainState
-from vaani_jax.train.tuner import (
-    ACCEPTED,
-    DIVERGENCES,
-    HEALTHY,
-    LOST,
-    RECENT,
-    STUCK,
-    HyperparameterTuner,
-    Verdict,
-    layer_labels,
-    pick_learning_rate,
-    reconcile,
-)
+from vaani_jax.train.tuner import HyperparameterTuner
+from vaani_jax.train.tuner.divergence import CAUSES, STUCK
+from vaani_jax.train.tuner.explosion import PATIENCE
+from vaani_jax.train.tuner.memory import RECENT, layer_labels
+from vaani_jax.train.tuner.verdict import Verdict
 from vaani_jax.words import times
 
 Metrics = dict[str, jax.Array]
@@ -143,7 +135,7 @@ class TunedGuard(Guard):
         self._display = display
         self._clock = clock
         self._journal = Journal(output, start.progress.step, display.say)
-        self._layers = layer_labels(start.state.tuner.layer_norms)
+        self._layers = layer_labels(start.state.tuner.memory.layer_norms)
         # What the tuner made of steps already dispatched, on the device.
         self._pending: list[tuple[int, Any]] = []
         self._lost_at = -1
@@ -153,7 +145,7 @@ class TunedGuard(Guard):
         return self._journal.events
 
     def summary(self) -> str:
-        return self._journal.summary()
+        return self._tuner.summary(self._journal.events)
 
     def close(self) -> None:
         self._journal.close()
@@ -166,15 +158,19 @@ class TunedGuard(Guard):
         """Lets the tuner find, or check, the peak of the learning rate."""
         if self._config.init_from:
             # The weights are those of another run: flips are counted from their codes.
-            unused = state.tuner.codes
-            state = _with_tuner(state, codes=jax.tree.map(jnp.copy, state.codes))
+            memory = state.tuner.memory
+            unused = memory.codes
+            memory = memory.replace(codes=jax.tree.map(jnp.copy, state.codes))
+            tuned = dataclasses.replace(state.tuner, memory=memory)
+            state = dataclasses.replace(state, tuner=tuned)
             jax.tree.map(lambda leaf: leaf.delete(), unused)  # `start` refers to them
         tuner, given = self._tuner, self._config.learning_rate
-        rates = tuner.probe_rates(self._num_steps)
+        test, usual = tuner.range_test, tuner.range_test.setup.learning_rate
+        rates = test.rates(self._num_steps)
         if not rates:
             if given == "auto":
                 cause = "the usual one: too short a run for a range test"
-                self._journal.range_test(cause, given, tuner.learning_rate)
+                test.tell_peak(cause, given, usual, self._journal)
             return state
         kept = jax.tree.map(jnp.copy, state)
         losses = self._range_test(rates, state, take_step, stop)
@@ -182,16 +178,16 @@ class TunedGuard(Guard):
         self._clock.restart()
         if stop():  # nothing is decided: the next session begins again
             return kept
-        picked = pick_learning_rate(rates, losses, self._num_steps, tuner.config)
+        picked = test.pick(rates, losses, self._num_steps)
         if given == "auto":
             peak, cause = picked, f"from a range test of {len(losses)} steps"
             if peak is None:
-                peak = tuner.learning_rate
+                peak = usual
                 cause = "the usual one: the range test shows no slope to read"
         else:
-            peak, cause = reconcile(given, picked, tuner.config)
-        self._journal.range_test(cause, given, peak)
-        return _with_tuner(kept, peak=self._number(peak))
+            peak, cause = test.reconcile(given, picked)
+        test.tell_peak(cause, given, peak, self._journal)
+        return _with_range_test(kept, peak=self._number(peak))
 
     def _range_test(
         self,
@@ -203,7 +199,7 @@ class TunedGuard(Guard):
         """Losses before each of the learning rates is applied; the last may lack."""
         losses: list[Any] = []
         for i, rate in enumerate(rates):
-            state = _with_tuner(state, held=self._number(rate))
+            state = _with_range_test(state, held=self._number(rate))
             state, metrics = take_step(i, state)
             losses.append(metrics["train/loss"])
             if i:
@@ -232,20 +228,14 @@ class TunedGuard(Guard):
     def settle(self, step: int, state: TrainState) -> TrainState:
         while self._pending and self._pending[0][0] <= step:
             at, decided = self._pending.pop(0)
+            decided = jax.device_get(decided)
             if isinstance(decided, Verdict):
-                if jax.device_get(decided.kind) != ACCEPTED:
-                    self._journal.verdict(at, jax.device_get(decided), self._layers)
+                self._tuner.tell_verdict(at, decided, self._layers, self._journal)
                 continue
-            adjustment = jax.device_get(decided)
-            self._journal.adjustment(at, adjustment, self._tuner.warmup_steps)
-            if adjustment.diverged != HEALTHY:
-                cause = DIVERGENCES[int(adjustment.diverged)]
-                if adjustment.diverged == LOST:
-                    cause += (
-                        f" (loss {adjustment.loss:.3f}, at its lowest"
-                        f" {adjustment.lowest:.3f})"
-                    )
-                state = self._rescue(at, state, cause)
+            self._tuner.tell(at, decided, self._journal)
+            diagnosis = decided["divergence"]
+            if not diagnosis.healthy:
+                state = self._rescue(at, state, diagnosis.cause)
         return state
 
     def counted(self, values: np.ndarray) -> np.ndarray:
@@ -256,12 +246,13 @@ class TunedGuard(Guard):
 
     def check_end(self, state: TrainState) -> None:
         # Too few skipped steps to lose patience may still have been all there were.
-        if not int(jax.device_get(state.tuner.count)):
-            raise self.diverged(self._num_steps, DIVERGENCES[STUCK])
+        if not int(jax.device_get(state.tuner.memory.count)):
+            raise self.diverged(self._num_steps, CAUSES[STUCK])
 
     def see_evaluation(self, step: int, state: TrainState, loss: float) -> TrainState:
         tuned, change = self._program.see_evaluation(state.tuner, self._number(loss))
-        self._journal.evaluation(step, jax.device_get(change))
+        change = jax.device_get(change)
+        self._tuner.learning_rate.tell_evaluation(step, change, self._journal)
         return dataclasses.replace(state, tuner=tuned)
 
     def see_lost_evaluation(
@@ -282,7 +273,7 @@ class TunedGuard(Guard):
         and the batches that did it are not met again.
         """
         self._checkpoints.wait()
-        rescues = int(jax.device_get(state.tuner.rescues_running))
+        rescues = int(jax.device_get(state.tuner.rules["divergence"].rescues_running))
         if rescues >= self._tuner.config.rescues_max:
             if rescues:
                 often = times(rescues)
@@ -298,17 +289,16 @@ class TunedGuard(Guard):
             )
         # The steps dispatched since belong to the state that is gone.
         self._pending = []
-        factor = float(jax.device_get(state.tuner.factor))
-        self._journal.rescue(step, back_to, cause, factor)
+        factor = float(jax.device_get(state.tuner.rules["learning_rate"].factor))
+        self._tuner.divergence.tell_rescue(step, back_to, cause, factor, self._journal)
         return state
 
     def _last_good_state(self, step: int) -> tuple[int, TrainState]:
         """The newest state saved well before ``step``, after how many steps it was."""
         best = self._checkpoints.best_step()
-        tuning = self._tuner.config
         say = self._display.say
         # What noticing may have taken.
-        margin = max(RECENT, tuning.patience) + tuning.interval
+        margin = max(RECENT, PATIENCE) + self._tuner.config.interval
         for candidate in reversed(self._checkpoints.steps()):
             if candidate > step - margin and candidate != best:
                 continue
@@ -341,5 +331,6 @@ def make_guard(
     return TunedGuard(start, tuner, output, display, clock)
 
 
-def _with_tuner(state: TrainState, **changes: Any) -> TrainState:
-    return dataclasses.replace(state, tuner=state.tuner.replace(**changes))
+def _with_range_test(state: TrainState, **changes: Any) -> TrainState:
+    tuned = state.tuner.with_rule("range_test", **changes)
+    return dataclasses.replace(state, tuner=tuned)

@@ -35,8 +35,8 @@ class Program:
       batch: sharding of tokens [B, T + 1].
       everywhere: sharding of what is whole on every device.
       first_state: makes the state before the first step.
-      train_step, adjust_step, report_step, eval_step: see `step.py`; the second is None
-        without a tuner.
+      train_step, adjust_step, report_step, eval_step: see `train.steps`; the second is
+        None without a tuner.
       see_evaluation: of the tuner; None without one.
     """
 

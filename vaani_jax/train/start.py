@@ -19,7 +19,7 @@ from vaani_jax.errors import VaaniError
 from vaani_jax.evaluate.loss import ValidationSet, validation_set
 from vaani_jax.inference.model import Model, load
 from vaani_jax.model.transformer import stack_layers, unrolled
-from vaani_jax.runs.checkpoints import Checkpoints
+from vaani_jax.runs.checkpoints import FLAT_TUNER, Checkpoints
 from vaani_jax.runs.metadata import Metadata
 from vaani_jax.runs.workdir import Workdir
 from vaani_jax.settings import differences
@@ -340,13 +340,15 @@ def restore(
     Raises:
       VaaniError: nothing whole to read.
     """
-    target = to_items(program.shapes)
-    restored = checkpoints.restore(
-        lambda meta: target, step=step, notify=say, set_aside=set_aside
-    )
+
+    def target(meta: dict[str, Any]) -> dict[str, Any]:
+        return to_items(program.shapes, flat_tuner=meta["format"] in FLAT_TUNER)
+
+    restored = checkpoints.restore(target, step=step, notify=say, set_aside=set_aside)
     if restored is None:
         return None
-    return restored.step, from_items(restored.items), Metadata.from_json(restored.meta)
+    state = from_items(restored.items, program.tuner)
+    return restored.step, state, Metadata.from_json(restored.meta)
 
 
 # -- Other weights ---------------------------------------------------------------------

@@ -10,6 +10,7 @@ import optax
 from vaani_jax.model.names import ternary_codes
 from vaani_jax.model.transformer import Vaani, init_variables
 from vaani_jax.train.tuner import HyperparameterTuner
+from vaani_jax.train.tuner.flat import flattened, nested
 
 Array = jax.Array
 Tree = Any
@@ -69,10 +70,11 @@ def init_state(
     )
 
 
-def to_items(state: TrainState) -> dict[str, Any]:
+def to_items(state: TrainState, *, flat_tuner: bool = False) -> dict[str, Any]:
     """A state in the two parts that a checkpoint holds: what inference needs, the rest.
 
-    The tuner's part is missing where nothing is tuned.
+    The tuner's part is missing where nothing is tuned. ``flat_tuner`` gives it the form
+    that checkpoints of version 0.1 have.
     """
     training = {
         "step": state.step,
@@ -81,16 +83,21 @@ def to_items(state: TrainState) -> dict[str, Any]:
         "key": state.key,
     }
     if state.tuner is not None:
-        training["tuner"] = state.tuner
+        training["tuner"] = flattened(state.tuner) if flat_tuner else state.tuner
     return {
         "model": state.variables,
         "training": training,
     }
 
 
-def from_items(items: dict[str, Any]) -> TrainState:
-    """The state that `to_items` took apart."""
-    return TrainState(**items["model"], **items["training"])
+def from_items(
+    items: dict[str, Any], tuner: HyperparameterTuner | None = None
+) -> TrainState:
+    """The state that `to_items` took apart; ``tuner`` is that of the run."""
+    training = dict(items["training"])
+    if tuner is not None and isinstance(training["tuner"], dict):
+        training["tuner"] = nested(training["tuner"], tuner)
+    return TrainState(**items["model"], **training)
 
 
 def layer_norms(grads: Tree) -> dict[str, Array]:

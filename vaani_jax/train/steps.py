@@ -18,7 +18,8 @@ from vaani_jax.model.transformer import Vaani
 from vaani_jax.train.losses import cross_entropy
 from vaani_jax.train.schedules import Schedule
 from vaani_jax.train.state import TrainState, codes_of, layer_norms
-from vaani_jax.train.tuner import Adjustment, HyperparameterTuner, zeros_share
+from vaani_jax.train.tuner import HyperparameterTuner
+from vaani_jax.train.tuner.sparsity import zeros_share
 
 Array = jax.Array
 Tree = Any
@@ -116,7 +117,7 @@ def make_train_step(
             hyperparams["learning_rate"] = tuner.applied(
                 state.tuner, schedule.decay(state.step)
             )
-            hyperparams["clip_norm"] = state.tuner.clip_norm
+            hyperparams["clip_norm"] = state.tuner.rules["clipping"].norm
         opt_state = state.opt_state._replace(hyperparams=hyperparams)
         norms = layer_norms(grads)
         gradient_norm = _global_norm(norms)
@@ -207,13 +208,13 @@ def make_report_step(
 
 def make_adjust_step(
     model: Vaani, tuner: HyperparameterTuner, *, mix_steps: int = 0
-) -> Callable[[TrainState], tuple[TrainState, Adjustment]]:
+) -> Callable[[TrainState], tuple[TrainState, dict[str, Any]]]:
     """Builds the step in which the tuner sets what it doesn't set every step.
 
     Jit it with the state donated. ``mix_steps`` as in `make_train_step`.
     """
 
-    def adjust(state: TrainState) -> tuple[TrainState, Adjustment]:
+    def adjust(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         kernels = ternary_kernels(state.variables)
         tuned, thresholds, adjustment = tuner.adjust(
             state.tuner,
@@ -221,7 +222,7 @@ def make_adjust_step(
             codes=codes_of(model, state.variables),
             settling=state.step < mix_steps,
         )
-        quant = with_settings(state.quant, thresholds, tuned.momentum)
+        quant = with_settings(state.quant, thresholds, tuned.rules["momentum"].value)
         return dataclasses.replace(state, quant=quant, tuner=tuned), adjustment
 
     return adjust
