@@ -18,7 +18,7 @@ from vaani_jax.model.config import RENAMED
 from vaani_jax.model.size import model_size
 from vaani_jax.model.transformer import init_variables
 from vaani_jax.settings import described, differences
-from vaani_jax.train.config import Config, from_dict
+from vaani_jax.train.config import RETIRED, Config, from_dict
 from vaani_jax.train.schedules import Schedule
 
 # ml_collections still imports files in the way of Python 3.11.
@@ -81,7 +81,7 @@ def _file(folder, body):
 
 def test_base_has_every_key_with_its_default():
     # And takes those of earlier versions, which have no value of their own.
-    keys = set(_keys(Config().to_dict())) | set(RENAMED)
+    keys = set(_keys(Config().to_dict())) | set(RENAMED) | set(RETIRED)
     assert set(_keys(_base().to_dict())) == keys
     assert differences(_base().to_dict(), Config().to_dict()) == {}
     assert from_config_dict(_base()) == Config()
@@ -275,7 +275,9 @@ def test_a_sparsity_band(read):
         ("--config.learning_rate=0", "learning_rate is 0"),
         ("--config.target_sparsity_min=0.3", "set both"),
         ("--config.target_sparsity_max=much", "target_sparsity_max"),
-        ("--config.tuner.trust=0.5", "tuner: it must be that trust >= 1"),
+        ("--config.tuner.skip_ratio=0.5", "tuner: it must be that skip_ratio >= 1"),
+        ("--config.tuner.trust=0.5", "tuner.trust is no key any more"),
+        ("--config.tuner.patience=3", "explosion.PATIENCE, 30, and can't be 3"),
         ("--wrokdir=x", "wrokdir"),
         ("--config.model.dim", "config.model.dim"),
         ("stuff", "unexpected argument 'stuff'"),
@@ -395,6 +397,15 @@ def test_every_old_name_works_in_files_and_flags(old, new, read, tmp_path, capsy
     assert file[new] == value
 
 
+def test_a_key_that_is_a_constant_now_may_have_its_value(read, tmp_path, capsys):
+    plain = read("--config=base")[0]
+    for name, (value, place) in RETIRED.items():
+        assert read(_file(tmp_path, f"config.{name} = {value!r}"))[0] == plain
+        assert capsys.readouterr().err.endswith(f"it is the constant {place}\n")
+    assert len(RETIRED) == 34
+    assert read("--config=base", "--config.tuner.cut=0.7")[0] == plain
+
+
 def test_a_shipped_config_is_found_by_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     by_name = config_from_flags(["--config", "small"])
@@ -405,5 +416,5 @@ def test_a_shipped_config_is_found_by_its_name(tmp_path, monkeypatch):
 def test_every_key_has_a_text_and_is_in_the_base_config():
     keys = {dotted: text for dotted, _, text in described(Config())}
     assert all(keys.values())
-    assert len(keys) > 100
+    assert len(keys) > 60
     assert from_config_dict(default_config()) == Config()

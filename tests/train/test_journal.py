@@ -7,18 +7,19 @@ import numpy as np
 import pytest
 
 from vaani_jax.train.journal import Journal, read_events
-from vaani_jax.train.tuner import (
+from vaani_jax.train.tuner import HyperparameterTuner
+from vaani_jax.train.tuner.divergence import HEALTHY, Diagnosis
+from vaani_jax.train.tuner.learning_rate import CALM, LOSS
+from vaani_jax.train.tuner.rule import Change
+from vaani_jax.train.tuner.verdict import (
     ACCEPTED,
-    CALM,
     GRADIENT,
-    LOSS,
     NON_FINITE,
     SHRUNK,
-    Adjustment,
-    Change,
     Verdict,
 )
 
+TUNER = HyperparameterTuner(learning_rate=1e-2, warmup_steps=20)
 LAYERS = ["embedding", "layers_0"]
 
 
@@ -51,16 +52,13 @@ def same(value, cause=0):
 def adjustment(**changes):
     values = {
         "learning_rate": same(1.0, CALM),
-        "clip_norm": same(1.0),
+        "clipping": same(1.0),
         "momentum": same(0.99),
-        "thresholds": {},
-        "warm": np.bool_(False),
-        "warm_at": np.int32(7),
-        "diverged": np.int32(0),
-        "loss": np.float32(2.0),
-        "lowest": np.float32(2.0),
+        "sparsity": {},
+        "warmup": (np.bool_(False), np.int32(7)),
+        "divergence": Diagnosis(np.int32(HEALTHY), np.float32(2.0), np.float32(2.0)),
     }
-    return Adjustment(**{**values, **changes})
+    return {**values, **changes}
 
 
 def change(old, new, cause=0):
@@ -68,25 +66,25 @@ def change(old, new, cause=0):
 
 
 def test_accepted_steps_and_settings_that_stay_leave_no_line(journal, tmp_path, said):
-    journal.verdict(1, verdict(ACCEPTED, 1.0), LAYERS)
-    journal.adjustment(10, adjustment(), 20)
+    TUNER.tell_verdict(1, verdict(ACCEPTED, 1.0), LAYERS, journal)
+    TUNER.tell(10, adjustment(), journal)
     assert read_events(tmp_path / "tuner.jsonl") == []
     assert said == []
 
 
 def test_every_decision_is_a_line_with_step_cause_old_and_new(journal, tmp_path):
-    journal.verdict(3, verdict(GRADIENT), LAYERS)
-    journal.adjustment(
+    TUNER.tell_verdict(3, verdict(GRADIENT), LAYERS, journal)
+    TUNER.tell(
         10,
         adjustment(
             learning_rate=change(1.0, 0.7, LOSS),
-            clip_norm=change(1.0, 2.5),
+            clipping=change(1.0, 2.5),
             momentum=change(0.99, 0.9),
-            warm=np.bool_(True),
+            warmup=(np.bool_(True), np.int32(7)),
         ),
-        20,
+        journal,
     )
-    journal.range_test("from a range test", "auto", 0.01)
+    TUNER.range_test.tell_peak("from a range test", "auto", 0.01, journal)
     lines = (tmp_path / "tuner.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
     assert events == read_events(tmp_path / "tuner.jsonl") == journal.events
@@ -108,7 +106,7 @@ def test_thresholds_are_told_kernel_by_kernel(journal):
         "layers/attn/q_proj": Change(old, new, np.asarray([0.35, 0.2, 0.5])),
         "head": change(0.5, 0.55, 0.25),
     }
-    journal.adjustment(10, adjustment(thresholds=moves), 0)
+    TUNER.tell(10, adjustment(sparsity=moves), journal)
     assert [(e["kernel"], e["cause"]) for e in journal.events] == [
         ("layers/attn/q_proj[1]", "share of zeros 0.200"),
         ("layers/attn/q_proj[2]", "share of zeros 0.500"),
@@ -118,8 +116,8 @@ def test_thresholds_are_told_kernel_by_kernel(journal):
 
 def test_people_hear_of_the_first_of_many_skips(journal, said):
     for step in range(1, 6):
-        journal.verdict(step, verdict(NON_FINITE), LAYERS)
-    journal.verdict(7, verdict(SHRUNK, 0.25), LAYERS)
+        TUNER.tell_verdict(step, verdict(NON_FINITE), LAYERS, journal)
+    TUNER.tell_verdict(7, verdict(SHRUNK, 0.25), LAYERS, journal)
     assert len(journal.events) == 6
     assert len(said) == 2
     assert "skipped: loss or gradients are not finite" in said[0]
@@ -127,8 +125,8 @@ def test_people_hear_of_the_first_of_many_skips(journal, said):
 
 
 def test_cuts_are_said_and_recoveries_are_not(journal, said):
-    journal.adjustment(10, adjustment(learning_rate=change(1.0, 0.7, LOSS)), 0)
-    journal.adjustment(20, adjustment(learning_rate=change(0.7, 0.77, CALM)), 0)
+    TUNER.tell(10, adjustment(learning_rate=change(1.0, 0.7, LOSS)), journal)
+    TUNER.tell(20, adjustment(learning_rate=change(0.7, 0.77, CALM)), journal)
     assert len(journal.events) == 2
     (line,) = said
     assert "learning rate x 0.70: the loss rises" in line
@@ -136,7 +134,7 @@ def test_cuts_are_said_and_recoveries_are_not(journal, said):
 
 def test_the_warm_up_ends_once(journal):
     for step in (10, 20, 30):
-        journal.adjustment(step, adjustment(warm=np.bool_(True)), 20)
+        TUNER.tell(step, adjustment(warmup=(np.bool_(True), np.int32(7))), journal)
     assert [e["step"] for e in journal.events] == [10]
 
 
@@ -156,7 +154,7 @@ def test_a_resumed_run_drops_the_lines_it_will_write_again(tmp_path, said):
 def test_a_run_that_begins_again_has_one_range_test(tmp_path, said):
     for _ in range(2):  # killed before its first checkpoint
         journal = Journal(tmp_path, 0, said.append)
-        journal.range_test("from a range test", "auto", 0.01)
+        TUNER.range_test.tell_peak("from a range test", "auto", 0.01, journal)
         journal.close()
     assert len(read_events(tmp_path / "tuner.jsonl")) == 1
 
@@ -169,13 +167,14 @@ def test_numbers_that_json_has_none_for(journal, tmp_path):
 
 
 def test_the_summary_says_it_all(journal):
-    assert "followed the schedule" in journal.summary()
-    journal.range_test("from a range test", "auto", 0.0123)
-    journal.verdict(3, verdict(NON_FINITE), LAYERS)
-    journal.adjustment(10, adjustment(learning_rate=change(1.0, 0.7, LOSS)), 0)
-    journal.evaluation(20, change(0.7, 0.49, 1))
-    journal.rescue(30, 20, "the loss left what was reached", 0.5)
-    text = journal.summary()
+    assert "followed the schedule" in TUNER.summary(journal.events)
+    TUNER.range_test.tell_peak("from a range test", "auto", 0.0123, journal)
+    TUNER.tell_verdict(3, verdict(NON_FINITE), LAYERS, journal)
+    TUNER.tell(10, adjustment(learning_rate=change(1.0, 0.7, LOSS)), journal)
+    TUNER.learning_rate.tell_evaluation(20, change(0.7, 0.49, 1), journal)
+    cause = "the loss left what was reached"
+    TUNER.divergence.tell_rescue(30, 20, cause, 0.5, journal)
+    text = TUNER.summary(journal.events)
     assert "\n" not in text
     for words in (
         "peak learning rate 0.0123 (from a range test)",

@@ -14,7 +14,8 @@ from vaani_jax.train.optimizers import OptimConfig, make_optimizer
 from vaani_jax.train.schedules import Schedule
 from vaani_jax.train.state import init_state, layer_norms
 from vaani_jax.train.steps import make_adjust_step, make_report_step, make_train_step
-from vaani_jax.train.tuner import NON_FINITE, HyperparameterTuner
+from vaani_jax.train.tuner import HyperparameterTuner
+from vaani_jax.train.tuner.verdict import NON_FINITE
 
 MODEL = Vaani().changed(
     vocab_size=11, dim=16, n_layers=1, n_heads=2, ffn_dim=32, max_seq_len=8
@@ -370,13 +371,13 @@ def test_adjusting_writes_thresholds_and_momentum_where_they_belong(changes):
         if key == "threshold":  # about 0.31 zeros: too few
             np.testing.assert_allclose(value, 0.5 * 1.15, rtol=1e-6)
         elif key == "momentum":
-            np.testing.assert_allclose(value, after.tuner.momentum)
+            np.testing.assert_allclose(value, after.tuner.rules["momentum"].value)
             assert (value != 0.99).all()
         else:
             np.testing.assert_array_equal(value, before[jax.tree_util.keystr(path)])
     assert ("threshold" in seen) == config.quantization.quantize
     assert ("momentum" in seen) == (config.quantization.activation_tracking == "ema")
-    assert len(adjustment.thresholds) == sum(
+    assert len(adjustment["sparsity"]) == sum(
         path[-1].key == "threshold" for path, _ in _leaves(state.quant)
     )
 

@@ -10,29 +10,24 @@ import numpy as np
 import pytest
 
 from vaani_jax.errors import VaaniError
-from vaani_jax.train import tuner as tuner_module
-from vaani_jax.train.tuner import (
+from vaani_jax.train.tuner import HyperparameterTuner, sparsity, warmup
+from vaani_jax.train.tuner import clipping as clip
+from vaani_jax.train.tuner import divergence as div
+from vaani_jax.train.tuner import learning_rate as lr
+from vaani_jax.train.tuner.config import TunerConfig
+from vaani_jax.train.tuner.divergence import HEALTHY, LOST, STUCK
+from vaani_jax.train.tuner.explosion import PATIENCE, UPDATE_RATIO
+from vaani_jax.train.tuner.flat import flattened, nested
+from vaani_jax.train.tuner.learning_rate import CALM, FLIPS, GRADIENTS, LOSS, SKIPS
+from vaani_jax.train.tuner.memory import NORMS, layer_labels
+from vaani_jax.train.tuner.momentum import HIGHEST, LOWEST
+from vaani_jax.train.tuner.range_test import GAIN
+from vaani_jax.train.tuner.verdict import (
     ACCEPTED,
-    CALM,
-    CAUSES,
-    DIVERGENCES,
-    FLIPS,
     GRADIENT,
-    GRADIENTS,
-    HEALTHY,
-    LOSS,
-    LOST,
     NON_FINITE,
     SHRUNK,
-    SKIPS,
-    STUCK,
     UPDATE,
-    VERDICTS,
-    HyperparameterTuner,
-    TunerConfig,
-    layer_labels,
-    pick_learning_rate,
-    reconcile,
 )
 
 CODES = {
@@ -96,9 +91,8 @@ def trained(tuner, state, steps=100, seed=0, level=2.0, every=10):
 
 
 def test_tables_name_every_case():
-    assert len(VERDICTS) == SHRUNK + 1
-    assert len(CAUSES) == FLIPS + 1
-    assert len(DIVERGENCES) == STUCK + 1
+    assert len(lr.CAUSES) == FLIPS + 1
+    assert len(div.CAUSES) == STUCK + 1
 
 
 # -- The range test ---------------------------------------------------------------
@@ -116,45 +110,43 @@ def sigmoid_curve(rates, middle, drop=1.0, noise=0.0, seed=0):
 @pytest.mark.parametrize("middle", [1e-3, 6e-3, 3e-2])
 def test_the_pick_is_a_multiple_of_the_middle_of_the_fall(steps, middle):
     tuner, _ = make()
-    rates = tuner.probe_rates(steps)
-    picked = pick_learning_rate(
-        rates, sigmoid_curve(rates, middle, noise=0.01), steps, tuner.config
+    rates = tuner.range_test.rates(steps)
+    picked = tuner.range_test.pick(
+        rates, sigmoid_curve(rates, middle, noise=0.01), steps
     )
-    assert picked == pytest.approx(tuner.config.probe_gain * middle, rel=0.2)
+    assert picked == pytest.approx(GAIN * middle, rel=0.2)
 
 
 def test_long_runs_extrapolate_a_capped_range_test():
     tuner, _ = make()
-    rates = tuner.probe_rates(2000)
-    assert rates == tuner.probe_rates(16_000)
+    rates = tuner.range_test.rates(2000)
+    assert rates == tuner.range_test.rates(16_000)
     losses = sigmoid_curve(rates, 1e-2)
-    short, long = (
-        pick_learning_rate(rates, losses, n, tuner.config) for n in (2000, 16_000)
-    )
+    short, long = (tuner.range_test.pick(rates, losses, n) for n in (2000, 16_000))
     assert long == pytest.approx(short / 2, rel=1e-6)  # 8 ** (1 / 3)
 
 
 def test_losses_that_blow_up_early_end_the_test_there():
     tuner, _ = make()
-    rates = tuner.probe_rates(2000)
+    rates = tuner.range_test.rates(2000)
     losses = sigmoid_curve(rates, 1e-3)
-    whole = pick_learning_rate(rates, losses, 2000, tuner.config)
+    whole = tuner.range_test.pick(rates, losses, 2000)
     cut = [*losses[:80], math.nan]
-    assert pick_learning_rate(rates, cut, 2000, tuner.config) == pytest.approx(whole)
+    assert tuner.range_test.pick(rates, cut, 2000) == pytest.approx(whole)
 
 
 @pytest.mark.parametrize("drop", [0.0, -1.0])
 def test_no_drop_no_pick(drop):
     tuner, _ = make()
-    rates = tuner.probe_rates(2000)
+    rates = tuner.range_test.rates(2000)
     losses = sigmoid_curve(rates, 1e-2, drop=drop, noise=0.1)
-    assert pick_learning_rate(rates, losses, 2000, tuner.config) is None
+    assert tuner.range_test.pick(rates, losses, 2000) is None
 
 
 @pytest.mark.parametrize("steps", [1, 399, 400, 600, 2000, 50_000])
 def test_the_range_test_costs_a_twentieth_at_most(steps):
     tuner, _ = make()
-    rates = tuner.probe_rates(steps)
+    rates = tuner.range_test.rates(steps)
     assert len(rates) <= steps / 20
     assert bool(rates) == (steps >= 400)
     if rates:
@@ -175,7 +167,8 @@ def test_the_range_test_costs_a_twentieth_at_most(steps):
     ],
 )
 def test_a_given_learning_rate_is_kept_where_the_test_trusts_it(given, picked, taken):
-    peak, cause = reconcile(given, picked, TunerConfig())
+    tuner, _ = make()
+    peak, cause = tuner.range_test.reconcile(given, picked)
     assert peak == taken
     assert cause
 
@@ -185,9 +178,10 @@ def test_a_given_learning_rate_is_kept_where_the_test_trusts_it(given, picked, t
 
 def test_the_applied_rate_is_peak_factor_ramp_decay():
     tuner, state = make()
-    state = dataclasses.replace(state, factor=jnp.float32(0.5), ramp=jnp.float32(0.25))
+    state = state.with_rule("learning_rate", factor=jnp.float32(0.5))
+    state = state.with_rule("warmup", ramp=jnp.float32(0.25))
     assert tuner.applied(state, jnp.float32(0.8)) == pytest.approx(1e-3)
-    held = dataclasses.replace(state, held=jnp.float32(0.7))
+    held = state.with_rule("range_test", held=jnp.float32(0.7))
     assert tuner.applied(held, jnp.float32(0.8)) == pytest.approx(0.7)
 
 
@@ -195,25 +189,26 @@ def test_a_calm_warm_up_is_the_schedule_s():
     tuner, state = make(warmup_steps=8)
     ramps = []
     for _ in range(10):
-        ramps.append(float(state.ramp))
+        ramps.append(float(state.rules["warmup"].ramp))
         state, verdict = see(tuner, state)
         assert verdict.kind == ACCEPTED
     np.testing.assert_allclose(ramps, np.minimum(np.arange(1, 11) / 8, 1), rtol=1e-6)
-    assert state.warmup == 8
+    assert state.rules["warmup"].steps == 8
 
 
 def test_warm_up_is_faster_while_calm_and_slower_while_not():
     tuner, state = make(warmup_steps=100)
     for _ in range(50):
         state, _ = see(tuner, state)
-    c = tuner.config
-    fast = 50 - c.warmup_calm
-    expected = (1 + c.warmup_calm + c.warmup_fast * fast) / 100
-    assert float(state.ramp) == pytest.approx(expected, rel=1e-5)
-    before = float(state.ramp)
+    fast = 50 - warmup.CALM
+    expected = (1 + warmup.CALM + warmup.FAST * fast) / 100
+    assert float(state.rules["warmup"].ramp) == pytest.approx(expected, rel=1e-5)
+    before = float(state.rules["warmup"].ramp)
     state, _ = see(tuner, state, layer_norms={"embedding": 0.5, "layers": [0.6, 4.0]})
-    assert state.calm == 0
-    assert float(state.ramp) - before == pytest.approx(c.warmup_slow / 100, rel=1e-3)
+    assert state.memory.calm == 0
+    assert float(state.rules["warmup"].ramp) - before == pytest.approx(
+        warmup.SLOW / 100, rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("name", ["loss", "gradient_norm", "update_norm"])
@@ -226,14 +221,16 @@ def test_a_step_that_is_not_finite_is_skipped(name, value):
     assert verdict.scale == 0
     assert not verdict.accepted
     for key in ("losses", "gradient_norms", "update_norms", "count"):
-        np.testing.assert_array_equal(getattr(after, key), getattr(state, key))
+        np.testing.assert_array_equal(
+            getattr(after.memory, key), getattr(state.memory, key)
+        )
     assert jax.tree.all(
-        jax.tree.map(np.array_equal, after.layer_norms, state.layer_norms)
+        jax.tree.map(np.array_equal, after.memory.layer_norms, state.memory.layer_norms)
     )
-    assert after.skipped == state.skipped + 1
-    assert after.running == 1
+    assert after.memory.skipped == state.memory.skipped + 1
+    assert after.memory.running == 1
     again, _ = see(tuner, after)
-    assert again.running == 0
+    assert again.memory.running == 0
 
 
 def test_exploding_gradients_are_skipped_and_the_layer_named():
@@ -242,8 +239,12 @@ def test_exploding_gradients_are_skipped_and_the_layer_named():
     norms = {"embedding": 0.5, "layers": [0.6, 20.0]}
     _, verdict = see(tuner, state, gradient_norm=20.0, layer_norms=norms)
     assert verdict.kind == GRADIENT
-    assert layer_labels(state.layer_norms) == ["embedding", "layers[0]", "layers[1]"]
-    assert layer_labels(state.layer_norms)[int(verdict.layer)] == "layers[1]"
+    assert layer_labels(state.memory.layer_norms) == [
+        "embedding",
+        "layers[0]",
+        "layers[1]",
+    ]
+    assert layer_labels(state.memory.layer_norms)[int(verdict.layer)] == "layers[1]"
     assert verdict.value == 20
     assert verdict.usual == pytest.approx(1, rel=0.1)
     _, verdict = see(tuner, state, gradient_norm=9.0)
@@ -260,7 +261,7 @@ def test_nothing_explodes_before_there_is_a_norm_to_compare_with():
 def test_a_range_test_may_explode():
     tuner, state = make()
     state = trained(tuner, state)
-    state = dataclasses.replace(state, held=jnp.float32(1e-3))
+    state = state.with_rule("range_test", held=jnp.float32(1e-3))
     _, verdict = see(tuner, state, gradient_norm=1e3, update_norm=1e3)
     assert verdict.kind == ACCEPTED
     assert verdict.scale == 1
@@ -271,20 +272,19 @@ def test_a_range_test_may_explode():
 def test_updates_are_shrunk_then_skipped_then_let_through_shrunk():
     tuner, state = make()
     state = trained(tuner, state)
-    usual = float(state.update_median)
-    c = tuner.config
+    usual = float(state.memory.update_median)
     _, verdict = see(tuner, state, update_norm=10 * usual)
     assert verdict.kind == SHRUNK
-    assert float(verdict.scale) == pytest.approx(c.update_ratio / 10)
-    for _ in range(c.patience):
+    assert float(verdict.scale) == pytest.approx(UPDATE_RATIO / 10)
+    for _ in range(PATIENCE):
         state, verdict = see(tuner, state, update_norm=100 * usual)
         assert verdict.kind == UPDATE
         assert verdict.scale == 0
     state, verdict = see(tuner, state, update_norm=100 * usual)
     assert verdict.kind == SHRUNK
-    assert float(verdict.scale) == pytest.approx(c.update_ratio / 100)
-    stored = np.asarray(state.update_norms)
-    assert stored[np.isfinite(stored)].max() == pytest.approx(c.update_ratio * usual)
+    assert float(verdict.scale) == pytest.approx(UPDATE_RATIO / 100)
+    stored = np.asarray(state.memory.update_norms)
+    assert stored[np.isfinite(stored)].max() == pytest.approx(UPDATE_RATIO * usual)
 
 
 # -- Every interval ---------------------------------------------------------------
@@ -297,12 +297,14 @@ def test_medians_and_percentiles_are_numpy_s():
     for norm in norms:
         state, _ = see(tuner, state, gradient_norm=norm)
     after, _, _ = adjust(tuner, state)
-    window = norms[-tuner_module.NORMS :]
+    window = norms[-NORMS:]
     lower = np.percentile(window, 50, method="lower")
-    assert float(after.gradient_median) == pytest.approx(lower, rel=1e-6)
+    assert float(after.memory.gradient_median) == pytest.approx(lower, rel=1e-6)
     c = tuner.config
     percentile = np.percentile(window, c.clip_percentile, method="lower")
-    assert float(after.clip_norm) == pytest.approx(c.clip_margin * percentile, rel=1e-5)
+    assert float(after.rules["clipping"].norm) == pytest.approx(
+        clip.MARGIN * percentile, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
@@ -312,26 +314,26 @@ def test_the_clipping_threshold_stays_in_its_range(scale):
         state, _ = see(tuner, state, gradient_norm=scale)
     after, _, _ = adjust(tuner, state)
     bound = 0.5 if scale > 1 else 0.5 / 10
-    assert float(after.clip_norm) == pytest.approx(bound)
+    assert float(after.rules["clipping"].norm) == pytest.approx(bound)
 
 
 def test_small_moves_of_the_clipping_threshold_are_left():
     tuner, state = make(clip_norm=10.0)
     state = trained(tuner, state)
-    clip = float(state.clip_norm)
+    clip = float(state.rules["clipping"].norm)
     for _ in range(130):
         state, _ = see(tuner, state, gradient_norm=1.03)
     after, _, _ = adjust(tuner, state)
-    assert after.clip_norm == clip
+    assert after.rules["clipping"].norm == clip
 
 
 def test_calm_training_follows_the_schedule():
     tuner, state = make()
     state = trained(tuner, state, steps=400)
-    assert state.factor == 1
-    assert state.ceiling == 1
-    assert state.skipped == 0
-    assert state.shrunk == 0
+    assert state.rules["learning_rate"].factor == 1
+    assert state.rules["learning_rate"].ceiling == 1
+    assert state.memory.skipped == 0
+    assert state.memory.shrunk == 0
 
 
 def disturbed(state, tuner, kind):
@@ -350,7 +352,8 @@ def disturbed(state, tuner, kind):
             state, _ = see(tuner, state, gradient_norm=6.0)
     if kind == FLIPS:
         codes = jax.tree.map(lambda t: (-t).astype(jnp.int8), CODES)
-        state = dataclasses.replace(state, flip_rate=jnp.float32(1e-3))
+        memory = dataclasses.replace(state.memory, flip_rate=jnp.float32(1e-3))
+        state = dataclasses.replace(state, memory=memory)
     return adjust(tuner, state, codes=codes)
 
 
@@ -359,9 +362,9 @@ def test_signs_of_instability_cut_the_learning_rate_and_are_named(kind):
     tuner, state = make()
     state = trained(tuner, state)
     after, _, adjustment = disturbed(state, tuner, kind)
-    assert adjustment.learning_rate.cause == kind
-    assert float(after.factor) == pytest.approx(tuner.config.cut)
-    assert adjustment.learning_rate.old == 1
+    assert adjustment["learning_rate"].cause == kind
+    assert float(after.rules["learning_rate"].factor) == pytest.approx(lr.CUT)
+    assert adjustment["learning_rate"].old == 1
 
 
 def test_one_bad_batch_cuts_nothing():
@@ -371,8 +374,8 @@ def test_one_bad_batch_cuts_nothing():
     for _ in range(9):
         state, _ = see(tuner, state)
     after, _, adjustment = adjust(tuner, state)
-    assert after.factor == 1
-    assert adjustment.learning_rate.cause == CALM
+    assert after.rules["learning_rate"].factor == 1
+    assert adjustment["learning_rate"].cause == CALM
 
 
 def test_cuts_keep_their_distance_stop_at_the_bound_and_recover():
@@ -384,13 +387,13 @@ def test_cuts_keep_their_distance_stop_at_the_bound_and_recover():
             loss = math.nan if i < 2 else 2.0
             state, _ = see(tuner, state, loss=loss)
         state, _, _ = adjust(tuner, state)
-        factors.append(float(state.factor))
+        factors.append(float(state.rules["learning_rate"].factor))
     c = tuner.config
     cuts = np.flatnonzero(np.diff([1.0, *factors]) < 0)
     assert np.diff(cuts).min() >= c.cooldown // c.interval
-    assert min(factors) == pytest.approx(c.factor_min)
+    assert min(factors) == pytest.approx(lr.FACTOR_MIN)
     state = trained(tuner, state, steps=400)
-    assert state.factor == 1
+    assert state.rules["learning_rate"].factor == 1
 
 
 def test_a_run_that_loses_its_progress_has_diverged():
@@ -398,17 +401,19 @@ def test_a_run_that_loses_its_progress_has_diverged():
     for level in np.linspace(4, 2, 30):
         state = trained(tuner, state, steps=10, level=level)
     _, _, adjustment = adjust(tuner, state)
-    assert adjustment.diverged == HEALTHY
+    assert adjustment["divergence"].kind == HEALTHY
     for _ in range(10):
         state, _ = see(tuner, state, loss=2.3)
     _, _, adjustment = adjust(tuner, state)
-    assert adjustment.diverged == HEALTHY  # a bump: 30 % of 2 nats are not lost
+    assert (
+        adjustment["divergence"].kind == HEALTHY
+    )  # a bump: 30 % of 2 nats are not lost
     for _ in range(10):
         state, _ = see(tuner, state, loss=2.8)
     _, _, adjustment = adjust(tuner, state)
-    assert adjustment.diverged == LOST
-    assert adjustment.loss == pytest.approx(2.8, abs=0.01)
-    assert adjustment.lowest == pytest.approx(2.0, abs=0.1)
+    assert adjustment["divergence"].kind == LOST
+    assert adjustment["divergence"].loss == pytest.approx(2.8, abs=0.01)
+    assert adjustment["divergence"].lowest == pytest.approx(2.0, abs=0.1)
 
 
 def test_a_loss_far_above_the_first_has_diverged_from_the_start():
@@ -417,7 +422,7 @@ def test_a_loss_far_above_the_first_has_diverged_from_the_start():
     for _ in range(20):
         state, _ = see(tuner, state, loss=41.0)
     _, _, adjustment = adjust(tuner, state)
-    assert adjustment.diverged == LOST
+    assert adjustment["divergence"].kind == LOST
 
 
 def test_while_quantisation_is_phased_in_the_loss_may_rise():
@@ -431,19 +436,24 @@ def test_while_quantisation_is_phased_in_the_loss_may_rise():
         for _ in range(20):
             state, _ = see(tuner, state, loss=level)
         state, _, adjustment = settling(state)
-        assert adjustment.diverged == HEALTHY
-    assert float(state.lowest) == pytest.approx(3.0)
+        assert adjustment["divergence"].kind == HEALTHY
+    assert float(state.rules["divergence"].lowest) == pytest.approx(3.0)
 
 
 def test_nothing_to_apply_for_long_has_diverged():
     tuner, state = make()
     state = trained(tuner, state)
-    for i in range(tuner.config.patience):
+    for i in range(PATIENCE):
         _, _, adjustment = adjust(tuner, state)
-        assert adjustment.diverged == HEALTHY, i
+        assert adjustment["divergence"].kind == HEALTHY, i
         state, _ = see(tuner, state, loss=math.nan)
     _, _, adjustment = adjust(tuner, state)
-    assert adjustment.diverged == STUCK
+    assert adjustment["divergence"].kind == STUCK
+
+
+def rescues(state):
+    own = state.rules["divergence"]
+    return int(own.rescues), int(own.rescues_running)
 
 
 def test_a_rescue_lowers_the_ceiling_and_forgets():
@@ -451,19 +461,24 @@ def test_a_rescue_lowers_the_ceiling_and_forgets():
     state = trained(tuner, state)
     state, _ = see(tuner, state, loss=math.nan)
     after = jax.jit(tuner.rescued)(state)
-    c = tuner.config
-    assert float(after.ceiling) == pytest.approx(c.rescue_cut)
-    assert float(after.factor) == pytest.approx(c.rescue_cut)
-    assert after.count == 0
-    assert not np.isfinite(after.losses).any()
-    assert after.skipped == 1
-    assert (int(after.rescues), int(after.rescues_running)) == (1, 1)
-    assert after.record == state.record
+    assert float(after.rules["learning_rate"].ceiling) == pytest.approx(lr.RESCUE_CUT)
+    assert float(after.rules["learning_rate"].factor) == pytest.approx(lr.RESCUE_CUT)
+    assert after.memory.count == 0
+    assert not np.isfinite(after.memory.losses).any()
+    assert after.memory.skipped == 1
+    assert (
+        int(after.rules["divergence"].rescues),
+        int(after.rules["divergence"].rescues_running),
+    ) == (1, 1)
+    assert after.rules["divergence"].record == state.rules["divergence"].record
     assert jax.tree.structure(after) == jax.tree.structure(state)
     # It may not recover past the ceiling; a new lowest loss ends the count.
     after = trained(tuner, after, steps=200, level=1.5)
-    assert float(after.factor) == pytest.approx(c.rescue_cut)
-    assert (int(after.rescues), int(after.rescues_running)) == (1, 0)
+    assert float(after.rules["learning_rate"].factor) == pytest.approx(lr.RESCUE_CUT)
+    assert (
+        int(after.rules["divergence"].rescues),
+        int(after.rules["divergence"].rescues_running),
+    ) == (1, 0)
 
 
 # -- Sparsity ---------------------------------------------------------------------
@@ -505,7 +520,7 @@ def test_every_layer_comes_into_the_band_and_stays(start, band):
         zeros = np.concatenate([np.ravel(z) for z in zeros])
         inside.append(((zeros >= band[0]) & (zeros <= band[1])).all())
     assert all(inside[20:])  # 200 steps
-    assert max(moved) <= math.log(tuner.config.threshold_rate) + 1e-5
+    assert max(moved) <= math.log(sparsity.RATE) + 1e-5
     assert moved[-1] == 0  # and rests
 
 
@@ -519,7 +534,7 @@ def test_layers_are_corrected_each_in_its_own_direction():
     assert taus["a"] < 0.5
     assert taus["b"][0] > 0.5
     assert taus["b"][1] < 0.5
-    np.testing.assert_array_equal(adjustment.thresholds["b"].cause, [0, 1])
+    np.testing.assert_array_equal(adjustment["sparsity"]["b"].cause, [0, 1])
 
 
 def test_thresholds_stay_in_their_bounds():
@@ -528,15 +543,14 @@ def test_thresholds_stay_in_their_bounds():
     state, taus = tuner.init(codes, LAYERS), TAUS
     for _ in range(60):
         state, taus, _ = adjust(tuner, state, taus, codes)
-    c = tuner.config
-    assert taus["a"] == pytest.approx(c.threshold_min)
-    np.testing.assert_allclose(taus["b"], c.threshold_max)
+    assert taus["a"] == pytest.approx(sparsity.LOWEST)
+    np.testing.assert_allclose(taus["b"], sparsity.HIGHEST)
 
 
 def test_without_a_band_thresholds_are_left_alone():
     tuner, state = make()
     _, taus, adjustment = adjust(tuner, state)
-    assert adjustment.thresholds == {}
+    assert adjustment["sparsity"] == {}
     assert jax.tree.all(jax.tree.map(np.array_equal, taus, TAUS))
 
 
@@ -551,9 +565,9 @@ def test_rising_validation_loss_cuts_for_good():
         state, change = see_evaluation(state, jnp.float32(loss))
         cuts.append(int(change.cause))
     assert cuts == [0, 0, 0, 0, 0, 1, 0]
-    assert float(state.ceiling) == pytest.approx(tuner.config.cut)
+    assert float(state.rules["learning_rate"].ceiling) == pytest.approx(lr.CUT)
     state = trained(tuner, state, steps=200)
-    assert float(state.factor) == pytest.approx(tuner.config.cut)
+    assert float(state.rules["learning_rate"].factor) == pytest.approx(lr.CUT)
 
 
 def test_the_activation_momentum_grows_while_calm_within_bounds():
@@ -561,19 +575,20 @@ def test_the_activation_momentum_grows_while_calm_within_bounds():
     seen = []
     for _ in range(40):
         state = trained(tuner, state, steps=10)
-        seen.append(float(state.momentum))
-    c = tuner.config
+        seen.append(float(state.rules["momentum"].value))
     assert (np.diff(seen) >= 0).all()
-    assert np.float32(c.momentum_min) <= seen[0] < seen[-1] <= c.momentum_max
+    assert np.float32(LOWEST) <= seen[0] < seen[-1] <= HIGHEST
     assert seen[-1] == pytest.approx(1 - 10 / 410, abs=0.1 * (1 - seen[-1]))
     state, _ = see(tuner, state, loss=math.nan)
     state, _, _ = adjust(tuner, state)
-    assert float(state.momentum) == pytest.approx(c.momentum_min)
+    assert float(state.rules["momentum"].value) == pytest.approx(LOWEST)
 
 
 def test_without_tracked_ranges_the_momentum_is_left_alone():
     tuner, state = make()
-    assert trained(tuner, state).momentum == state.momentum
+    assert (
+        trained(tuner, state).rules["momentum"].value == state.rules["momentum"].value
+    )
 
 
 def test_pure_and_of_one_structure():
@@ -595,30 +610,49 @@ def test_pure_and_of_one_structure():
 
     state, kinds = jax.lax.scan(body, state, length=3)
     assert kinds.tolist() == [ACCEPTED] * 3
-    assert state.rescues == 3
+    assert state.rules["divergence"].rescues == 3
 
 
 def test_aggressive_is_twice_as_often_and_twice_as_far():
-    calm, keen = TunerConfig(), TunerConfig().aggressive()
-    assert keen.interval * 2 == calm.interval
-    for name in ("cut", "recovery", "rescue_cut", "threshold_rate", "warmup_fast"):
-        one, two = getattr(calm, name), getattr(keen, name)
-        assert math.log(two) == pytest.approx(2 * math.log(one))
-    assert HyperparameterTuner(learning_rate=1.0, aggressive=True).config == keen
+    calm, _ = make()
+    keen, _ = make(aggressive=True)
+    assert keen.config.interval * 2 == calm.config.interval
+    assert keen.config.cooldown * 2 == calm.config.cooldown
+    states = [trained(tuner, state) for tuner, state in (make(), make(aggressive=True))]
+    factors = [
+        float(disturbed(state, tuner, GRADIENTS)[0].rules["learning_rate"].factor)
+        for state, tuner in zip(states, (calm, keen), strict=True)
+    ]
+    assert factors == [pytest.approx(lr.CUT), pytest.approx(lr.CUT**2)]
+    rescued = keen.rescued(states[1]).rules["learning_rate"].factor
+    assert float(rescued) == pytest.approx(lr.RESCUE_CUT**2)
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"interval": 0},
-        {"trust": 0.5},
-        {"cut": 0.0},
-        {"momentum_max": 1.0},
-        {"threshold_min": 9.0},
-        {"probe_low": 2.0},
+        {"cooldown": -1},
+        {"probe_share": 0.6},
+        {"skip_ratio": 0.5},
         {"clip_percentile": 0.0},
+        {"rescues_max": -1},
     ],
 )
 def test_impossible_bounds_are_refused(change):
     with pytest.raises(VaaniError, match=f"tuner: .*{next(iter(change))}"):
         TunerConfig(**change)
+
+
+# -- Old and new rules -------------------------------------------------------------
+
+
+def test_the_flat_form_of_version_0_1_comes_back():
+    tuner, state = make(momentum=0.9, band=(0.3, 0.4))
+    state = trained(tuner, state)
+    flat = flattened(state)
+    assert len(jax.tree.leaves(flat)) == len(jax.tree.leaves(state))
+    assert flat.warmup == state.rules["warmup"].steps
+    back = nested(flat, tuner)
+    assert jax.tree.structure(back) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, back, state)

@@ -29,7 +29,7 @@ from vaani_jax.train.tuner import HyperparameterTuner
 from vaani_jax.train.tuner.divergence import CAUSES, STUCK
 from vaani_jax.train.tuner.explosion import PATIENCE
 from vaani_jax.train.tuner.memory import RECENT, layer_labels
-from vaani_jax.train.tuner.verdict import Verdict
+from vaani_jax.train.tuner.verdict import ACCEPTED, Verdict
 from vaani_jax.words import times
 
 Metrics = dict[str, jax.Array]
@@ -228,10 +228,12 @@ class TunedGuard(Guard):
     def settle(self, step: int, state: TrainState) -> TrainState:
         while self._pending and self._pending[0][0] <= step:
             at, decided = self._pending.pop(0)
-            decided = jax.device_get(decided)
             if isinstance(decided, Verdict):
-                self._tuner.tell_verdict(at, decided, self._layers, self._journal)
+                if jax.device_get(decided.kind) != ACCEPTED:
+                    verdict = jax.device_get(decided)
+                    self._tuner.tell_verdict(at, verdict, self._layers, self._journal)
                 continue
+            decided = jax.device_get(decided)
             self._tuner.tell(at, decided, self._journal)
             diagnosis = decided["divergence"]
             if not diagnosis.healthy:

@@ -10,7 +10,7 @@ import optax
 from vaani_jax.model.names import ternary_codes
 from vaani_jax.model.transformer import Vaani, init_variables
 from vaani_jax.train.tuner import HyperparameterTuner
-from vaani_jax.train.tuner.flat import flattened, nested
+from vaani_jax.train.tuner.flat import FlatTunerState, flattened, nested
 
 Array = jax.Array
 Tree = Any
@@ -95,7 +95,7 @@ def from_items(
 ) -> TrainState:
     """The state that `to_items` took apart; ``tuner`` is that of the run."""
     training = dict(items["training"])
-    if tuner is not None and isinstance(training["tuner"], dict):
+    if tuner is not None and isinstance(training["tuner"], FlatTunerState):
         training["tuner"] = nested(training["tuner"], tuner)
     return TrainState(**items["model"], **training)
 

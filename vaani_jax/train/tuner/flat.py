@@ -2,12 +2,12 @@
 
 from typing import Any
 
+import flax.struct
+
 from vaani_jax.train.tuner import HyperparameterTuner, TunerState
 from vaani_jax.train.tuner.divergence import DivergenceState
 from vaani_jax.train.tuner.learning_rate import LearningRateState
 from vaani_jax.train.tuner.memory import Memory
-
-Leaves = dict[str, Any]
 
 # Where each leaf is now; those of the memory, and what is not listed, kept their names.
 _PLACES = {
@@ -24,19 +24,27 @@ _PLACES = {
 }
 
 
-def flattened(state: TunerState) -> Leaves:
-    """The leaves of a state under their old names."""
+_NAMES = (*Memory.__dataclass_fields__, *_PLACES)
+# Paths of leaves, under which checkpoints keep checksums, are those of a dataclass.
+FlatTunerState: Any = flax.struct.dataclass(
+    type("FlatTunerState", (), {"__annotations__": dict.fromkeys(_NAMES, Any)})
+)
+
+
+def flattened(state: TunerState) -> Any:
+    """The leaves of a state under their old names, a `FlatTunerState`."""
     leaves = {name: getattr(state.memory, name) for name in Memory.__dataclass_fields__}
     for name, (rule, field) in _PLACES.items():
         leaves[name] = getattr(state.rules[rule], field)
-    return leaves
+    return FlatTunerState(**leaves)
 
 
-def nested(leaves: Leaves, tuner: HyperparameterTuner) -> TunerState:
-    """The state of these leaves; rules that are younger begin anew."""
-    memory = Memory(**{name: leaves[name] for name in Memory.__dataclass_fields__})
+def nested(flat: Any, tuner: HyperparameterTuner) -> TunerState:
+    """The state of a `FlatTunerState`; rules that are younger begin anew."""
+    fields = Memory.__dataclass_fields__
+    memory = Memory(**{name: getattr(flat, name) for name in fields})
     states = {name: rule.init() for name, rule in tuner.rules.items()}
     state = TunerState(memory, {k: v for k, v in states.items() if v is not None})
     for name, (rule, field) in _PLACES.items():
-        state = state.with_rule(rule, **{field: leaves[name]})
+        state = state.with_rule(rule, **{field: getattr(flat, name)})
     return state
