@@ -28,15 +28,18 @@ from vaani_jax.interop.formats.hf import put
 from vaani_jax.interop.names import tensors
 from vaani_jax.model.activations import ACTIVATIONS
 from vaani_jax.runs.curves import plot_curves
-from vaani_jax.runs.metrics import METRICS, Metric
+from vaani_jax.runs.metrics import METRICS, Metric, read_rows
 from vaani_jax.text.tokenizers import TOKENIZERS, ByteTokenizer, Kind, from_json
 from vaani_jax.train import display as display_module
 from vaani_jax.train.config import from_dict
 from vaani_jax.train.display import Display
+from vaani_jax.train.journal import read_events
 from vaani_jax.train.loop import train
 from vaani_jax.train.optimizers import OPTIMIZERS, Optimizer
 from vaani_jax.train.program import make_program
 from vaani_jax.train.schedules import SCHEDULES, Shape
+from vaani_jax.train.tuner import RULES
+from vaani_jax.train.tuner.rule import Change, Rule
 
 TEXT = "To be, or not to be, that is the question:\n" * 40
 MODEL = {"dim": 16, "n_layers": 1, "n_heads": 1, "max_seq_len": 16, "vocab_size": 8}
@@ -104,6 +107,52 @@ def test_a_filter_of_samplers_filters(monkeypatch):
     assert set(np.asarray(drawn)) == {1, 3, 5, 7}
     with pytest.raises(VaaniError, match="odd-only must be 0 or 1"):
         SamplerConfig(others=(("odd_only", 2),))
+
+
+def test_a_rule_of_the_tuner_acts_and_is_told(monkeypatch, tmp_path):
+    class Halving(Rule):
+        def init(self):
+            return jnp.float32(1)
+
+        def factor(self, state):
+            return state
+
+        def adjust(self, state, memory, seen):
+            return state / 2, Change(state, state / 2, memory.count)
+
+        def tell(self, step, change, journal):
+            journal.record(
+                step, "half", f"{change.cause} steps", change.old, change.new
+            )
+
+    monkeypatch.setitem(RULES, "halving", Halving)
+    (tmp_path / "text.txt").write_text(TEXT)
+    config = {
+        "num_steps": 8,
+        "batch_size": 2,
+        "learning_rate": 0.01,
+        "log_interval": 1,
+        "tuner": {"interval": 2},
+        "model": {key: MODEL[key] for key in MODEL if key != "vocab_size"},
+        "optim": {"warmup_steps": 0, "schedule": "constant"},
+        "data": {"path": str(tmp_path / "text.txt")},
+        "sample_interval": 0,
+    }
+    train(from_dict(config), tmp_path / "run", console=Console(file=io.StringIO()))
+    events = read_events(tmp_path / "run" / "tuner.jsonl")
+    halves = [event for event in events if event["setting"] == "half"]
+    assert [(e["step"], e["new"]) for e in halves] == [
+        (2, 0.5),
+        (4, 0.25),
+        (6, 0.125),
+        (8, 0.0625),
+    ]
+    assert halves[0]["cause"] == "2 steps"
+    rows = list(read_rows(tmp_path / "run" / "metrics.jsonl"))
+    rates = [row["train/learning_rate"] for row in rows if "train/learning_rate" in row]
+    assert rates == pytest.approx(
+        [0.01, 0.01, 0.005, 0.005, 0.0025, 0.0025, 0.00125, 0.00125]
+    )
 
 
 class Lower(ByteTokenizer):
