@@ -27,6 +27,7 @@ from vaani_jax.interop.formats import FORMATS, Format
 from vaani_jax.interop.formats.hf import put
 from vaani_jax.interop.names import tensors
 from vaani_jax.model.activations import ACTIVATIONS
+from vaani_jax.model.norm import NORMS, Norm
 from vaani_jax.runs.curves import plot_curves
 from vaani_jax.runs.metrics import METRICS, Metric, read_rows
 from vaani_jax.text.tokenizers import TOKENIZERS, ByteTokenizer, Kind, from_json
@@ -72,6 +73,19 @@ def test_an_activation_trains_a_step(monkeypatch):
 
     monkeypatch.setitem(ACTIVATIONS, "sine", sine)
     _, after, metrics = trained(model={"activation": "sine"})
+    _, _, other = trained()
+    assert np.isfinite(metrics["train/loss"])
+    assert metrics["train/loss"] != other["train/loss"]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+
+
+def test_a_norm_trains_a_step(monkeypatch):
+    class Halved(Norm):
+        def __call__(self, x):
+            return x / 2 * self.weight(x.shape[-1])
+
+    monkeypatch.setitem(NORMS, "halved", Halved)
+    _, after, metrics = trained(model={"norm": "halved"})
     _, _, other = trained()
     assert np.isfinite(metrics["train/loss"])
     assert metrics["train/loss"] != other["train/loss"]

@@ -17,6 +17,7 @@ FLOORS = (
     "files",
     "words",
     "settings",
+    "leaves",
     "devices",
     "quant",
     "kernels",

@@ -28,6 +28,12 @@ def key(default: T, text: str) -> T:
     return field
 
 
+def as_in(settings: type, name: str) -> Any:
+    """A field as it is in another settings dataclass: its default, and what it says."""
+    found = {field.name: field for field in dataclasses.fields(settings)}[name]
+    return key(found.default, found.metadata["text"])
+
+
 def named(table: Mapping[str, T], name: str, what: str) -> T:
     """The entry of a table; VaaniError, with what the table has, where there is none.
 
@@ -185,12 +191,12 @@ def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, An
 
 
 def described(settings: Any, prefix: str = "") -> list[tuple[str, Any, str]]:
-    """Every key of a settings dataclass: dotted name, value and text, in order."""
+    """Every `key` of a settings dataclass: dotted name, value and text, in order."""
     found: list[tuple[str, Any, str]] = []
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
             found += described(value, f"{prefix}{field.name}.")
-        else:
+        elif field.metadata:
             found.append((prefix + field.name, value, field.metadata["text"]))
     return found

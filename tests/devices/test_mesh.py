@@ -4,7 +4,6 @@ The runs on eight (virtual) devices are made by this file as a script, since dev
 are counted once in a process.
 """
 
-import functools
 import json
 import os
 import pathlib
@@ -16,6 +15,7 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -24,9 +24,9 @@ from vaani_jax.devices.mesh import (
     check_batch,
     constrain,
     make_mesh,
+    param_shardings,
     param_specs,
     place,
-    state_shardings,
 )
 from vaani_jax.errors import VaaniError
 from vaani_jax.model.transformer import Vaani, init_variables
@@ -34,9 +34,11 @@ from vaani_jax.runs.checkpoints import Checkpoints, fingerprints
 from vaani_jax.train.config import Config
 from vaani_jax.train.optimizers import OptimConfig, make_optimizer
 from vaani_jax.train.program import make_program
-from vaani_jax.train.state import init_state
+from vaani_jax.train.state import init_state, state_shardings
+from vaani_jax.train.tuner import HyperparameterTuner
 
 DEVICES = 8
+TUNER = HyperparameterTuner(learning_rate=1e-3)
 STEPS = 20
 PEAK = 1e-3  # of the learning rate; the warm-up of a config takes all the steps
 # Each axis alone, each pair of them, all three.
@@ -136,7 +138,7 @@ def moved(source: pathlib.Path, config: MeshConfig) -> dict:
     """Fingerprints of the parameters of a checkpoint, read onto a mesh."""
     mesh = make_mesh(config)
     params = jax.eval_shape(lambda: init_variables(MODEL, jax.random.key(0))["params"])
-    shardings = state_shardings({"params": params}, mesh, config)["params"]
+    shardings = param_shardings(params, mesh, config)
     target = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         params,
@@ -321,19 +323,18 @@ def test_a_rule_with_too_many_axes_is_an_error():
 
 def test_what_cannot_be_cut_evenly_is_an_error():
     with pytest.raises(VaaniError, match=r"k_proj/kernel .* 5 equal parts .* tensor"):
-        state_shardings({"params": abstract()}, fake_mesh(tensor=5), MeshConfig())
+        param_shardings(abstract(), fake_mesh(tensor=5), MeshConfig())
 
 
 def test_moments_and_codes_lie_as_their_parameters():
-    make_state = functools.partial(
-        init_state, MODEL, make_optimizer(OptimConfig(name="muon")), 0, None
-    )
-    shapes = jax.eval_shape(make_state)
+    optimizer = make_optimizer(OptimConfig(name="muon"))
+    shapes = jax.eval_shape(lambda: init_state(MODEL, optimizer, 0, TUNER))
     mesh = fake_mesh(fsdp=2, tensor=2)
-    shardings = state_shardings(shapes, mesh, MeshConfig())
+    shardings = state_shardings(shapes, optimizer, mesh, MeshConfig())
     kernel = P(None, "fsdp", "tensor")
     assert shardings.params["layers"]["attn"]["q_proj"]["kernel"].spec == kernel
     assert shardings.codes["layers/attn/q_proj"].spec == kernel
+    assert shardings.tuner.memory.codes["layers/attn/q_proj"].spec == kernel
     whole = [
         leaf.shape
         for leaf, sharding in zip(
@@ -345,6 +346,26 @@ def test_moments_and_codes_lie_as_their_parameters():
     assert max(map(np.prod, whole)) <= shape.n_layers * shape.hidden_dim  # norms
     moments = [s for s in jax.tree.leaves(shardings.opt_state) if s.spec == kernel]
     assert len(moments) == 5  # of the five column kernels
+
+
+def test_what_lies_as_a_parameter_is_known_by_optax_not_by_its_shape():
+    """An optimizer from outside: moments in a list, a number that has a parameter's
+    path and shape, and moments of another shape."""
+
+    def init(params):
+        rows = jax.tree.map(lambda p: p.sum(axis=-1), params)
+        stranger = {"embedding": np.zeros((128, 64), np.float32)}
+        return [jax.tree.map(np.zeros_like, params)], rows, stranger
+
+    odd = optax.GradientTransformation(init, lambda u, s, p=None: (u, s))
+    shapes = jax.eval_shape(lambda: init_state(MODEL, odd, 0, None))
+    mesh = fake_mesh(fsdp=2, tensor=2)
+    found = state_shardings(shapes, odd, mesh, MeshConfig())
+    (moments,), rows, stranger = found.opt_state
+    assert moments == found.params
+    assert not moments["embedding"].is_fully_replicated
+    for sharding in jax.tree.leaves((rows["layers"], stranger)):
+        assert sharding.is_fully_replicated
 
 
 # -- Meshes -------------------------------------------------------------------------

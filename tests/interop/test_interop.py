@@ -36,6 +36,7 @@ from vaani_jax.interop.convert import as_flags, export_model, import_model
 from vaani_jax.interop.formats import gguf as gguf_files
 from vaani_jax.interop.formats import hf
 from vaani_jax.model.names import ternary_codes
+from vaani_jax.quant.packed import pack_quarters, unpack_quarters
 
 VARIANTS = {
     "swiglu-mha-tied": SMALL,
@@ -220,8 +221,8 @@ def test_packing_is_that_of_transformers():
 
     codes = np.random.default_rng(0).integers(-1, 2, (64, 24)).astype(np.int8)
     packed = pack_weights(torch.tensor(codes.astype(np.int32))).numpy()
-    np.testing.assert_array_equal(hf.pack(codes), packed)
-    np.testing.assert_array_equal(hf.unpack(packed), codes)
+    np.testing.assert_array_equal(pack_quarters(codes), packed)
+    np.testing.assert_array_equal(unpack_quarters(packed), codes)
 
 
 def test_a_large_model_is_sharded(runs, tmp_path):
@@ -455,6 +456,7 @@ def test_a_full_precision_model_in_gguf(tmp_path):
     [
         ({"weight_granularity": "channel"}, "hf-packed", "per channel"),
         ({"activation_tracking": "ema"}, "hf", "tracked"),
+        ({"norm": "layer_norm"}, "hf", "norm layer_norm"),
         ({"ternary_head": True}, "hf", "head is ternary"),
         ({"threshold": 0.7}, "hf", "hf-packed"),
         ({"weight_scale": "least_squares"}, "hf", "hf-packed"),
@@ -483,7 +485,7 @@ def test_a_target_that_is_taken_is_refused(runs, tmp_path):
 
 
 def test_an_export_that_comes_back_wrong_is_not_kept(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(hf, "pack", lambda codes: _pack_shuffled(codes))
+    monkeypatch.setattr(hf, "pack_quarters", lambda codes: _pack_shuffled(codes))
     with pytest.raises(VaaniError, match="does not come back"):
         export_model(runs("swiglu-mha-tied"), tmp_path / "out", target="hf-packed")
     assert not list(tmp_path.iterdir())

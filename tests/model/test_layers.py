@@ -10,7 +10,7 @@ from vaani_jax.model.attention import MultiHeadAttention
 from vaani_jax.model.block import TransformerBlock, dropout
 from vaani_jax.model.feed_forward import FeedForward
 from vaani_jax.model.linear import BitLinear, project
-from vaani_jax.model.norm import RMSNorm
+from vaani_jax.model.norm import LayerNorm, RMSNorm
 from vaani_jax.model.rotary import rotary_angles, rotary_embedding
 from vaani_jax.model.transformer import Vaani
 
@@ -80,6 +80,14 @@ def linear(model, params, x):
     return x @ w
 
 
+def layer_norm(params, x, epsilon):
+    centered = x - x.mean(axis=-1, keepdims=True)
+    scale = np.asarray(params["scale"], np.float64)
+    return (
+        centered / np.sqrt((centered**2).mean(axis=-1, keepdims=True) + epsilon) * scale
+    )
+
+
 def rms_norm(params, x, epsilon=1e-5):
     scale = np.asarray(params["scale"], np.float64)
     return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + epsilon) * scale
@@ -130,11 +138,13 @@ def feed_forward(model, params, x):
 
 
 @pytest.mark.parametrize("epsilon", [1e-5, 0.1])
-def test_rms_norm(epsilon):
-    x, module = 3 * gaussian(2, 5, 16), RMSNorm(epsilon)
+@pytest.mark.parametrize("kind", [RMSNorm, LayerNorm])
+def test_norms(kind, epsilon):
+    x, module = 3 * gaussian(2, 5, 16) + 1, kind(epsilon)
     variables = initialised(module, x)
     assert shapes(variables) == {"params/scale": (16,)}
-    expected = rms_norm(variables["params"], np.asarray(x, np.float64), epsilon)
+    reference = {RMSNorm: rms_norm, LayerNorm: layer_norm}[kind]
+    expected = reference(variables["params"], np.asarray(x, np.float64), epsilon)
     np.testing.assert_allclose(apply(module, variables, x), expected, rtol=1e-5)
     low = module.apply(variables, x.astype(jnp.bfloat16))
     assert low.dtype == jnp.bfloat16

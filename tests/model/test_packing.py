@@ -13,10 +13,14 @@ from vaani_jax.quant.packed import (
     PackedRows,
     PackedTernary,
     pack,
+    pack_neighbors,
+    pack_quarters,
     pack_rows,
     relayout,
     take_rows,
     unpack,
+    unpack_neighbors,
+    unpack_quarters,
 )
 
 SHAPES = [(1, 1), (4, 16), (16, 16), (17, 33), (100, 7), (256, 128), (300, 130)]
@@ -55,6 +59,37 @@ def test_planes_are_where_the_description_says():
     for i in range(300):
         byte = int(codes[i % 128, 7])
         assert (byte >> (2 * (i // 128)) & 3) - 1 == w[i, 7]
+
+
+def byte_of(weights):
+    """A byte by the definition, from four weights."""
+    return sum((int(w) + 1) * 4**i for i, w in enumerate(weights))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("shape", [(4, 4), (8, 12), (12, 20)])
+def test_neighbors_share_a_byte_on_the_wire(axis, shape):
+    weights = ternary(*shape)
+    found = np.asarray(jax.jit(pack_neighbors, static_argnums=1)(weights, axis))
+    rows = np.moveaxis(np.asarray(weights), axis, -1)
+    expected = [
+        [byte_of(row[i : i + 4]) for i in range(0, len(row), 4)] for row in rows
+    ]
+    np.testing.assert_array_equal(np.moveaxis(found, axis, -1), expected)
+    np.testing.assert_array_equal(unpack_neighbors(found, axis), weights)
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (8, 3), (20, 7)])
+def test_rows_a_quarter_apart_share_a_byte_in_folders(shape):
+    weights = np.asarray(ternary(*shape), np.int8)
+    found, quarter = pack_quarters(weights), shape[0] // 4
+    assert (found.dtype, found.shape) == (np.uint8, (quarter, shape[1]))
+    for r in range(quarter):
+        for c in range(shape[1]):
+            assert found[r, c] == byte_of(weights[r::quarter, c])
+    np.testing.assert_array_equal(unpack_quarters(found), weights)
+    with pytest.raises(VaaniError, match="none of -1, 0 and 1"):
+        unpack_quarters(found | 3)
 
 
 def test_padding_holds_zeros():
@@ -165,6 +200,18 @@ def test_an_8_bit_embedding_serves_as_head():
         ours = model.apply(packed, tokens)
         error = np.abs(np.asarray(ours - full)).max()
         assert error < 0.05 * np.abs(np.asarray(full)).max()
+
+
+def test_a_norm_that_kernels_lack_is_computed_before_them():
+    model = small(norm="layer_norm")
+    variables = init_variables(model, jax.random.key(0))
+    tokens = jnp.arange(12).reshape(2, 6)
+    full = jax.jit(model.apply)(variables, tokens)
+    ours = jax.jit(model.apply)(pack_variables(variables, model.spec), tokens)
+    off = np.abs(np.asarray(ours - full)).max(axis=-1)
+    assert np.median(off) < 1e-5 * np.abs(np.asarray(full)).max()
+    plain = small().apply(variables, tokens)
+    assert np.abs(np.asarray(plain - full)).max() > 1e-3  # the norm does count
 
 
 def test_bits_per_weight():

@@ -8,7 +8,7 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vaani_jax.errors import VaaniError
@@ -52,8 +52,12 @@ def run_guarded(main: Callable[[Any], int], argument: Any) -> int:
         return 130
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands in `COMMANDS`."""
+def make_parser(wanted: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser of all commands in `COMMANDS`.
+
+    Args:
+      wanted: those whose flags are read, which may mean to import much; all where none.
+    """
     parser = argparse.ArgumentParser(
         prog="vaani", description="Ternary language models in JAX."
     )
@@ -66,14 +70,16 @@ def make_parser() -> argparse.ArgumentParser:
             description=module.HELP,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
-        module.add_arguments(sub)
+        if name in (wanted or COMMANDS):
+            module.add_arguments(sub)
         sub.set_defaults(module=module)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns its exit status."""
-    parser = make_parser()
+    given = sys.argv[1:] if arguments is None else arguments
+    parser = make_parser([name for name in COMMANDS if name in given])
     options, flags = parser.parse_known_args(arguments)
     taken = getattr(options.module, "FLAGS", None)
     unknown = flags

@@ -13,6 +13,9 @@ HELP = "Continue a prompt."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from vaani_jax.inference.sampling import NUMBERS, SamplerConfig
+    from vaani_jax.settings import described
+
     parser.add_argument("--workdir", required=True, help="of the run, or packed")
     given = parser.add_mutually_exclusive_group()
     given.add_argument(
@@ -24,11 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     given.add_argument("--prompts-file", default="", help="one prompt a line")
     option = parser.add_argument
     option("--max-new-tokens", type=int, default=200, help="tokens to draw")
-    option("--temperature", type=float, default=0.8, help="0 is greedy")
     option("--greedy", action="store_true", help="same as --temperature 0")
-    option("--top-k", type=int, default=0, help="keep the k likeliest; 0 all")
-    option("--top-p", type=float, default=1.0, help="nucleus; 1 keeps all")
-    option("--min-p", type=float, default=0.0, help="relative floor; 0 none")
+    numbers = {name: (value, text) for name, value, text in described(SamplerConfig())}
+    for name in NUMBERS:
+        value, text = numbers[name]
+        flag = f"--{name.replace('_', '-')}"
+        option(flag, type=type(value), default=value, help=text)
     parser.add_argument("--seed", type=int, default=0, help="equal seeds, equal text")
     parser.add_argument(
         "--num-samples", type=int, default=1, help="continuations of each prompt"
@@ -49,15 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from vaani_jax.inference import generate
     from vaani_jax.inference.model import load
+    from vaani_jax.inference.sampling import NUMBERS, SamplerConfig
 
     _keep_compiled()
 
-    sampler = generate.SamplerConfig(
-        0.0 if options.greedy else options.temperature,
-        options.top_k,
-        options.top_p,
-        options.min_p,
-    )
+    if options.greedy:
+        options.temperature = 0.0
+    sampler = SamplerConfig(**{name: getattr(options, name) for name in NUMBERS})
     prompts = _read_prompts(options)
     # A file holds several prompts, however many lines it has today.
     several = len(prompts) > 1 or bool(options.prompts_file)

@@ -26,6 +26,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from vaani_jax import leaves
 from vaani_jax.errors import VaaniError
 from vaani_jax.settings import key
 
@@ -153,17 +154,11 @@ def check_batch(mesh: Mesh, batch_size: int, accumulation_steps: int = 1) -> Non
         )
 
 
-def path_name(path: Any) -> str:
-    """Keys of a path of `jax.tree_util`, joined by slashes; indices are left out."""
-    keys = (getattr(entry, "key", getattr(entry, "name", None)) for entry in path)
-    return "/".join(str(key) for key in keys if key is not None)
-
-
 def param_specs(params: Tree, config: MeshConfig) -> dict[str, PartitionSpec]:
     """The spec of every parameter, by its path.
 
     Args:
-      params: arrays or shapes; paths as in `model.py`.
+      params: arrays or shapes; names as in `vaani_jax.model`.
       config: gives the rules.
 
     Raises:
@@ -171,8 +166,7 @@ def param_specs(params: Tree, config: MeshConfig) -> dict[str, PartitionSpec]:
     """
     rules = parse_rules((*config.rules, *RULES))
     specs = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        name = path_name(path)
+    for name, leaf in leaves.named(params).items():
         spec = next((s for pattern, s in rules if pattern.search(name)), None)
         if spec is None:
             raise VaaniError(
@@ -189,40 +183,25 @@ def param_specs(params: Tree, config: MeshConfig) -> dict[str, PartitionSpec]:
     return specs
 
 
-def state_shardings(state: Tree, mesh: Mesh, config: MeshConfig) -> Tree:
-    """A `NamedSharding` for every array of a training state.
-
-    What has the path of a parameter within its own and its shape, such as a moment of
-    the optimizer, lies as the parameter does; so do ternary codes, which have the name
-    of their module. Everything else is small, and whole on every device.
+def param_shardings(params: Tree, mesh: Mesh, config: MeshConfig) -> Tree:
+    """A `NamedSharding` for every parameter, as the rules cut it.
 
     Args:
-      state: arrays or shapes, with an attribute or key ``params``.
+      params: arrays or shapes.
       mesh: the devices.
       config: gives the rules.
 
     Raises:
       VaaniError: see `param_specs`; or a dimension can't be cut as its rule says.
     """
-    params = state["params"] if isinstance(state, dict) else state.params
     specs = param_specs(params, config)
-    shapes = {
-        path_name(path): leaf.shape
-        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
-    }
-    for name, spec in specs.items():
-        _check_cut(name, shapes[name], spec, mesh)
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
-        names = path_name(path).split("/")
-        for first in range(len(names)):
-            tail = "/".join(names[first:])
-            for name in (tail, f"{tail}/kernel"):
-                if shapes.get(name) == leaf.shape:
-                    return NamedSharding(mesh, specs[name])
-        return NamedSharding(mesh, PartitionSpec())
+        name = leaves.name(path)
+        _check_cut(name, leaf.shape, specs[name], mesh)
+        return NamedSharding(mesh, specs[name])
 
-    return jax.tree_util.tree_map_with_path(sharding, state)
+    return jax.tree_util.tree_map_with_path(sharding, params)
 
 
 def _check_cut(

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vaani_jax import leaves
 from vaani_jax.errors import VaaniError
 from vaani_jax.files import appearing
 from vaani_jax.inference.tensors import read_tensors, write_tensors
@@ -82,7 +83,7 @@ class Model:
     @property
     def packed(self) -> bool:
         """Whether its kernels are packed."""
-        return any(map(_is_packed, _leaves(self.params).values()))
+        return any(map(_is_packed, jax.tree.leaves(self.params, is_leaf=_is_packed)))
 
 
 def load(
@@ -178,7 +179,7 @@ def save_packed(model: Model, folder: str | pathlib.Path) -> None:
     arrays: dict[str, np.ndarray] = {}
     kinds: dict[str, Any] = {}
     for part, tree in model.variables.items():
-        for name, leaf in _leaves(tree).items():
+        for name, leaf in leaves.named(tree, is_leaf=_is_packed).items():
             name = f"{part}/{name}"
             if isinstance(leaf, PackedTernary):
                 leaf = relayout(leaf, "tiles")
@@ -240,12 +241,6 @@ def _is_packed(leaf: Any) -> bool:
     return isinstance(leaf, PackedTernary | PackedRows)
 
 
-def _leaves(tree: Any) -> dict[str, Any]:
-    """Arrays and packed arrays by path."""
-    found = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_packed)[0]
-    return {"/".join(entry.key for entry in path): leaf for path, leaf in found}
-
-
 def _filled(
     tree: Any, prefix: str, arrays: dict[str, np.ndarray], folder: pathlib.Path
 ) -> Any:
@@ -264,7 +259,7 @@ def _filled(
         return jax.device_put(array)
 
     def fill(path: Any, like: Any) -> Any:
-        name = prefix + "/".join(entry.key for entry in path)
+        name = prefix + leaves.name(path)
         if not _is_packed(like):
             return take(name, like)
         leaf = dataclasses.replace(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from vaani_jax.errors import VaaniError
-from vaani_jax.settings import named
+from vaani_jax.settings import key, named
 
 Array = jax.Array
 
@@ -64,18 +64,17 @@ FILTERS: dict[str, Filter] = {
 class SamplerConfig:
     """How the next token is drawn; filters apply in the order given here.
 
-    Attributes:
-      temperature: divides the logits; 0 takes the likeliest token (greedy).
-      top_k: keep the k likeliest; 0 keeps all.
-      top_p: keep the smallest set whose probability reaches p; 1 keeps all.
-      min_p: keep tokens at least this probable relative to the likeliest; 0 keeps all.
-      others: values of further rows of `FILTERS`, as pairs of name and value.
+    ``others`` holds values of further rows of `FILTERS`, as pairs of name and value.
     """
 
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    temperature: float = key(0.8, "divides the logits; 0 takes the likeliest token")
+    top_k: int = key(0, "keep the k likeliest; 0 keeps all")
+    top_p: float = key(
+        1.0, "keep the smallest set whose probability reaches it; 1 keeps all"
+    )
+    min_p: float = key(
+        0.0, "keep tokens at least so probable, beside the likeliest; 0 keeps all"
+    )
     others: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
@@ -94,9 +93,13 @@ class SamplerConfig:
 
     def value(self, name: str) -> Any:
         """The value of the filter of that name; its "off" where none is given."""
-        if name in ("top_k", "top_p", "min_p"):
+        if name in NUMBERS:
             return getattr(self, name)
         return dict(self.others).get(name, FILTERS[name].off)
+
+
+# The numbers of a sampler, which configs and commands have as well.
+NUMBERS = tuple(f.name for f in dataclasses.fields(SamplerConfig) if f.metadata)
 
 
 def sample_token(

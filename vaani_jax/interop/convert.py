@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vaani_jax import leaves
 from vaani_jax.devices.memory import return_freed_memory
 from vaani_jax.errors import VaaniError
 from vaani_jax.files import appearing
@@ -97,6 +98,11 @@ def _check_holdable(module: Vaani) -> None:
         raise VaaniError(
             f"no other tool is known to have the activation {activation}: export"
             f" knows {', '.join(ACTIVATIONS)}"
+        )
+    if module.architecture.norm != "rms_norm":
+        raise VaaniError(
+            f"no format holds the norm {module.architecture.norm}: train with"
+            " model.norm=rms_norm to export"
         )
     if q.ternary_head and q.quantize:
         raise VaaniError(
@@ -217,8 +223,8 @@ def export_model(
 
 
 def _flat(params: Tree) -> Flat:
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    return {tuple(entry.key for entry in path): leaf for path, leaf in leaves}
+    found = jax.tree_util.tree_flatten_with_path(params)[0]
+    return {leaves.keys(path): leaf for path, leaf in found}
 
 
 def _nested(left: Flat) -> Tree:

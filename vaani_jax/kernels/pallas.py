@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from vaani_jax.quant.activations import activation_bound, quantize_activations
-from vaani_jax.quant.packed import PackedTernary, relayout
+from vaani_jax.quant.packed import PackedTernary, code, relayout
 from vaani_jax.quant.product import output_scale
 
 Array = jax.Array
@@ -98,7 +98,7 @@ def _block_rows(rows: int) -> int:
 
 def _weights(codes: Array, plane: int) -> Array:
     """int8 weights of a plane of codes."""
-    return (((codes.astype(jnp.int32) >> (2 * plane)) & 3) - 1).astype(jnp.int8)
+    return (code(codes.astype(jnp.int32), plane) - 1).astype(jnp.int8)
 
 
 def _dot(a: Array, b: Array) -> Array:

@@ -22,8 +22,9 @@ from vaani_jax import kernels
 from vaani_jax.devices.mesh import BATCH, constrain
 from vaani_jax.model.config import Architecture, Execution, Quantization
 from vaani_jax.model.linear import BitLinear, project
-from vaani_jax.model.norm import RMSNorm
+from vaani_jax.model.norm import NORMS, Norm
 from vaani_jax.model.rotary import rotary_embedding
+from vaani_jax.quant.rounding import LARGEST, to_codes
 
 Array = jax.Array
 
@@ -56,7 +57,7 @@ class MultiHeadAttention(nn.Module):
         self.q_proj = BitLinear(a.n_heads * a.head_dim, *how, a.init_std)
         self.k_proj = BitLinear(a.kv_heads * a.head_dim, *how, a.init_std)
         self.v_proj = BitLinear(a.kv_heads * a.head_dim, *how, a.init_std)
-        self.sub_norm = RMSNorm(a.norm_eps) if a.sub_norms else None
+        self.sub_norm = NORMS[a.norm](a.norm_eps) if a.sub_norms else None
         self.o_proj = BitLinear(a.dim, *how, a.branch_init_std, "in")
 
     def __call__(
@@ -66,7 +67,7 @@ class MultiHeadAttention(nn.Module):
         rotary: tuple[Any, Any],
         cache: tuple[Array, ...] | None = None,
         *,
-        norm: RMSNorm | None = None,
+        norm: Norm | None = None,
         train: bool = False,
         mix: Array | None = None,
         start: Array | None = None,
@@ -195,6 +196,9 @@ def _explicit_bwd(residuals: Any, g: Array) -> tuple[Array, Array, Array]:
 _explicit.defvjp(_explicit_fwd, _explicit_bwd)
 
 
+TINY = 1e-30  # keeps a vector of zeros from being divided by its largest magnitude
+
+
 def quantize_heads(x_BTKH: Array) -> tuple[Array, Array]:
     """8-bit codes of keys or values, one scale per token and head.
 
@@ -209,9 +213,9 @@ def quantize_heads(x_BTKH: Array) -> tuple[Array, Array]:
     """
     x = x_BTKH.astype(jnp.float32)
     largest = jnp.max(jnp.abs(x), axis=-1)
-    inverse = 127.0 / jnp.maximum(largest, 1e-30)
-    codes = jnp.clip(jnp.round(x * inverse[..., None]), -127, 127)
-    return codes.astype(jnp.int8), largest * (1.0 / 127.0)
+    inverse = LARGEST / jnp.maximum(largest, TINY)
+    codes = to_codes(x * inverse[..., None]).astype(jnp.int8)
+    return codes, largest * (1.0 / LARGEST)
 
 
 def cached_attention(

@@ -10,7 +10,7 @@ from vaani_jax.devices.mesh import BATCH, constrain
 from vaani_jax.model.attention import MultiHeadAttention
 from vaani_jax.model.config import Architecture, Execution, Quantization
 from vaani_jax.model.feed_forward import FeedForward
-from vaani_jax.model.norm import RMSNorm
+from vaani_jax.model.norm import NORMS
 
 Array = jax.Array
 
@@ -43,9 +43,10 @@ class TransformerBlock(nn.Module):
 
     def setup(self) -> None:
         parts = self.architecture, self.quantization, self.execution
-        self.attn_norm = RMSNorm(self.architecture.norm_eps)
+        norm = NORMS[self.architecture.norm]
+        self.attn_norm = norm(self.architecture.norm_eps)
         self.attn = MultiHeadAttention(*parts)
-        self.ffn_norm = RMSNorm(self.architecture.norm_eps)
+        self.ffn_norm = norm(self.architecture.norm_eps)
         self.ffn = FeedForward(*parts)
 
     def __call__(

@@ -9,6 +9,7 @@ from typing import Literal
 
 from vaani_jax.errors import VaaniError
 from vaani_jax.model.activations import ACTIVATIONS
+from vaani_jax.model.norm import NORMS
 from vaani_jax.quant.spec import TernarySpec, Wire
 from vaani_jax.settings import key, named
 
@@ -29,7 +30,8 @@ class Architecture:
     dropout: float = key(0.0, "rate on embeddings and on both branches of a block")
     activation: str = key("swiglu", '"swiglu" or "relu2" (squared ReLU, gated alike)')
     rope_theta: float = key(500_000.0, "base of the rotary embedding")
-    norm_eps: float = key(1e-5, "added to the mean square in RMSNorm")
+    norm: str = key("rms_norm", '"rms_norm", or "layer_norm" (without a bias)')
+    norm_eps: float = key(1e-5, "added to the mean square, or the variance, in a norm")
     init_std: float = key(
         0.02,
         "standard deviation of initial weights; ``o_proj`` and ``down_proj`` start "
@@ -44,6 +46,7 @@ class Architecture:
 
     def __post_init__(self) -> None:
         named(ACTIVATIONS, self.activation, "model.activation")
+        named(NORMS, self.norm, "model.norm")
         for name in ("dim", "n_layers", "n_heads", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise VaaniError(

@@ -7,7 +7,7 @@ from vaani_jax.devices.mesh import BATCH, constrain
 from vaani_jax.model.activations import ACTIVATIONS
 from vaani_jax.model.config import Architecture, Execution, Quantization
 from vaani_jax.model.linear import BitLinear, project
-from vaani_jax.model.norm import RMSNorm
+from vaani_jax.model.norm import NORMS, Norm
 
 Array = jax.Array
 
@@ -28,14 +28,14 @@ class FeedForward(nn.Module):
         a, how = self.architecture, (self.quantization, self.execution)
         self.gate_proj = BitLinear(a.hidden_dim, *how, a.init_std)
         self.up_proj = BitLinear(a.hidden_dim, *how, a.init_std)
-        self.sub_norm = RMSNorm(a.norm_eps) if a.sub_norms else None
+        self.sub_norm = NORMS[a.norm](a.norm_eps) if a.sub_norms else None
         self.down_proj = BitLinear(a.dim, *how, a.branch_init_std, "in")
 
     def __call__(
         self,
         x: Array,
         *,
-        norm: RMSNorm | None = None,
+        norm: Norm | None = None,
         train: bool = False,
         mix: Array | None = None,
     ) -> Array:

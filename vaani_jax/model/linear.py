@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vaani_jax.kernels import rows_matmul, ternary_matmul
 from vaani_jax.model.config import Execution, Quantization, ternary_spec
-from vaani_jax.model.norm import RMSNorm
+from vaani_jax.model.norm import Norm, RMSNorm
 from vaani_jax.quant.activations import ActivationQuantizer
 from vaani_jax.quant.packed import PackedRows, PackedTernary
 from vaani_jax.quant.product import ternary_dot
@@ -81,7 +81,7 @@ def project(
     x: Array,
     layers: Sequence[BitLinear],
     *,
-    norm: "RMSNorm | None" = None,
+    norm: Norm | None = None,
     train: bool = False,
     mix: Array | None = None,
 ) -> tuple[Array, ...]:
@@ -92,7 +92,8 @@ def project(
     Args:
       x: [..., in].
       layers: bound modules with equal quantiser settings.
-      norm: applied to the input first; packed kernels do both in one call.
+      norm: applied to the input first; packed kernels do both in one call where it is
+        an `RMSNorm`.
       train: whether tracked ranges are updated.
       mix: see `ternary_dot`.
 
@@ -102,10 +103,12 @@ def project(
     kernels: list[Any] = [layer.kernel(x.shape[-1]) for layer in layers]
     first = layers[0]
     if isinstance(kernels[0], PackedTernary):
-        tracked = first.activation_quantizer.observe(x, train=False)
         weights = None
-        if norm is not None:
+        if isinstance(norm, RMSNorm):
             weights = norm.weight(x.shape[-1]), norm.epsilon
+        elif norm is not None:
+            x = norm(x)
+        tracked = first.activation_quantizer.observe(x, train=False)
         return ternary_matmul(x, kernels, activation_range=tracked, norm=weights)
     if norm is not None:
         x = norm(x)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vaani_jax import leaves
 from vaani_jax.quant.spec import TernarySpec
 from vaani_jax.quant.weights import ternarize
 
@@ -65,7 +66,7 @@ def with_settings(quant: Tree, thresholds: dict[str, Array], momentum: Array) ->
     """``quant`` with other thresholds, by kernel name, and activation momentum."""
 
     def visit(path: Any, leaf: Array) -> Array:
-        *names, owner, key = (entry.key for entry in path)
+        *names, owner, key = leaves.keys(path)
         if owner == "weight_quantizer" and key == "threshold":
             return thresholds["/".join(names)]
         if owner == "head_quantizer" and key == "threshold":

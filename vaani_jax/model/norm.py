@@ -1,4 +1,8 @@
-"""RMSNorm as a module."""
+"""Norms: modules that bring activations to one scale, and the table of them.
+
+Packed kernels take an `RMSNorm` with the product that follows it, in one call; any
+other norm is computed before it.
+"""
 
 import flax.linen as nn
 import jax
@@ -9,8 +13,8 @@ from vaani_jax.quant.norm import rms_norm
 Array = jax.Array
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm (arXiv:1910.07467), computed in float32.
+class Norm(nn.Module):
+    """A norm over the last axis, computed in float32.
 
     Parameters: ``scale`` [last axis], float32.
     """
@@ -23,4 +27,27 @@ class RMSNorm(nn.Module):
         return self.param("scale", nn.initializers.ones, (width,), jnp.float32)
 
     def __call__(self, x: Array) -> Array:
+        """Maps [..., D] to [..., D], in the dtype of ``x``."""
+        raise NotImplementedError
+
+
+class RMSNorm(Norm):
+    """Root-mean-square norm (arXiv:1910.07467)."""
+
+    def __call__(self, x: Array) -> Array:
         return rms_norm(x, self.weight(x.shape[-1]), self.epsilon)
+
+
+class LayerNorm(Norm):
+    """``(x - mean) / sqrt(variance + epsilon) * scale`` (arXiv:1607.06450), no bias."""
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        return rms_norm(centered, self.weight(x.shape[-1]), self.epsilon).astype(
+            x.dtype
+        )
+
+
+# A further norm is a class and a row.
+NORMS: dict[str, type[Norm]] = {"rms_norm": RMSNorm, "layer_norm": LayerNorm}

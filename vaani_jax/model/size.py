@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
+from vaani_jax import leaves
 from vaani_jax.model.names import ternary_kernels
 from vaani_jax.model.transformer import Vaani, init_variables
 
@@ -56,8 +57,8 @@ def flops_per_token(model: Vaani, seq_len: int) -> int:
     """
     variables = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
     multiplied, a = 0, model.architecture
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
-        name = path[-1].key
+    for path, leaf in leaves.named(variables["params"]).items():
+        name = path.rpartition("/")[2]
         if name == "kernel" or (name == "embedding" and a.tie_embeddings):
             multiplied += int(np.prod(leaf.shape))
     return 6 * multiplied + 12 * a.n_layers * a.dim * seq_len

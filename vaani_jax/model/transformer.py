@@ -14,7 +14,7 @@ from vaani_jax.model.block import TransformerBlock, dropout
 from vaani_jax.model.cache import KVCache
 from vaani_jax.model.config import Architecture, Execution, Quantization, ternary_spec
 from vaani_jax.model.linear import PRODUCT, BitLinear
-from vaani_jax.model.norm import RMSNorm
+from vaani_jax.model.norm import NORMS
 from vaani_jax.model.rotary import rotary_angles
 from vaani_jax.quant.packed import PackedRows, take_rows
 from vaani_jax.quant.product import ternary_dot
@@ -86,7 +86,7 @@ class Vaani(nn.Module):
             )(a, q, e)
         else:
             self.layers = [block(a, q, e) for _ in range(a.n_layers)]
-        self.final_norm = RMSNorm(a.norm_eps)
+        self.final_norm = NORMS[a.norm](a.norm_eps)
         self.packed_head: Any = self.get_variable("params", "head")
         masters = self.packed_head is None
         if q.ternary_head and q.quantize and a.tie_embeddings and masters:

@@ -6,16 +6,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vaani_jax.quant.rounding import EPSILON
+from vaani_jax.quant.rounding import EPSILON, LARGEST, to_codes
 from vaani_jax.quant.straight_through import straight_through
 
 Array = jax.Array
 
 
-ACTIVATION_MAX = 127.0
-
-
-ACTIVATION_MIN = -128.0
+LOWEST = -128.0  # of their codes
 
 
 def quantize_activations(
@@ -37,10 +34,8 @@ def quantize_activations(
     bound = activation_bound(x, activation_range)
     # Multiplying by reciprocals, and saying so, keeps compiled and eager code equal
     # to the bit: XLA would rewrite the divisions.
-    codes = jnp.clip(
-        jnp.round(x * (ACTIVATION_MAX / bound)), ACTIVATION_MIN, ACTIVATION_MAX
-    )
-    return codes, bound * (1.0 / ACTIVATION_MAX)
+    codes = to_codes(x * (LARGEST / bound), LOWEST)
+    return codes, bound * (1.0 / LARGEST)
 
 
 def activation_bound(x: Array, activation_range: Array | None = None) -> Array:

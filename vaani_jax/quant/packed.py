@@ -1,7 +1,8 @@
 """Every 2-bit layout of ternary weights, and matrices in eight bits.
 
-Two bits hold ``weight + 1``. Two orders of them exist, and `relayout` turns one into
-the other:
+Two bits hold ``weight + 1``, four of them a byte, the first in the lowest bits:
+`joined` and `code`. Which four share a byte is the layout. Two are of packed models,
+and `relayout` turns one into the other:
 
 * "tiles", of CPUs and of files: ``codes [ceil(N / 16), ceil(K / 16), 64]``. Byte
   ``4 (n % 16) + k % 4`` of block ``(n // 16, k // 16)`` holds the weights
@@ -10,6 +11,9 @@ the other:
 * "planes", of accelerators: ``codes [Q, N']`` with ``Q = 64 ceil(K / 256)`` and N' the
   next multiple of 128. Byte ``(r, n)`` holds the weights ``k = r + Q i``: a shift and a
   mask give a matrix in the shape that matrix units take.
+
+Of two others, `pack_neighbors` is what devices send each other, and `pack_quarters`
+what Hugging Face keeps.
 """
 
 from typing import Any, Literal
@@ -20,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vaani_jax.errors import VaaniError
-from vaani_jax.quant.rounding import EPSILON
+from vaani_jax.quant.rounding import EPSILON, LARGEST, to_codes
 
 Array = jax.Array
 
@@ -67,6 +71,50 @@ class PackedRows:
     scale: Array
 
 
+def joined(codes: Any) -> Any:
+    """Codes 0 to 3 [4, ...], uint8, of numpy or JAX, as bytes [...]."""
+    return codes[0] | codes[1] << 2 | codes[2] << 4 | codes[3] << 6
+
+
+def code(packed: Any, i: Any) -> Any:
+    """The i-th codes of bytes, which may be of a wider integer type."""
+    return (packed >> (2 * i)) & 3
+
+
+def pack_neighbors(weights: Array, axis: int) -> Array:
+    """Weights in {-1, 0, 1}, four neighbors along ``axis`` in a byte."""
+    codes = (weights + 1).astype(jnp.uint8)
+    shape = codes.shape
+    codes = codes.reshape(*shape[:axis], -1, 4, *shape[axis + 1 :])
+    return joined(jnp.moveaxis(codes, axis + 1, 0))
+
+
+def unpack_neighbors(packed: Array, axis: int) -> Array:
+    """The inverse of `pack_neighbors`, int8."""
+    codes = jnp.stack([code(packed, i) for i in range(4)], axis=axis + 1)
+    shape = list(packed.shape)
+    shape[axis] *= 4
+    return (codes.astype(jnp.int8) - 1).reshape(shape)
+
+
+def pack_quarters(weights: np.ndarray) -> np.ndarray:
+    """Weights [R, C] in {-1, 0, 1} as uint8 [R / 4, C]: rows R / 4 apart share a byte.
+
+    Of ``transformers/integrations/bitnet.py``. R must be a multiple of 4.
+    """
+    codes = (weights + 1).astype(np.uint8)
+    packed: np.ndarray = joined(codes.reshape(4, -1, codes.shape[1]))
+    return packed
+
+
+def unpack_quarters(packed: np.ndarray) -> np.ndarray:
+    """The inverse of `pack_quarters`, int8. Raises VaaniError for a code of 3."""
+    if (packed & (packed >> 1) & 0x55).any():
+        raise VaaniError("packed weights hold a code that is none of -1, 0 and 1")
+    parts = [code(packed, i) for i in range(4)]
+    return np.concatenate(parts).view(np.int8) - np.int8(1)
+
+
 def pack(weights: Array, scale: Array, layout: Layout = "tiles") -> PackedTernary:
     """Packs ternary weights.
 
@@ -98,14 +146,15 @@ def pack(weights: Array, scale: Array, layout: Layout = "tiles") -> PackedTernar
         blocks = codes.reshape(codes.shape[0] // TILE, 4, 4, -1, TILE)
         planes = blocks.transpose(1, 3, 0, 4, 2)  # plane, n block, k block, n, k % 4
         planes = planes.reshape(4, *planes.shape[1:3], 64)
-    packed = planes[0] | planes[1] << 2 | planes[2] << 4 | planes[3] << 6
-    return PackedTernary(packed, jnp.asarray(scale, jnp.float32), (k, n), layout)
+    return PackedTernary(
+        joined(planes), jnp.asarray(scale, jnp.float32), (k, n), layout
+    )
 
 
 def unpack(packed: PackedTernary, dtype: Any = jnp.int8) -> Array:
     """The weights [K, N] in {-1, 0, 1}."""
     k, n = packed.shape
-    planes = jnp.stack([(packed.codes >> shift) & 3 for shift in (0, 2, 4, 6)])
+    planes = jnp.stack([code(packed.codes, i) for i in range(4)])
     if packed.layout == "planes":
         weights = planes.reshape(-1, planes.shape[-1])
     else:
@@ -126,9 +175,8 @@ def pack_rows(matrix: Array) -> PackedRows:
     """Rounds a matrix [V, D] to eight bits, each row with a scale of its own."""
     matrix = matrix.astype(jnp.float32)
     bound = jnp.max(jnp.abs(matrix), axis=1)
-    scale = jnp.maximum(bound, EPSILON) * (1.0 / 127.0)
-    codes = jnp.clip(jnp.round(matrix / scale[:, None]), -127, 127)
-    return PackedRows(codes.astype(jnp.int8), scale)
+    scale = jnp.maximum(bound, EPSILON) * (1.0 / LARGEST)
+    return PackedRows(to_codes(matrix / scale[:, None]).astype(jnp.int8), scale)
 
 
 def take_rows(rows: PackedRows, ids: Array) -> Array:

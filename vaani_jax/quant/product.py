@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from vaani_jax.devices.mesh import constrain
 from vaani_jax.quant.activations import (
-    ACTIVATION_MAX,
     activation_bound,
     quantize_activations,
 )
+from vaani_jax.quant.rounding import LARGEST
 from vaani_jax.quant.spec import Split, TernarySpec, operand_dtype
 from vaani_jax.quant.weights import ternarize
 from vaani_jax.quant.wire import STORED, receive, send
@@ -34,7 +34,7 @@ def output_scale(bound: Array, scale: Array, ndim: int) -> Array:
     Returns:
       float32, [..., 1] or [..., N] with ``ndim`` axes; [] where both are scalars.
     """
-    part = 1.0 / ACTIVATION_MAX
+    part = 1.0 / LARGEST
     if scale.ndim == 0:
         return bound * (scale * part)
     return (bound * part) * _along_last(scale, ndim)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from vaani_jax.devices.mesh import constrain, shards
+from vaani_jax.quant.packed import pack_neighbors, unpack_neighbors
 from vaani_jax.quant.spec import Split, Wire
 
 Array = jax.Array
@@ -21,17 +22,11 @@ _MULTIPLIED = {"out": (None, "tensor"), "in": ("tensor", None)}
 _PACKED = {"out": 1, "in": 0}  # the dimension along which codes share a byte
 
 
-def _shifts(axis: int) -> Array:
-    """Bits to shift the four codes of a byte by, along ``axis + 1`` of three."""
-    shift = jnp.arange(0, 8, 2, dtype=jnp.uint8)
-    return shift.reshape(4, 1) if axis == 0 else shift
-
-
 def send(t: Array, dtype: Any, wire: Wire, split: Split) -> Array:
     """Operands [K, N] as they cross the wire: each device codes its own part.
 
-    2-bit codes are ``t + 1``, four neighbours in a byte, the lowest bits first, along
-    the dimension that ``fsdp`` leaves whole: [K, N / 4] or, split "in", [K / 4, N].
+    2-bit codes share a byte with their neighbors along the dimension that ``fsdp``
+    leaves whole: [K, N / 4] or, split "in", [K / 4, N].
     Where ``tensor`` cuts it so that four don't stay together, codes have 8 bits.
     """
     if shards("fsdp") == 1 or wire == "float":
@@ -39,9 +34,7 @@ def send(t: Array, dtype: Any, wire: Wire, split: Split) -> Array:
     axis = _PACKED[split]
     if wire == "int8" or t.shape[axis] % (4 * shards("tensor")):
         return t.astype(jnp.int8)
-    codes = (t + 1).astype(jnp.uint8)
-    codes = codes.reshape(*t.shape[:axis], -1, 4, *t.shape[axis + 1 :])
-    return jnp.sum(codes << _shifts(axis), axis=axis + 1, dtype=jnp.uint8)
+    return pack_neighbors(t, axis)
 
 
 def receive(sent: Array, dtype: Any, split: Split) -> Array:
@@ -52,11 +45,7 @@ def receive(sent: Array, dtype: Any, split: Split) -> Array:
     sent = constrain(sent, *_MULTIPLIED[split])
     if sent.dtype != jnp.uint8:
         return sent.astype(dtype)
-    axis = _PACKED[split]
-    codes = (jnp.expand_dims(sent, axis + 1) >> _shifts(axis)) & 3
-    shape = list(sent.shape)
-    shape[axis] *= 4
-    return (codes.astype(jnp.int8) - 1).reshape(shape).astype(dtype)
+    return unpack_neighbors(sent, _PACKED[split]).astype(dtype)
 
 
 def whole_kernel(w: Array, dtype: Any, split: Split) -> Array:

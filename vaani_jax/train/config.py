@@ -7,11 +7,11 @@ from typing import Any, Literal
 from vaani_jax.data.config import DataConfig
 from vaani_jax.devices.mesh import MeshConfig
 from vaani_jax.errors import VaaniError
-from vaani_jax.inference.sampling import SamplerConfig
+from vaani_jax.inference.sampling import NUMBERS, SamplerConfig
 from vaani_jax.model.config import RENAMED, Architecture, Execution, Quantization
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.runs.metadata import Metadata
-from vaani_jax.settings import build, key, named, renamed, without
+from vaani_jax.settings import as_in, build, key, named, renamed, without
 from vaani_jax.train.optimizers import OptimConfig
 from vaani_jax.train.schedules import SCHEDULES
 from vaani_jax.train.tuner import (
@@ -37,14 +37,14 @@ class SampleConfig:
         "one sample each; a prompt outside the vocabulary is skipped with a line",
     )
     max_new_tokens: int = key(200, "length of a sample")
-    temperature: float = key(0.8, "0: greedy")
-    top_k: int = key(0, "0: off")
-    top_p: float = key(1.0, "1: off")
-    min_p: float = key(0.0, "0: off")
+    temperature: float = as_in(SamplerConfig, "temperature")
+    top_k: int = as_in(SamplerConfig, "top_k")
+    top_p: float = as_in(SamplerConfig, "top_p")
+    min_p: float = as_in(SamplerConfig, "min_p")
 
     @property
     def sampler(self) -> SamplerConfig:
-        return SamplerConfig(self.temperature, self.top_k, self.top_p, self.min_p)
+        return SamplerConfig(**{name: getattr(self, name) for name in NUMBERS})
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
+from vaani_jax import leaves
 from vaani_jax.errors import VaaniError
 from vaani_jax.settings import key, named
 
@@ -77,14 +78,10 @@ class OptimConfig:
                 raise VaaniError(f"optim.{name} must be in [0, 1)")
 
 
-def _names(path: Any) -> list[str]:
-    return [str(getattr(entry, "key", entry)) for entry in path]
-
-
 def decay_mask(params: Tree) -> Tree:
     """True for matrices: kernels and the embedding, stacked or not; not for norms."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: _names(path)[-1] in ("kernel", "embedding"), params
+        lambda path, _: leaves.keys(path)[-1] in ("kernel", "embedding"), params
     )
 
 
@@ -92,7 +89,7 @@ def muon_labels(params: Tree) -> Tree:
     """ "muon" for the kernels of the blocks, "adamw" for everything else."""
 
     def label(path: Any, _: Array) -> str:
-        names = _names(path)
+        names = leaves.keys(path)
         inside = names[0].startswith("layers") and names[-1] == "kernel"
         return "muon" if inside else "adamw"
 

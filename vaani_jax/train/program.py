@@ -11,12 +11,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vaani_jax.devices.mesh import BATCH, check_batch, replicated, state_shardings
+from vaani_jax.devices.mesh import BATCH, check_batch, replicated
 from vaani_jax.evaluate.loss import make_eval_step
 from vaani_jax.train.config import Config
 from vaani_jax.train.optimizers import OPTIMIZERS, make_optimizer
 from vaani_jax.train.schedules import Schedule
-from vaani_jax.train.state import TrainState, init_state
+from vaani_jax.train.state import TrainState, init_state, state_shardings
 from vaani_jax.train.steps import make_adjust_step, make_report_step, make_train_step
 from vaani_jax.train.tuner import HyperparameterTuner
 
@@ -88,7 +88,7 @@ def make_program(config: Config, mesh: Mesh, num_steps: int) -> Program:
         )
     make_state = functools.partial(init_state, model, optimizer, config.seed, tuner)
     shapes = jax.eval_shape(make_state)
-    shardings = state_shardings(shapes, mesh, config.mesh)
+    shardings = state_shardings(shapes, optimizer, mesh, config.mesh)
     shapes = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=sharding

@@ -67,6 +67,7 @@ SHAPING_KEYS = (
     "hidden_dim",
     "tie_embeddings",
     "activation",
+    "norm",
 )
 
 

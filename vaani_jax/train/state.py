@@ -1,12 +1,16 @@
 """Everything that a resumed run needs, in one pytree."""
 
+import dataclasses
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding
 
+from vaani_jax import leaves
+from vaani_jax.devices.mesh import MeshConfig, param_shardings, replicated
 from vaani_jax.model.names import ternary_codes
 from vaani_jax.model.transformer import Vaani, init_variables
 from vaani_jax.train.tuner import HyperparameterTuner
@@ -67,6 +71,65 @@ def init_state(
         codes=codes,
         key=jax.random.key_data(dropout_key),
         tuner=tuner.init(codes, layer_norms(params)) if tuner else None,
+    )
+
+
+def state_shardings(
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    config: MeshConfig,
+) -> TrainState:
+    """A `NamedSharding` for every array of a training state.
+
+    What the optimizer keeps of a parameter lies as the parameter does; optax says which
+    leaves that are. One of another shape, such as a factored moment, is whole on every
+    device, and so is all that is of no parameter. Ternary codes, here and in the tuner,
+    lie as the kernel that has their name; those of a tied head are whole.
+
+    Args:
+      state: arrays or shapes.
+      optimizer: of `make_optimizer`.
+      mesh: the devices.
+      config: gives the rules.
+
+    Raises:
+      VaaniError: see `param_shardings`.
+    """
+    whole = replicated(mesh)
+    of_params = param_shardings(state.params, mesh, config)
+
+    def of_optimizer(leaf: Any, sharding: NamedSharding, param: Any) -> Any:
+        if isinstance(leaf, optax.MaskedNode):
+            return leaf
+        return sharding if leaf.shape == param.shape else whole
+
+    by_name = leaves.named(of_params)
+
+    def of_codes(codes: Tree) -> Tree:
+        return {name: by_name.get(f"{name}/kernel", whole) for name in codes}
+
+    result = jax.tree.map(lambda _: whole, state)
+    tuner = result.tuner
+    if tuner is not None:
+        memory = dataclasses.replace(
+            tuner.memory, codes=of_codes(state.tuner.memory.codes)
+        )
+        tuner = dataclasses.replace(tuner, memory=memory)
+    return dataclasses.replace(
+        result,
+        params=of_params,
+        opt_state=optax.tree.map_params(
+            optimizer,
+            of_optimizer,
+            state.opt_state,
+            of_params,
+            state.params,
+            transform_non_params=lambda _: whole,
+            is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
+        ),
+        codes=of_codes(state.codes),
+        tuner=tuner,
     )
 
 

@@ -1,9 +1,7 @@
 """Folders of Hugging Face transformers: ``config.json`` and safetensors.
 
 Kernels are stored in one of four ways (`names.Storage`); packed ones are uint8
-[out / 4, in]: with R = out / 4, byte row i holds rows i, i + R, i + 2R and i + 3R,
-lowest two bits first, as code + 1 (`transformers/integrations/bitnet.py`). Beside them
-is ``weight_scale`` [1].
+[out / 4, in] (`quant.packed.pack_quarters`). Beside them is ``weight_scale`` [1].
 
 A packed kernel comes back as a scale and, for training, as masters ``c T`` with ``c``
 chosen so that ``mean|c T|`` is that scale: the rule of b1.58 then finds the same codes,
@@ -25,6 +23,7 @@ from vaani_jax.interop.tokenizers import from_folder, to_hf
 from vaani_jax.model.config import Architecture, Quantization
 from vaani_jax.model.names import ternary_kernels
 from vaani_jax.model.transformer import Vaani
+from vaani_jax.quant.packed import pack_quarters, unpack_quarters
 from vaani_jax.quant.rounding import EPSILON
 from vaani_jax.text.tokenizers import HFTokenizer, Tokenizer
 from vaani_jax.words import first_line
@@ -60,20 +59,6 @@ def _safetensors() -> Any:
             " pip install 'vaani-jax[interop]'"
         ) from None
     return safetensors
-
-
-def pack(codes: np.ndarray) -> np.ndarray:
-    """Codes [out, in] in {-1, 0, 1} as uint8 [out / 4, in]; out % 4 must be 0."""
-    quarters = (codes + 1).astype(np.uint8).reshape(4, -1, codes.shape[1])
-    return quarters[0] | (quarters[1] << 2) | (quarters[2] << 4) | (quarters[3] << 6)
-
-
-def unpack(packed: np.ndarray) -> np.ndarray:
-    """The inverse of `pack`: int8 [out, in]. Raises VaaniError for a code of 3."""
-    if (packed & (packed >> 1) & 0x55).any():
-        raise VaaniError("packed weights hold a code that is none of -1, 0 and 1")
-    parts = [(packed >> shift) & 3 for shift in (0, 2, 4, 6)]
-    return np.concatenate(parts).view(np.int8) - np.int8(1)
 
 
 # -- Checking ---------------------------------------------------------------------
@@ -163,7 +148,7 @@ def _converted(
         if tensor.kind in ("linear", "head"):
             array = array.T
         if scale is not None:
-            yield f"{tensor.hf}.weight", pack(np.ascontiguousarray(array))
+            yield f"{tensor.hf}.weight", pack_quarters(np.ascontiguousarray(array))
             yield f"{tensor.hf}.weight_scale", scale.reshape(1)
         else:
             yield f"{tensor.hf}.weight", np.ascontiguousarray(array)
@@ -405,7 +390,7 @@ class Folder:
         packed = self._weights.read(
             f"{tensor.hf}.weight", (rows // 4, columns), ("U8",)
         )
-        codes = np.ascontiguousarray(unpack(packed).T)
+        codes = np.ascontiguousarray(unpack_quarters(packed).T)
         return masters_of(codes, scale), scale
 
 
