@@ -22,6 +22,7 @@ from vaani_jax.runs.checkpoints import Checkpoints
 from vaani_jax.train.config import from_dict
 from vaani_jax.train.loop import Callback, train
 from vaani_jax.train.schedules import Schedule
+from vaani_jax.train.tuner import explosion, range_test
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -400,7 +401,16 @@ def test_divergence_ends_with_a_message_and_a_good_checkpoint(text, tmp_path):
 # -- The tuner --------------------------------------------------------------------
 
 # As much of the tuner as fits into few steps.
-KEEN = {"interval": 4, "probe_share": 0.25, "probe_steps_min": 8, "patience": 5}
+KEEN = {"interval": 4, "probe_share": 0.25}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short():
+    """Constants of the tuner for runs of a few dozen steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(range_test, "STEPS_MIN", 8)
+        patch.setattr(explosion, "PATIENCE", 5)
+        yield
 
 
 def tuned_config(text, **changes):

@@ -25,9 +25,8 @@ from vaani_jax.train.display import Display
 from vaani_jax.train.journal import Event, Journal
 from vaani_jax.train.start import Start, first_state, restore
 from vaani_jax.train.state import TrainState
-from vaani_jax.train.tuner import HyperparameterTuner
+from vaani_jax.train.tuner import HyperparameterTuner, explosion
 from vaani_jax.train.tuner.divergence import CAUSES, STUCK
-from vaani_jax.train.tuner.explosion import PATIENCE
 from vaani_jax.train.tuner.memory import RECENT, layer_labels
 from vaani_jax.train.tuner.verdict import ACCEPTED, Verdict
 from vaani_jax.words import times
@@ -300,7 +299,7 @@ class TunedGuard(Guard):
         best = self._checkpoints.best_step()
         say = self._display.say
         # What noticing may have taken.
-        margin = max(RECENT, PATIENCE) + self._tuner.config.interval
+        margin = max(RECENT, explosion.PATIENCE) + self._tuner.config.interval
         for candidate in reversed(self._checkpoints.steps()):
             if candidate > step - margin and candidate != best:
                 continue

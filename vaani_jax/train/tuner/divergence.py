@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vaani_jax.train.journal import Event, Journal
-from vaani_jax.train.tuner.explosion import PATIENCE
+from vaani_jax.train.tuner import explosion
 from vaani_jax.train.tuner.memory import RECENT, Memory, Summary
 from vaani_jax.train.tuner.rule import Rule, Step, f32, i32
 from vaani_jax.words import times
@@ -98,7 +98,7 @@ class Divergence(Rule):
         lost = (recent - lowest > rise) | (recent > RATIO * state.first)
         lost = has_recent & lost
         kind = jnp.where(
-            memory.running >= PATIENCE, STUCK, jnp.where(lost, LOST, HEALTHY)
+            memory.running >= explosion.PATIENCE, STUCK, jnp.where(lost, LOST, HEALTHY)
         )
         record = jnp.where(settling, lowest, jnp.minimum(state.record, lowest))
         running = jnp.where(record < state.record, 0, state.rescues_running)
