@@ -6,6 +6,7 @@
 import io
 import sys
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -217,7 +218,7 @@ def test_a_format_exports(monkeypatch, tmp_path):
             np.savez(file, **arrays)
 
     def read(path, like, tokenizer):
-        params = {}
+        params: dict = {}
         for key, array in np.load(path).items():
             put(params, tuple(key.split("/")), jnp.asarray(array))
         return like, {"params": params, "quant": {}}
@@ -236,7 +237,7 @@ def test_a_format_exports(monkeypatch, tmp_path):
     }
     train(from_dict(config), tmp_path / "run", console=Console(file=io.StringIO()))
     found = export_model(
-        tmp_path / "run", tmp_path / "model.npz", target="npz", notify=str
+        tmp_path / "run", tmp_path / "model.npz", target="npz", notify=print
     )
     assert found.largest == 0
     assert "embedding" in " ".join(np.load(tmp_path / "model.npz"))
@@ -245,7 +246,7 @@ def test_a_format_exports(monkeypatch, tmp_path):
 
 
 def test_a_command_runs(monkeypatch, capsys):
-    module = types.ModuleType("hello")
+    module: Any = types.ModuleType("hello")
     module.HELP = "Greet somebody."
     module.add_arguments = lambda parser: parser.add_argument("--name")
     module.run = lambda options: print(f"hello {options.name}") or 0

@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import jax.numpy as jnp
 import pytest
@@ -122,7 +123,8 @@ def test_the_cache_has_the_dtype_that_was_asked_for(
 ):
     """Found in the caches that the command makes, in the place of float32."""
     made = []
-    create = KVCache.create.__func__
+    create: Any = KVCache.create
+    create = create.__func__
 
     def spy(cls, *args, **kwargs):
         made.append(create(cls, *args, **kwargs))
@@ -253,6 +255,8 @@ def test_no_network_falls_back_with_a_notice(tmp_path, capsys, monkeypatch):
     """Trains anywhere; a proxy that refuses connections stands for no network."""
     proxy = "http://127.0.0.1:9"
     flags = ["--config=configs/debug.py", "--config.num_steps=2"]
+    flags += ["--config.model.n_layers=1", "--config.sample.max_new_tokens=1"]
+    flags += ["--config.use_tuner=False", "--config.learning_rate=0.01"]
     flags += [f"--workdir={tmp_path / 'run'}", f"--config.data.data_dir={tmp_path}"]
     flags += ["--config.data.download_attempts=1"]
     result = run_script("train.py", *flags, https_proxy=proxy, HTTPS_PROXY=proxy)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,7 +37,8 @@ def expected(model):
     forward = jit(lambda x: MODEL.apply(model, x))
     losses = []
     for start in range(0, 7 * SEQ_LEN, SEQ_LEN):
-        logits = np.float64(forward(TOKENS[None, start : start + SEQ_LEN])[0])
+        found: Any = forward(TOKENS[None, start : start + SEQ_LEN])
+        logits = np.asarray(found[0], np.float64)
         for row, target in zip(
             logits, TOKENS[start + 1 : start + SEQ_LEN + 1], strict=True
         ):

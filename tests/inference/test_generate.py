@@ -1,11 +1,13 @@
 """Text from a model: decoding against no cache at all, samplers against numpy."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from structure import same_structure
 
 from vaani_jax.errors import VaaniError
 from vaani_jax.inference import generate as generate_module
@@ -51,10 +53,16 @@ def prompt_of(length):
     return np.random.default_rng(length).integers(0, 17, length, dtype=np.int32)
 
 
+def compiled():
+    """How many programs of each kind there are."""
+    functions: tuple[Any, ...] = (prefill, decode)
+    return [function._cache_size() for function in functions]
+
+
 def generate_by_hand(module, prompt, max_new_tokens):
     """Greedy tokens from the full forward over all that the context holds."""
     variables = variables_of(module)
-    window, drawn = list(prompt), []
+    window, drawn = list(prompt), list[int]()
     while len(drawn) < max_new_tokens:
         if len(window) >= CONTEXT:  # full: its newest half stays
             window = window[-(CONTEXT // 2) :]
@@ -201,7 +209,7 @@ def test_a_new_prompt_length_in_a_bucket_does_not_recompile():
     module = TWIN.changed(max_seq_len=64)  # compiled by no other test
 
     def compiled(*lengths):
-        before = prefill._cache_size(), decode._cache_size()
+        before = compiled()
         for length in lengths:
             generate(
                 model_of(module),
@@ -210,7 +218,7 @@ def test_a_new_prompt_length_in_a_bucket_does_not_recompile():
                 sampler=WARM,
                 seed=length,
             )
-        return prefill._cache_size() - before[0], decode._cache_size() - before[1]
+        return tuple(np.subtract(compiled(), before))
 
     assert compiled(5) == (1, 1)
     assert compiled(1, 7, 15, 16) == (0, 0)
@@ -222,7 +230,7 @@ def test_new_lengths_in_a_batch_do_not_recompile():
     module = TWIN.changed(max_seq_len=65)  # compiled by no other test
 
     def compiled(*lengths, seed=0):
-        before = prefill._cache_size(), decode._cache_size()
+        before = compiled()
         generate(
             model_of(module),
             [prompt_of(length) for length in lengths],
@@ -230,7 +238,7 @@ def test_new_lengths_in_a_batch_do_not_recompile():
             sampler=WARM,
             seed=seed,
         )
-        return prefill._cache_size() - before[0], decode._cache_size() - before[1]
+        return tuple(np.subtract(compiled(), before))
 
     assert compiled(5, 9, 1) == (1, 1)
     assert compiled(16, 2, 3) == (0, 0)
@@ -262,7 +270,7 @@ def test_scanned_layers_unroll_to_the_same_model():
     found, trees = unrolled(module, variables_of(module))
     assert found == plain
     expected = variables_of(plain)
-    assert jax.tree.structure(trees) == jax.tree.structure(expected)
+    assert same_structure(trees, expected)
     for a, b in zip(jax.tree.leaves(trees), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
     same, same_variables = unrolled(plain, expected)

@@ -14,6 +14,7 @@ import transformers
 from vaani_jax.interop import tokenizers as tokenizer_files
 from vaani_jax.interop.formats import hf
 from vaani_jax.model.transformer import Vaani, init_variables
+from vaani_jax.quant.packed import pack_quarters
 from vaani_jax.runs.checkpoints import Checkpoints
 from vaani_jax.runs.metadata import Metadata
 from vaani_jax.text.tokenizers import CharTokenizer
@@ -109,7 +110,9 @@ def their_falcon(folder):
     for name in [n for n in weights if "_proj" in n]:
         w = weights.pop(name)
         gamma = np.abs(w).mean()
-        weights[name] = hf.pack(np.clip(np.round(w / gamma), -1, 1).astype(np.int8))
+        weights[name] = pack_quarters(
+            np.clip(np.round(w / gamma), -1, 1).astype(np.int8)
+        )
         weights[f"{name}_scale"] = np.asarray([1 / gamma], np.float32)
     save_file(weights, path, metadata={"format": "pt"})
     edit_config(

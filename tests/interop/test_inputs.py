@@ -141,6 +141,7 @@ def test_a_bpe_goes_into_gguf():
     assert len(set(found.tokens)) == tokenizer.vocab_size + 2
     vocabulary = json.loads(tokenizer.serialized)["model"]["vocab"]
     assert all(found.tokens[i] == t for t, i in vocabulary.items())
+    assert found.merges
     assert all(m.count(" ") == 1 for m in found.merges)
     with pytest.raises(VaaniError, match="eos_token"):
         tokenizer_files.to_gguf(bpe(eos=False), 300)
@@ -241,7 +242,7 @@ def test_an_import_is_not_trained_in_place(tmp_path):
 
 def test_a_long_context_is_shortened_and_said(tmp_path):
     their_llama(tmp_path / "theirs", max_position_embeddings=20_000)
-    lines = []
+    lines: list[str] = []
     module = import_model(tmp_path / "theirs", tmp_path / "a", notify=lines.append)
     assert module.architecture.max_seq_len == 4096
     assert "4096 of the 20000" in lines[0]

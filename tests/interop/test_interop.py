@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # eager: compiling would take minutes
 
@@ -83,6 +84,7 @@ def agreement(workdir, folder):
     length = model.architecture.max_seq_len
     held = ValidationSet(ids, model.tokenizer, seq_len=length, batch_size=8)
     ours = held.evaluate(jax.jit(make_eval_step(model.module)), model.variables)
+    assert ours is not None
     windows = np.concatenate([w[weights > 0] for w, weights in held.batches])
     inputs = torch.tensor(windows[:, :-1], dtype=torch.long)
     with torch.no_grad():
@@ -419,7 +421,11 @@ def test_ggufs_own_reader_finds_the_codes(kind, embedding, tmp_path):
     norms = "attn_norm attn_sub_norm ffn_norm ffn_sub_norm"
     expected |= {f"blk.0.{n}.weight" for n in norms.split()}
     assert set(found) == expected
-    field = lambda key: reader.get_field(key).contents()  # noqa: E731
+
+    def field(key):
+        found: Any = reader.get_field(key)
+        return found.contents()
+
     assert field("general.architecture") == "bitnet"
     assert field("bitnet.attention.head_count") == 4
     assert field("bitnet.attention.head_count_kv") == 2

@@ -202,7 +202,12 @@ def test_attention_takes_the_native_path_where_it_can(monkeypatch):
     cache = jnp.ones((1, 4, 2, 8))
     called = []
     native = cpu.attention
-    monkeypatch.setattr(cpu, "attention", lambda *a: called.append(1) or native(*a))
+
+    def spy(*arguments):
+        called.append(1)
+        return native(*arguments)
+
+    monkeypatch.setattr(cpu, "attention", spy)
     native_y = cached_attention(q, cache, cache, jnp.asarray([2]))
     assert called
     monkeypatch.setattr(kernels, "backend", lambda: "reference")

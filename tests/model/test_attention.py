@@ -63,7 +63,7 @@ def test_each_row_sees_the_slots_from_its_start_to_the_query(heads, coded):
 
 def test_what_a_row_does_not_see_does_not_count():
     positions, start = jnp.arange(5, 6), jnp.asarray([0, 2, 5], jnp.int32)
-    q, k, v = gaussian(B, 1, 4, H, seed=0), *gaussian(2, B, S, K, H, seed=1)
+    q, (k, v) = gaussian(B, 1, 4, H, seed=0), gaussian(2, B, S, K, H, seed=1)
     slot = jnp.arange(S)[None, :, None, None]
     unseen = (slot < start[:, None, None, None]) | (slot > 5)
     attend = jax.jit(cached_attention)

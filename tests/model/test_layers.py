@@ -1,5 +1,8 @@
 """The blocks against float64 numpy."""
 
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +26,11 @@ quantized_or_not = pytest.mark.parametrize("model", [CONFIG, TWIN], ids=["bit", 
 
 def how(model):
     return model.quantization, model.execution
+
+
+def bit_linear(features, model, init_std):
+    quantization, execution = how(model)
+    return BitLinear(features, quantization, execution, init_std=init_std)
 
 
 def parts(model):
@@ -211,7 +219,7 @@ def test_dropout_is_the_identity_without_a_key_or_a_rate():
 
 @quantized_or_not
 def test_bit_linear(model):
-    x, layer = gaussian(2, 3, 16), BitLinear(10, *how(model), 0.2)
+    x, layer = gaussian(2, 3, 16), bit_linear(10, model, 0.2)
     variables = initialised(layer, x)
     assert shapes(variables["params"]) == {"kernel": (16, 10)}
     assert variables["params"]["kernel"].dtype == jnp.float32
@@ -221,7 +229,11 @@ def test_bit_linear(model):
     expected = linear(model, variables["params"], np.asarray(x, np.float64))
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
     assert apply(layer, variables, x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
-    loss = lambda params: layer.apply({**variables, "params": params}, x).sum()  # noqa: E731
+
+    def loss(params):
+        y: Any = layer.apply({**variables, "params": params}, x)
+        return y.sum()
+
     assert jnp.all(jax.jit(jax.grad(loss))(variables["params"])["kernel"] != 0)
 
 
@@ -244,18 +256,18 @@ def test_bit_linear_tracks_its_input_range_in_training_only():
 
 @quantized_or_not
 def test_projections_of_one_input_equal_each_alone(model):
-    class Three(BitLinear):
+    class Three(nn.Module):
         """Three layers under one roof, applied jointly or one by one."""
 
         def setup(self):
-            self.layers = [BitLinear(n, *how(model), 0.1 * n) for n in (4, 6, 2)]
+            self.layers = [bit_linear(n, model, 0.1 * n) for n in (4, 6, 2)]
 
         def __call__(self, x, joined):
             if joined:
                 return project(x, self.layers)
             return tuple(layer(x) for layer in self.layers)
 
-    x, module = gaussian(2, 3, 16), Three(1)
+    x, module = gaussian(2, 3, 16), Three()
     variables = initialised(module, x, True)
     joined = apply(module, variables, x, True)
     alone = apply(module, variables, x, False)
@@ -383,7 +395,7 @@ def test_gradients_equal_finite_differences(attention, activation, n_kv_heads):
             y = block(model, *jax.tree.unflatten(treedef, moved))
             sides.append(np.sum(y * weights))
         slope = (sides[0] - sides[1]) / 2e-5
-        scale = np.linalg.norm(gradient) * np.linalg.norm(direction)
+        scale = float(np.linalg.norm(gradient) * np.linalg.norm(direction))
         assert np.sum(gradient * direction) == pytest.approx(slope, abs=1e-5 * scale)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -188,13 +189,13 @@ def test_rows_of_a_ragged_batch_answer_as_each_alone(tolerance, changes):
         )
         logits, cache = step(variables, jnp.asarray(tokens), cache)
         assert jnp.isfinite(logits).all()
-        found = [np.asarray(logits)[:, :end]]
+        pieces = [np.asarray(logits)[:, :end]]
         cache = dataclasses.replace(cache, length=jnp.asarray(end, jnp.int32))
         for i in range(2):
             new = jnp.stack([row[n + i] for row, n in zip(rows, LENGTHS, strict=True)])
             logits, cache = step(variables, new[:, None], cache)
-            found.append(np.asarray(logits))
-        found = np.concatenate(found, axis=1)
+            pieces.append(np.asarray(logits))
+        found = np.concatenate(pieces, axis=1)
         np.testing.assert_array_equal(cache.start, start)
         assert int(cache.length) == end + 2
         for b, (row, first) in enumerate(zip(rows, start, strict=True)):
@@ -505,7 +506,8 @@ def test_recomputing_takes_less_memory_and_saving_products_part_of_it(model):
             return jnp.sum(other.apply(variables, tokens, train=True))
 
         compiled = jax.jit(jax.grad(loss)).lower(*shapes.values()).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        analysis: Any = compiled.memory_analysis()
+        return analysis.temp_size_in_bytes
 
     everything = temporaries()
     nothing = temporaries(remat=True)
@@ -681,6 +683,7 @@ def test_flops_are_those_that_the_compiler_counts(model, tie):
         return jnp.mean(jnp.square(model.apply(variables, tokens, train=True)))
 
     step = jax.jit(jax.value_and_grad(loss))
-    counted = step.lower(*shapes.values(), tokens).compile().cost_analysis()["flops"]
+    costs: Any = step.lower(*shapes.values(), tokens).compile().cost_analysis()
+    counted = costs["flops"]
     ratio = counted / (4 * length * flops_per_token(model, length))
     assert 1.0 <= ratio < 1.05  # element-wise work is on top

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +11,20 @@ import pytest
 
 from vaani_jax.quant.activations import ActivationQuantizer, quantize_activations
 from vaani_jax.quant.product import ternary_dot
-from vaani_jax.quant.spec import TernarySpec
+from vaani_jax.quant.spec import (
+    Granularity,
+    OperandDtype,
+    TernarySpec,
+    WeightScale,
+)
 from vaani_jax.quant.straight_through import straight_through
 from vaani_jax.quant.sums import exact_sum
 from vaani_jax.quant.weights import TernaryQuantizer, ternarize
 
-SCALES, GRANULARITIES = ("absmean", "least_squares"), ("tensor", "channel")
+SCALES: tuple[WeightScale, ...] = ("absmean", "least_squares")
+GRANULARITIES: tuple[Granularity, ...] = ("tensor", "channel")
 SPECS = {f"{s}-{g}": TernarySpec(s, g) for s in SCALES for g in GRANULARITIES}
-OPERANDS = ("float32", "bfloat16", "int8")
+OPERANDS: tuple[OperandDtype, ...] = ("float32", "bfloat16", "int8")
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 every_range = pytest.mark.parametrize("bound", [None, 1.25], ids=["token", "range"])
 
@@ -75,7 +82,7 @@ def products_and_gradients(spec, x, kernels, taus, bound, mix, cotangents):
 def test_threshold_one_half_is_round_and_clip(granularity):
     w = gaussian(96, 48, scale=0.02)
     codes, gamma = ternarize(jnp.asarray(w), 0.5, TernarySpec(granularity=granularity))
-    codes, exact = np.asarray(codes), np.abs(w.astype(np.float64))
+    exact = np.abs(w.astype(np.float64))
     ratio = w / exact.mean(axis=None if granularity == "tensor" else 0)
     clear = np.abs(np.abs(ratio) - 0.5) > 1e-5  # the two rules differ on ties
     assert clear.mean() > 0.999
@@ -260,7 +267,7 @@ def test_int8_sums_round_once_where_float32_sums_would_on_the_way():
     w[:, 0] = x[0] * rng.choice([-1.0, 1.0], k, p=[0.001, 0.999])
     x, w = x.astype(np.float32), w.astype(np.float32)
     spec = TernarySpec(operands="int8")
-    y = product(*map(jnp.asarray, (x, w)), scalar(0.5), None, spec)
+    y = product(jnp.asarray(x), jnp.asarray(w), scalar(0.5), None, spec)
     assert_same_bits(y, integer_product(x, w, 0.5, spec, None))
     assert np.abs(x.astype(np.int64) @ w.astype(np.int64)).max() * 127 > 2**24
 
@@ -460,6 +467,7 @@ def test_ternary_quantizer(scale):
     assert float(variables["quant"]["threshold"]) == pytest.approx(0.7)
     for tau in (0.7, 1.1):
         variables = {"quant": {"threshold": scalar(tau)}}
+        value: Any
         value, vjp = jax.vjp(lambda w, v=variables: module.apply(v, w), w)
         codes, scale = ternary_reference(w, tau, spec)
         np.testing.assert_allclose(value, scale * codes, rtol=1e-6)
@@ -469,6 +477,7 @@ def test_ternary_quantizer(scale):
 def test_activation_quantizer_per_token_keeps_nothing():
     x, module = jnp.asarray(gaussian(4, 16)), ActivationQuantizer()
     assert module.init(jax.random.key(0), x) == {}
+    value: Any
     value, vjp = jax.vjp(lambda x: module.apply({}, x, train=True), x)
     q, s = activation_reference(x)
     np.testing.assert_allclose(value, s * q, rtol=1e-6)
@@ -490,6 +499,7 @@ def test_tracked_range_follows_the_batches_and_rests_in_evaluation():
         np.testing.assert_allclose(y, s * q, rtol=1e-5)
 
     x = batches[3]
+    assert expected is not None
     assert float(jnp.max(jnp.abs(x))) > expected  # so that evaluation clips
     y, after = module.apply(variables, x, train=False, mutable=["quant"])
     assert jax.tree.map(float, after) == jax.tree.map(float, variables)

@@ -6,6 +6,7 @@ import pathlib
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
@@ -17,7 +18,7 @@ from vaani_jax.errors import VaaniError
 from vaani_jax.model.config import RENAMED
 from vaani_jax.model.size import model_size
 from vaani_jax.model.transformer import init_variables
-from vaani_jax.settings import described, differences
+from vaani_jax.settings import build, described, differences
 from vaani_jax.train.config import RETIRED, Config, from_dict
 from vaani_jax.train.schedules import Schedule
 
@@ -178,7 +179,7 @@ def test_large_ones_have_the_shapes_and_schedules_of_their_papers(read, name):
     assert (optim.name, optim.beta1, optim.beta2) == ("adamw", 0.9, 0.95)
     schedule = Schedule(optim, config.learning_rate, config.num_steps)
     half = (config.num_steps + 1) // 2
-    rates = [float(schedule.learning_rate(s)) for s in (374, half - 1, half)]
+    rates = [float(schedule.learning_rate(jnp.int32(s))) for s in (374, half - 1, half)]
     assert rates[0] == pytest.approx(peak)
     assert rates[2] / rates[1] == pytest.approx(2 / 3, rel=1e-3)
     decays = [float(schedule.weight_decay(s)) for s in (half - 1, half)]
@@ -347,7 +348,7 @@ def test_from_dict_refuses(values, words):
 )
 def test_bad_data_config(name):
     with pytest.raises(VaaniError, match=name):
-        DataConfig(**{name: 0})
+        build(DataConfig, {name: 0})
 
 
 def test_only_a_config_dict_is_a_config():

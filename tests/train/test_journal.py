@@ -3,7 +3,6 @@
 import json
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from vaani_jax.train.journal import Journal, read_events
@@ -37,16 +36,16 @@ def journal(tmp_path, said):
 
 def verdict(kind, scale=0.0, value=20.0, usual=1.0, layer=1):
     return Verdict(
-        kind=np.int32(kind),
-        scale=np.float32(scale),
-        value=np.float32(value),
-        usual=np.float32(usual),
-        layer=np.int32(layer),
+        kind=jnp.int32(kind),
+        scale=jnp.float32(scale),
+        value=jnp.float32(value),
+        usual=jnp.float32(usual),
+        layer=jnp.int32(layer),
     )
 
 
 def same(value, cause=0):
-    return Change(np.float32(value), np.float32(value), np.int32(cause))
+    return Change(jnp.float32(value), jnp.float32(value), jnp.int32(cause))
 
 
 def adjustment(**changes):
@@ -55,14 +54,14 @@ def adjustment(**changes):
         "clipping": same(1.0),
         "momentum": same(0.99),
         "sparsity": {},
-        "warmup": (np.bool_(False), np.int32(7)),
-        "divergence": Diagnosis(np.int32(HEALTHY), np.float32(2.0), np.float32(2.0)),
+        "warmup": (jnp.bool_(False), jnp.int32(7)),
+        "divergence": Diagnosis(jnp.int32(HEALTHY), jnp.float32(2.0), jnp.float32(2.0)),
     }
     return {**values, **changes}
 
 
 def change(old, new, cause=0):
-    return Change(np.float32(old), np.float32(new), np.asarray(cause))
+    return Change(jnp.float32(old), jnp.float32(new), jnp.asarray(cause))
 
 
 def test_accepted_steps_and_settings_that_stay_leave_no_line(journal, tmp_path, said):
@@ -80,7 +79,7 @@ def test_every_decision_is_a_line_with_step_cause_old_and_new(journal, tmp_path)
             learning_rate=change(1.0, 0.7, LOSS),
             clipping=change(1.0, 2.5),
             momentum=change(0.99, 0.9),
-            warmup=(np.bool_(True), np.int32(7)),
+            warmup=(jnp.bool_(True), jnp.int32(7)),
         ),
         journal,
     )
@@ -100,10 +99,10 @@ def test_every_decision_is_a_line_with_step_cause_old_and_new(journal, tmp_path)
 
 
 def test_thresholds_are_told_kernel_by_kernel(journal):
-    old = np.asarray([0.5, 0.5, 0.5], np.float32)
-    new = np.asarray([0.5, 0.6, 0.4], np.float32)
+    old = jnp.asarray([0.5, 0.5, 0.5], jnp.float32)
+    new = jnp.asarray([0.5, 0.6, 0.4], jnp.float32)
     moves = {
-        "layers/attn/q_proj": Change(old, new, np.asarray([0.35, 0.2, 0.5])),
+        "layers/attn/q_proj": Change(old, new, jnp.asarray([0.35, 0.2, 0.5])),
         "head": change(0.5, 0.55, 0.25),
     }
     TUNER.tell(10, adjustment(sparsity=moves), journal)
@@ -134,7 +133,7 @@ def test_cuts_are_said_and_recoveries_are_not(journal, said):
 
 def test_the_warm_up_ends_once(journal):
     for step in (10, 20, 30):
-        TUNER.tell(step, adjustment(warmup=(np.bool_(True), np.int32(7))), journal)
+        TUNER.tell(step, adjustment(warmup=(jnp.bool_(True), jnp.int32(7))), journal)
     assert [e["step"] for e in journal.events] == [10]
 
 

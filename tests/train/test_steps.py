@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from structure import same_structure
 
 from vaani_jax.evaluate.loss import make_eval_step
 from vaani_jax.model.transformer import Vaani
@@ -92,7 +94,7 @@ def test_loss_and_gradient_norm():
 
     def loss(params):
         variables = {"params": params, "quant": state.quant}
-        logits = MODEL.apply(variables, tokens[:, :-1])
+        logits: Any = MODEL.apply(variables, tokens[:, :-1])
         chosen = jnp.sum(logits * jax.nn.one_hot(tokens[:, 1:], 11), axis=-1)
         return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
 
@@ -288,8 +290,8 @@ def test_eval_step_sums_weighted_rows():
     step = jit(make_eval_step(MODEL))
     logits = _forward()(state.params, state.quant, tokens[:, :-1], None)
     rows = _losses64(logits, tokens[:, 1:]).sum(axis=-1)
-    for weights in ([1, 1, 1, 1], [1, 0, 1, 0], [0.5, 2, 0, 0]):
-        total = step(state.variables, tokens, np.float32(weights))
+    for weights in np.asarray([[1, 1, 1, 1], [1, 0, 1, 0], [0.5, 2, 0, 0]], np.float32):
+        total = step(state.variables, tokens, weights)
         assert float(total) == pytest.approx((rows * weights).sum(), rel=1e-6)
 
 
@@ -362,7 +364,7 @@ def test_adjusting_writes_thresholds_and_momentum_where_they_belong(changes):
     tuner = HyperparameterTuner(learning_rate=PEAK, momentum=0.99, band=(0.5, 0.6))
     state = jit(lambda: init_state(config, make_optimizer(OPTIM), 0, tuner))()
     after, adjustment = jit(make_adjust_step(config, tuner))(state)
-    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert same_structure(after, state)
     before = {jax.tree_util.keystr(k): v for k, v in _leaves(state.quant)}
     seen = set()
     for path, value in _leaves(after.quant):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from structure import same_structure
 
 from vaani_jax.errors import VaaniError
 from vaani_jax.train.tuner import HyperparameterTuner, sparsity, warmup
@@ -471,7 +472,7 @@ def test_a_rescue_lowers_the_ceiling_and_forgets():
         int(after.rules["divergence"].rescues_running),
     ) == (1, 1)
     assert after.rules["divergence"].record == state.rules["divergence"].record
-    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert same_structure(after, state)
     # It may not recover past the ceiling; a new lowest loss ends the count.
     after = trained(tuner, after, steps=200, level=1.5)
     assert float(after.rules["learning_rate"].factor) == pytest.approx(lr.RESCUE_CUT)
@@ -516,8 +517,8 @@ def test_every_layer_comes_into_the_band_and_stays(start, band):
         state, taus, _ = adjust(tuner, state, taus, codes())
         ratios = [np.ravel(taus[k] / before[k]) for k in taus]
         moved.append(np.abs(np.log(np.concatenate(ratios))).max())
-        zeros = [np.mean(t == 0, axis=(-2, -1)) for t in codes().values()]
-        zeros = np.concatenate([np.ravel(z) for z in zeros])
+        shares = [np.mean(t == 0, axis=(-2, -1)) for t in codes().values()]
+        zeros = np.concatenate([np.ravel(share) for share in shares])
         inside.append(((zeros >= band[0]) & (zeros <= band[1])).all())
     assert all(inside[20:])  # 200 steps
     assert max(moved) <= math.log(sparsity.RATE) + 1e-5
@@ -654,5 +655,5 @@ def test_the_flat_form_of_version_0_1_comes_back():
     assert len(jax.tree.leaves(flat)) == len(jax.tree.leaves(state))
     assert flat.warmup == state.rules["warmup"].steps
     back = nested(flat, tuner)
-    assert jax.tree.structure(back) == jax.tree.structure(state)
+    assert same_structure(back, state)
     jax.tree.map(np.testing.assert_array_equal, back, state)

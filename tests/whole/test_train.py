@@ -58,7 +58,7 @@ def text(tmp_path_factory) -> pathlib.Path:
 
 
 def make_config(text, **changes):
-    values = {**TINY, "data": {"path": str(text)}}
+    values: dict = {**TINY, "data": {"path": str(text)}}
     for key, value in changes.items():
         section = isinstance(value, dict)
         values[key] = {**values.get(key, {}), **value} if section else value
@@ -504,6 +504,7 @@ def test_a_run_that_is_stuck_goes_back_and_goes_on(text, tmp_path, monkeypatch):
     assert event["old"] == 28
     assert event["new"] == 24  # the best: its weights are those of step 20
     assert event["learning_rate_factor"] == 0.5
+    assert result is not None
     assert result.loss < 3.2  # from 3.33
     assert "rescued: no step can be applied" in file.getvalue()
     assert "rolled back once" in " ".join(file.getvalue().split())
