@@ -1,6 +1,6 @@
 """BitNet b1.58 in PyTorch, to be compared with: the FAQ's formulas, as published.
 
-The same architecture and quantisers as `vaani_jax`, written the way the training-tips
+The same architecture and quantizers as `vaani_jax`, written the way the training-tips
 FAQ of b1.58 writes them (`x + (quant(x) - x).detach()`), with scaled dot-product
 attention; for `train_step.py`, which compiles it.
 """

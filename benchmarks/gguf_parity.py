@@ -14,7 +14,7 @@ figure to go by, as ten prompts say little. Exits with status 1 where a bar is m
 1 % of perplexity, nine prompts of ten.
 
 The AMX code of llama-cpp-python 0.3.36 crashed on any Q8_0 file, also one that gguf
-quantised; compiled for AVX-512 without AMX, it runs them.
+quantized; compiled for AVX-512 without AMX, it runs them.
 """
 
 import argparse

@@ -6,7 +6,7 @@
 Each contender trains on random tokens in a process of its own, with AdamW and clipping,
 in float32; the processes take turns, pass by pass, so that a drift of the machine's
 speed meets them all. PyTorch (``pip install torch``) runs the same architecture with
-the same quantisers, see bitnet_torch.py, under torch.compile; it is left out, with a
+the same quantizers, see bitnet_torch.py, under torch.compile; it is left out, with a
 line that says so, where it is not installed.
 
     python benchmarks/train_step.py --accelerator --batch 8 16
@@ -14,14 +14,14 @@ line that says so, where it is not installed.
         --config.execution.remat_save=products
 
 is for GPUs and TPUs: the first device alone, configs from 125M to 1.3B as they are
-(bfloat16, scanned layers, rematerialisation) but with AdamW, sequences of 2048 tokens
+(bfloat16, scanned layers, rematerialization) but with AdamW, sequences of 2048 tokens
 and no accumulation; the full-precision twin beside ternary with its integers in
 bfloat16 and in int8. Each variant has a process and the device for itself, one after
 the other, so that peaks of memory are its own; one that fails, for lack of memory or
 otherwise, is a row that says so.
 
 MFU is tokens per second x `vaani_jax.model.flops_per_token` (PaLM's count: what is
-recomputed and quantisers count nothing) over the peak of the chip in bfloat16
+recomputed and quantizers count nothing) over the peak of the chip in bfloat16
 (`vaani_jax.chips`), for int8 operands too: only a third of the products are integers.
 "-" stands for a chip that is not in the table, and for memory that a backend doesn't
 tell. "spread" is slowest less fastest pass.
@@ -390,7 +390,7 @@ def main() -> None:
     tokens = config.batch_size * config.model.max_seq_len
     rows = []
     for name in names:
-        # Ratios pass by pass: neighbours in time met the same machine.
+        # Ratios pass by pass: neighbors in time met the same machine.
         ratios = [own / t for t, own in zip(times["ternary"], times[name], strict=True)]
         rows.append(
             {

@@ -40,20 +40,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         server = self.server
         assert isinstance(server, Server)
-        behaviour = server.script[min(server.requests, len(server.script) - 1)]
+        behavior = server.script[min(server.requests, len(server.script) - 1)]
         server.requests += 1
-        if behaviour == "hang":
+        if behavior == "hang":
             server.released.wait(20)
             return
-        if behaviour == "error":
+        if behavior == "error":
             self.send_error(503)
             return
         bodies = {"swapped": PLAY[:-2] + b"?\n", "oversize": PLAY * 3}
-        body = bodies.get(behaviour, PLAY)
+        body = bodies.get(behavior, PLAY)
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body[: len(body) // 2] if behaviour == "truncated" else body)
+        self.wfile.write(body[: len(body) // 2] if behavior == "truncated" else body)
 
 
 @pytest.fixture

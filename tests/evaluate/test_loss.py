@@ -12,7 +12,7 @@ from vaani_jax.evaluate.loss import Evaluation, ValidationSet, make_eval_step
 from vaani_jax.model.transformer import Vaani, init_variables
 from vaani_jax.text.tokenizers import ByteTokenizer, CharTokenizer
 
-# Most of the time here is spent in LLVM: what it optimises is not what is tested.
+# Most of the time here is spent in LLVM: what it optimizes is not what is tested.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SEQ_LEN = 6
 ALPHABET = "abcdefghijk"

@@ -138,7 +138,7 @@ def test_transformers_computes_what_we_compute(variant, target, runs, tmp_path):
 
 
 def test_the_comparison_sees_a_wrong_scale(runs, tmp_path):
-    # The 0.69 trap: masters that are quantised already.
+    # The 0.69 trap: masters that are quantized already.
     export_model(runs("swiglu-mha-tied"), tmp_path / "out", target="hf", notify=notify)
     from safetensors.numpy import load_file, save_file
 

@@ -137,7 +137,7 @@ def test_a_norm_in_the_call(isa, rows, k):
 
 
 def trained_product(x, kernel):
-    """float64 numpy: quantise, multiply, rescale."""
+    """float64 numpy: quantize, multiply, rescale."""
     from vaani_jax.quant.packed import unpack
 
     bound = np.abs(x).max(-1, keepdims=True)

@@ -60,7 +60,7 @@ def rotary_of(model, positions):
     return tuple(jnp.asarray(t)[positions] for t in table)
 
 
-def initialised(module, *args):
+def initialized(module, *args):
     """Variables as `init` shapes them: Gaussian kernels, and norms that matter."""
     rng = np.random.default_rng(7)
 
@@ -149,7 +149,7 @@ def feed_forward(model, params, x):
 @pytest.mark.parametrize("kind", [RMSNorm, LayerNorm])
 def test_norms(kind, epsilon):
     x, module = 3 * gaussian(2, 5, 16) + 1, kind(epsilon)
-    variables = initialised(module, x)
+    variables = initialized(module, x)
     assert shapes(variables) == {"params/scale": (16,)}
     reference = {RMSNorm: rms_norm, LayerNorm: layer_norm}[kind]
     expected = reference(variables["params"], np.asarray(x, np.float64), epsilon)
@@ -220,7 +220,7 @@ def test_dropout_is_the_identity_without_a_key_or_a_rate():
 @quantized_or_not
 def test_bit_linear(model):
     x, layer = gaussian(2, 3, 16), bit_linear(10, model, 0.2)
-    variables = initialised(layer, x)
+    variables = initialized(layer, x)
     assert shapes(variables["params"]) == {"kernel": (16, 10)}
     assert variables["params"]["kernel"].dtype == jnp.float32
     quant = {"weight_quantizer/threshold": ()} if model.quantization.quantize else {}
@@ -240,7 +240,7 @@ def test_bit_linear(model):
 def test_bit_linear_tracks_its_input_range_in_training_only():
     model = CONFIG.changed(activation_tracking="ema", activation_momentum=0.5)
     layer, x = BitLinear(10, *how(model)), gaussian(3, 16)
-    variables = initialised(layer, x)
+    variables = initialized(layer, x)
     _, updated = layer.apply(variables, x, train=True, mutable=["quant"])
     _, updated = layer.apply(
         {**variables, **updated}, 3 * x, train=True, mutable=["quant"]
@@ -268,7 +268,7 @@ def test_projections_of_one_input_equal_each_alone(model):
             return tuple(layer(x) for layer in self.layers)
 
     x, module = gaussian(2, 3, 16), Three()
-    variables = initialised(module, x, True)
+    variables = initialized(module, x, True)
     joined = apply(module, variables, x, True)
     alone = apply(module, variables, x, False)
     assert [y.shape for y in joined] == [(2, 3, 4), (2, 3, 6), (2, 3, 2)]
@@ -291,7 +291,7 @@ def test_attention_with_grouped_heads(model, implementation, n_kv_heads):
         gaussian(2, 6, 16),
         jnp.arange(6),
     )
-    variables = initialised(module, x, positions, rotary_of(model, positions))
+    variables = initialized(module, x, positions, rotary_of(model, positions))
     width = 4 * model.architecture.kv_heads
     assert shapes(variables["params"]) == {
         "q_proj/kernel": (16, 16),
@@ -312,7 +312,7 @@ def test_attention_with_grouped_heads(model, implementation, n_kv_heads):
 def test_attention_writes_what_it_sees_into_the_cache(model):
     model = model.changed(n_kv_heads=2)
     module, x = MultiHeadAttention(*parts(model)), gaussian(2, 6, 16)
-    variables = initialised(module, x, jnp.arange(6), rotary_of(model, jnp.arange(6)))
+    variables = initialized(module, x, jnp.arange(6), rotary_of(model, jnp.arange(6)))
     expected = attention(model, variables["params"], np.asarray(x, np.float64))
     garbage = 1e4 * gaussian(2, 8, 2, 4)  # what the cache holds beyond must not count
     cache, start, step = (garbage, -garbage), 0, jax.jit(module.apply)
@@ -337,7 +337,7 @@ def test_attention_writes_what_it_sees_into_the_cache(model):
 def test_feed_forward(model, activation):
     model = model.changed(activation=activation)
     module, x = FeedForward(*parts(model)), gaussian(2, 6, 16)
-    variables = initialised(module, x)
+    variables = initialized(module, x)
     assert shapes(variables["params"]) == {
         "gate_proj/kernel": (16, 24),
         "up_proj/kernel": (16, 24),
@@ -359,11 +359,11 @@ def block_and_its_arguments(model):
     module, x = TransformerBlock(*parts(model)), 2 * gaussian(2, 5, 16)
     positions = jnp.arange(5)
     rest = (None, None, positions, rotary_of(model, positions), None, False)
-    return module, initialised(module, x, *rest), x, rest
+    return module, initialized(module, x, *rest), x, rest
 
 
 @quantized_or_not
-def test_block_adds_normalised_branches_to_the_stream(model):
+def test_block_adds_normalized_branches_to_the_stream(model):
     module, variables, x, rest = block_and_its_arguments(model)
     y, _ = apply(module, variables, x, *rest)
     expected = block(model, variables["params"], np.asarray(x, np.float64))

@@ -277,7 +277,7 @@ def test_a_cache_of_fewer_bits_answers_nearly_as_one_of_float32(scan_layers):
     assert 1e-5 < error(answers("bfloat16")) < 0.01
     assert 1e-5 < error(answers("int8")) < 0.01
 
-    def of_a_neighbour(axis, name):
+    def of_a_neighbor(axis, name):
         """Scales of the token or head beside: a slip of an index."""
 
         def damage(cache):
@@ -288,7 +288,7 @@ def test_a_cache_of_fewer_bits_answers_nearly_as_one_of_float32(scan_layers):
 
     for name in ("key_scales", "value_scales"):
         for axis in (1, 2):
-            assert error(answers("int8", of_a_neighbour(axis, name))) > 0.05
+            assert error(answers("int8", of_a_neighbor(axis, name))) > 0.05
 
 
 def test_an_int8_cache_takes_a_quarter():
@@ -373,7 +373,7 @@ def test_tied_head_equals_an_untied_one_with_the_same_weights(ternary_head):
     assert moved > 0.1 if ternary_head else moved == 0
 
 
-def test_the_twin_has_the_same_parameters_and_no_quantisers():
+def test_the_twin_has_the_same_parameters_and_no_quantizers():
     model = change(n_layers=1, tie_embeddings=False, ternary_head=True)
     params, quant = init_variables(model, jax.random.key(3)).values()
     twin, nothing = init_variables(

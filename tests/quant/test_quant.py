@@ -1,4 +1,4 @@
-"""The quantisers against float64 numpy, and the ternary product to the bit."""
+"""The quantizers against float64 numpy, and the ternary product to the bit."""
 
 import functools
 import math
@@ -371,7 +371,7 @@ def test_joined_kernels_equal_each_alone_to_the_bit(spec):
 @every_range
 @pytest.mark.parametrize("mix", [None, 0.0, 0.3])
 def test_values_and_straight_through_gradients(spec, bound, mix):
-    """The product of x + lambda (q(x) - x) and its gradients, quantisers passed by."""
+    """The product of x + lambda (q(x) - x) and its gradients, quantizers passed by."""
     x = gaussian(2, 3, 32, seed=8)
     kernels = tuple(gaussian(32, n, seed=n, scale=0.1 * n) for n in (6, 10))
     cotangents = tuple(gaussian(2, 3, n, seed=20 + n) for n in (6, 10))

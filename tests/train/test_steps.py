@@ -25,7 +25,7 @@ MODEL = Vaani().changed(
 # A large eps keeps Adam from turning rounding errors into signs.
 OPTIM = OptimConfig(warmup_steps=4, schedule="two_stage", eps=1e-3, clip_norm=0.5)
 PEAK, STEPS = 1e-2, 40
-# Most of the time here is spent in LLVM: what it optimises is not what is tested.
+# Most of the time here is spent in LLVM: what it optimizes is not what is tested.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -184,7 +184,7 @@ def test_seeds_differ_and_repeat():
     assert _differs(_state().key, _state(seed=7).key)
 
 
-def test_quantisation_is_phased_in():
+def test_quantization_is_phased_in():
     step, state, tokens = _train_step(mix_steps=4), _state(), _tokens()
     found = [float(step(_at(state, i), tokens)[1]["train/loss"]) for i in range(7)]
     twin = _loss64(state, tokens, _model(quantize=False))

@@ -426,7 +426,7 @@ def test_a_loss_far_above_the_first_has_diverged_from_the_start():
     assert adjustment["divergence"].kind == LOST
 
 
-def test_while_quantisation_is_phased_in_the_loss_may_rise():
+def test_while_quantization_is_phased_in_the_loss_may_rise():
     tuner, state = make()
     settling = jax.jit(
         lambda state: tuner.adjust(

@@ -607,7 +607,7 @@ def test_twin_trains_with_the_same_parameters(twin, uninterrupted):
     assert np.mean(seen[-3:]) < seen[0] - 0.1
 
 
-def test_gradual_quantisation_trains(text, twin, tmp_path):
+def test_gradual_quantization_trains(text, twin, tmp_path):
     """It begins as the twin, to the last rounding, then leaves it."""
     config = make_config(text, quantize_steps=12, **EACH_STEP)
     run(config, tmp_path / "run")

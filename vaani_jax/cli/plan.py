@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chip", action="append", default=[], help="to estimate; all if not given"
     )
     parser.add_argument(
-        "--utilisation",
+        "--utilization",
+        "--utilisation",  # as it was spelled in version 0.1
         type=_positive(float),
         default=0.5,
         help="assumed, of a chip's bfloat16 peak, by executed FLOPs",
@@ -61,9 +62,9 @@ def run(options: argparse.Namespace) -> int:
         config = dataclasses.replace(config, model=model)
     plan = make_plan(config, notify=notify)
     if options.json:
-        print(json.dumps(as_dict(plan, chips, options.utilisation)))
+        print(json.dumps(as_dict(plan, chips, options.utilization)))
     else:
-        print(as_text(plan, chips, options.utilisation))
+        print(as_text(plan, chips, options.utilization))
     return 0
 
 

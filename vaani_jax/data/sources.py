@@ -46,7 +46,7 @@ class Corpus:
     Attributes:
       text: everything, training part first.
       source: what it is, for people: a path, or a name.
-      sha256: of the UTF-8 text, to recognise the same corpus in a resumed run.
+      sha256: of the UTF-8 text, to recognize the same corpus in a resumed run.
     """
 
     text: str

@@ -19,7 +19,7 @@ class Chip:
       int8_ops: peak of products of int8 with int32 sums, OP/s.
       memory_bytes: of the data sheet; programs get a little more or less.
       memory_bandwidth: B/s.
-      interconnect: what a device can send to its neighbours, B/s in one direction: half
+      interconnect: what a device can send to its neighbors, B/s in one direction: half
         of the bidirectional figure of the data sheet.
     """
 

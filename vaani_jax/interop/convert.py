@@ -116,7 +116,7 @@ def _check_holdable(module: Vaani) -> None:
         )
     if q.quantize and q.activation_tracking != "token":
         raise VaaniError(
-            "this model quantises activations with a tracked range, and other tools per"
+            "this model quantizes activations with a tracked range, and other tools per"
             " token: train with quantization.activation_tracking=token to export"
         )
 

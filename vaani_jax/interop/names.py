@@ -17,7 +17,7 @@ from vaani_jax.model.transformer import Vaani
 Kind = Literal["embedding", "norm", "linear", "head"]
 
 
-# How the kernels of a folder are stored: masters that the reader quantises; codes whose
+# How the kernels of a folder are stored: masters that the reader quantizes; codes whose
 # product is multiplied, or divided, by the scale beside them; or plain weights.
 Storage = Literal["masters", "multiply", "divide", "full"]
 
@@ -299,30 +299,30 @@ def _rope(content: dict[str, Any], row: Family) -> float:
 
 
 def _storage(content: dict[str, Any]) -> Storage:
-    quantisation = content.get("quantization_config")
-    if quantisation is None:
+    quantization = content.get("quantization_config")
+    if quantization is None:
         return "full"
-    if not isinstance(quantisation, dict):
+    if not isinstance(quantization, dict):
         raise VaaniError("config.json: quantization_config must hold keys")
-    method = quantisation.get("quant_method")
+    method = quantization.get("quant_method")
     if method != "bitnet":
         raise VaaniError(
             f"config.json has quant_method {_brief(method)}: only bitnet can be"
             " imported"
         )
-    if quantisation.get("use_rms_norm"):
+    if quantization.get("use_rms_norm"):
         raise VaaniError(
             "config.json has use_rms_norm: norms inside linear layers are not supported"
         )
-    kept = quantisation.get("modules_to_not_convert")
+    kept = quantization.get("modules_to_not_convert")
     for name in kept if isinstance(kept, list) else []:
         if any(part in str(name) for part in ("layers", "self_attn", "mlp", "_proj")):
             raise VaaniError(
                 f"config.json keeps {_brief(name)} in full precision: all linear layers"
                 " of a block are ternary here, or none"
             )
-    linear = quantisation.get("linear_class", "bitlinear")
-    mode = quantisation.get("quantization_mode", "offline")
+    linear = quantization.get("linear_class", "bitlinear")
+    mode = quantization.get("quantization_mode", "offline")
     if linear not in ("bitlinear", "autobitlinear"):
         raise VaaniError(f"config.json has linear_class {_brief(linear)}")
     if mode not in ("online", "offline"):

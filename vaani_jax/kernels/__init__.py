@@ -1,6 +1,6 @@
 """Products with packed weights: one function, several ways to compute it.
 
-    ternary_matmul(x, packed)     quantises x per token, multiplies, rescales
+    ternary_matmul(x, packed)     quantizes x per token, multiplies, rescales
     rows_matmul(x, rows)          an output head in 8 bits
 
 Backends, all equal to the bit in `ternary_matmul`:
@@ -121,7 +121,7 @@ def ternary_matmul(
     norm: Norm | None = None,
     using: Backend | None = None,
 ) -> Any:
-    """Products of one input, quantised to 8 bits per token, with packed kernels.
+    """Products of one input, quantized to 8 bits per token, with packed kernels.
 
     Equal to `quant.ternary_dot` of the kernels that were packed, bit for bit in
     float32. Not differentiable.
@@ -168,7 +168,7 @@ def ternary_matmul(
 
 
 def rows_matmul(x: Array, rows: PackedRows, *, using: Backend | None = None) -> Array:
-    """``x @ dequantised(rows).T`` for x [..., D]: [..., V] in float32.
+    """``x @ dequantized(rows).T`` for x [..., D]: [..., V] in float32.
 
     Activations take part in 16 bits, with a scale per token: coarser rounding than
     float32's, and far finer than that of the rows. Backends agree to float rounding.

@@ -1,6 +1,6 @@
 """Products with packed weights: one function, several ways to compute it.
 
-    ternary_matmul(x, packed)     quantises x per token, multiplies, rescales
+    ternary_matmul(x, packed)     quantizes x per token, multiplies, rescales
     rows_matmul(x, rows)          an output head in 8 bits
 
 Backends, all equal to the bit in `ternary_matmul`:

@@ -16,5 +16,5 @@ the attention output before ``o_proj`` and one on the gated product before
 Parameters: ``embedding`` [V, D]; ``layers_<i>`` (or ``layers``, stacked, under
 `scan_layers`), each a `TransformerBlock`; ``final_norm``; ``lm_head`` [D, V] where the
 head is not tied. Kernels are [in, out]. The collection ``quant`` mirrors that tree with
-what the quantisers keep: thresholds, and activation ranges where they are tracked.
+what the quantizers keep: thresholds, and activation ranges where they are tracked.
 """

@@ -164,10 +164,10 @@ class Execution:
         "nothing",
         'what ``remat`` stores besides the input of each block: "nothing", or the '
         '"products" of its linear layers in the compute dtype, which leaves norms, '
-        "quantisers and attention to recompute: ``2 D + 2 D K / N + 2 F`` numbers "
+        "quantizers and attention to recompute: ``2 D + 2 D K / N + 2 F`` numbers "
         "more per token and layer, and no linear product done twice. Equal results. "
         "Goes with ``scan_layers``: without it, XLA on a CPU undoes "
-        "rematerialisation. For 8 layers of 512 and 2048 tokens in float32, its CPU "
+        "rematerialization. For 8 layers of 512 and 2048 tokens in float32, its CPU "
         "code has 1316 MB of temporaries without ``remat`` (1087 with int8 operands), "
         '222 with "nothing" saved and 536 with "products"',
     )

@@ -21,14 +21,14 @@ from vaani_jax.quant.wire import whole_kernel
 Array = jax.Array
 
 
-PRODUCT = "product"  # what rematerialisation calls the outputs of linear layers
+PRODUCT = "product"  # what rematerialization calls the outputs of linear layers
 
 
 class BitLinear(nn.Module):
     """A bias-free linear layer with ternary weights and 8-bit inputs.
 
     Parameters: ``kernel`` [in, features], float32 master weights, or `PackedTernary`.
-    Variables in collection ``quant``: those of its two quantisers.
+    Variables in collection ``quant``: those of its two quantizers.
 
     Attributes:
       features: width of the output.
@@ -85,13 +85,13 @@ def project(
     train: bool = False,
     mix: Array | None = None,
 ) -> tuple[Array, ...]:
-    """Applies several BitLinear layers to one input, which is quantised once.
+    """Applies several BitLinear layers to one input, which is quantized once.
 
     A tracked activation range is that of the first layer: the input is the same.
 
     Args:
       x: [..., in].
-      layers: bound modules with equal quantiser settings.
+      layers: bound modules with equal quantizer settings.
       norm: applied to the input first; packed kernels do both in one call where it is
         an `RMSNorm`.
       train: whether tracked ranges are updated.

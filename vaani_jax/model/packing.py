@@ -28,7 +28,7 @@ def pack_variables(
 
     Args:
       variables: its ``params`` and ``quant``, layers unrolled (see `unrolled`).
-      spec: how its kernels quantise.
+      spec: how its kernels quantize.
       embedding: how to store the embedding and a head that isn't ternary: as they
         are, or in 8 bits with a scale per row.
 

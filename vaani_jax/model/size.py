@@ -48,8 +48,8 @@ def flops_per_token(model: Vaani, seq_len: int) -> int:
     PaLM (arXiv:2204.02311), appendix B: 6 for each parameter that is multiplied (2
     forward, 4 backward), and 12 D T per layer for the two products of attention, not
     halved for causality. The head counts once, tied or not; a look-up in the embedding,
-    norms, quantisers and what rematerialisation computes again count nothing. So the
-    utilisation of a chip (MFU) is tokens per second x this / the chip's peak.
+    norms, quantizers and what rematerialization computes again count nothing. So the
+    utilization of a chip (MFU) is tokens per second x this / the chip's peak.
 
     Args:
       model: with its vocabulary; the twin counts the same.

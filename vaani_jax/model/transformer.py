@@ -111,7 +111,7 @@ class Vaani(nn.Module):
           cache: tokens seen before these; the new ones are added.
           train: applies dropout (needs the random stream "dropout" if the rate is
             above 0) and updates tracked activation ranges.
-          mix: lambda of gradual quantisation, a scalar; see `ternary_dot`.
+          mix: lambda of gradual quantization, a scalar; see `ternary_dot`.
           last: index along T of the only logits wanted, an int32 scalar: the product
             with the head is done for it alone.
 
@@ -185,7 +185,7 @@ class Vaani(nn.Module):
         return logits, cache.filled(filled, end)
 
     def head(self, x: Array, *, train: bool, mix: Array | None) -> Array:
-        """Logits [B, T, V] in float32 of normalised states [B, T, D]."""
+        """Logits [B, T, V] in float32 of normalized states [B, T, D]."""
         q = self.quantization
         if not self.architecture.tie_embeddings:
             return self.lm_head(x, train=train, mix=mix).astype(jnp.float32)

@@ -11,7 +11,7 @@ run would have, from shapes alone: nothing is allocated, no accelerator is touch
 * **Communication** is read from the compiled program (`hlo.py`). CPU code sends
   bfloat16 as float32, and sums gradients everywhere before each device takes its part:
   of either, a GPU or a TPU sends half.
-* **Time** is arithmetic, not a measurement: executed FLOPs at an assumed utilisation of
+* **Time** is arithmetic, not a measurement: executed FLOPs at an assumed utilization of
   the chip's bfloat16 peak, beside communication at the speed of its links, and after
   both the state read and written once from its memory.
 
@@ -90,7 +90,7 @@ class Time:
     """An estimate of one step on one kind of chip.
 
     Attributes:
-      compute: seconds for the executed FLOPs at the assumed utilisation.
+      compute: seconds for the executed FLOPs at the assumed utilization.
       communication: seconds to receive all bytes from other devices.
       update: seconds to read and write the state once.
     """
@@ -121,7 +121,7 @@ class Plan:
       idle: devices that the mesh leaves without work.
       parameters: of the model.
       flops: of a step on all devices, as `flops_per_token` counts them.
-      executed: the same with what rematerialisation computes again.
+      executed: the same with what rematerialization computes again.
       memory: of a device.
       exchanges: collectives of a step, as one device sees them.
       compilation: seconds that it took.
@@ -151,24 +151,24 @@ class Plan:
         """Bytes that a device receives from others in a step."""
         return sum(exchange.received for exchange in self.exchanges)
 
-    def time(self, chip: Chip, utilisation: float) -> Time:
+    def time(self, chip: Chip, utilization: float) -> Time:
         """Seconds of a step.
 
         Args:
           chip: every device is one.
-          utilisation: share of its bfloat16 peak at which FLOPs are executed.
+          utilization: share of its bfloat16 peak at which FLOPs are executed.
         """
         memory = self.memory
         state = memory.params + memory.optimizer
         return Time(
-            compute=self.executed / self.devices / (utilisation * chip.bf16_flops),
+            compute=self.executed / self.devices / (utilization * chip.bf16_flops),
             communication=self.received / chip.interconnect,
             update=2 * state / chip.memory_bandwidth,
         )
 
-    def mfu(self, chip: Chip, utilisation: float) -> float:
+    def mfu(self, chip: Chip, utilization: float) -> float:
         """Model FLOPs of the estimated step over the chip's bfloat16 peak."""
-        seconds = self.time(chip, utilisation).step
+        seconds = self.time(chip, utilization).step
         return self.flops / self.devices / (seconds * chip.bf16_flops)
 
 
@@ -223,7 +223,7 @@ def make_plan(
     )
 
 
-def as_text(plan: Plan, chips: Sequence[Chip], utilisation: float) -> str:
+def as_text(plan: Plan, chips: Sequence[Chip], utilization: float) -> str:
     """The plan as people read it."""
     config, model, memory = plan.config, plan.config.model, plan.memory
     execution = config.execution
@@ -267,22 +267,22 @@ def as_text(plan: Plan, chips: Sequence[Chip], utilisation: float) -> str:
         lines.append(f"  {title:24} {size(received):>10} in {times:,}")
     lines += [f"  {'all':24} {size(plan.received):>10}", ""]
     lines += [
-        f"estimates, with FLOPs executed at {utilisation:.0%} of the bfloat16 peak",
+        f"estimates, with FLOPs executed at {utilization:.0%} of the bfloat16 peak",
         f"  {'':10} {'memory':>16} {'s/step':>8} {'tokens/s':>12} {'MFU':>5}  limit",
     ]
     for chip in chips:
-        spent = plan.time(chip, utilisation)
+        spent = plan.time(chip, utilization)
         share = memory.peak / chip.memory_bytes
         fits = f"{share:.0%}" if share <= 1 else f"no, {share:.1f} x"
         lines.append(
             f"  {chip.name:10} {fits:>16} {spent.step:8.3g}"
-            f" {plan.tokens / spent.step:12,.0f} {plan.mfu(chip, utilisation):5.0%}"
+            f" {plan.tokens / spent.step:12,.0f} {plan.mfu(chip, utilization):5.0%}"
             f"  {spent.limit}"
         )
     return "\n".join(lines)
 
 
-def as_dict(plan: Plan, chips: Sequence[Chip], utilisation: float) -> dict[str, Any]:
+def as_dict(plan: Plan, chips: Sequence[Chip], utilization: float) -> dict[str, Any]:
     """The plan for programs: bytes, seconds."""
     return {
         "devices": plan.devices,
@@ -294,9 +294,9 @@ def as_dict(plan: Plan, chips: Sequence[Chip], utilisation: float) -> dict[str, 
         "received": plan.received,
         "chips": {
             chip.name: {
-                **dataclasses.asdict(plan.time(chip, utilisation)),
-                "step": plan.time(chip, utilisation).step,
-                "mfu": plan.mfu(chip, utilisation),
+                **dataclasses.asdict(plan.time(chip, utilization)),
+                "step": plan.time(chip, utilization).step,
+                "mfu": plan.mfu(chip, utilization),
                 "memory_share": plan.memory.peak / chip.memory_bytes,
             }
             for chip in chips

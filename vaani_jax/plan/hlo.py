@@ -1,6 +1,6 @@
 """What a compiled program sends between devices, read from its text.
 
-XLA prints optimised programs as computations of named operations; loops name their
+XLA prints optimized programs as computations of named operations; loops name their
 bodies and, where the compiler knows it, how often they run. Collectives are read where
 they are synchronous, as in code for CPUs.
 """

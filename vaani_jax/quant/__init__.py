@@ -21,11 +21,11 @@ K, float32 sums round on the way; int8 operands sum exactly in int32 (up to K of
 The sums behind ``gamma`` and ``alpha`` are exact, too (`exact_sum`): a kernel has one
 scale, whatever the order in which it is read, and however it is cut over devices.
 
-Straight through: the gradient passes both quantisers unchanged and unmasked,
+Straight through: the gradient passes both quantizers unchanged and unmasked,
 ``dL/dx = g @ (gamma T)^T`` and ``dL/dW = (s q)^T @ g``.
 
 Beyond b1.58: any threshold ``tau``; the least-squares scale of ternary weight
 networks (arXiv:1605.04711), ``alpha = sum(|W| |T|) / sum(|T|)``; scales per output
 channel; a tracked activation range in the place of the per-token one; and a mix
-``lambda`` that moves the operands from full precision (0) to quantised (1).
+``lambda`` that moves the operands from full precision (0) to quantized (1).
 """

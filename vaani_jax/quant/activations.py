@@ -60,7 +60,7 @@ class ActivationQuantizer(nn.Module):
 
     @nn.compact
     def observe(self, x: Array, *, train: bool) -> Array | None:
-        """The range to quantise ``x [..., K]`` with: a scalar, or None per token."""
+        """The range to quantize ``x [..., K]`` with: a scalar, or None per token."""
         if self.tracking == "token":
             return None
         tracked = self.variable("quant", "range", jnp.zeros, (), jnp.float32)
@@ -79,6 +79,6 @@ class ActivationQuantizer(nn.Module):
         return updated
 
     def __call__(self, x: Array, *, train: bool = False) -> Array:
-        """The quantised activations ``s * q`` [..., K], gradients straight through."""
+        """The quantized activations ``s * q`` [..., K], gradients straight through."""
         codes, scale = quantize_activations(x, self.observe(x, train=train))
         return straight_through(codes * scale, x)

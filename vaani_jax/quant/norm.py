@@ -20,7 +20,7 @@ def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
 
     Returns:
       Same shape and dtype as ``x``. The gradient is written out, so that the
-      normalised values are computed once, not in every fusion that needs them.
+      normalized values are computed once, not in every fusion that needs them.
     """
     return _rms_norm_fwd(x, scale, epsilon)[0]
 

@@ -60,20 +60,20 @@ def ternary_dot(
     mix: Array | None = None,
     split: Split = "out",
 ) -> tuple[Array, ...]:
-    """Products of one quantised input with several ternary kernels.
+    """Products of one quantized input with several ternary kernels.
 
     Projections that share an input (query, key and value; gate and up) share its
-    quantisation; each kernel keeps its own threshold and scale.
+    quantization; each kernel keeps its own threshold and scale.
 
     Args:
       x: activations [..., K], float32 or bfloat16.
       kernels: master kernels [K, N_i].
       thresholds: tau of each kernel, scalars.
-      spec: how to quantise.
+      spec: how to quantize.
       scales: of each kernel, where they are "stored".
       activation_range: see `quantize_activations`.
       mix: lambda in [0, 1], a scalar, may be traced: 0 multiplies the full-precision
-        operands, 1 the quantised ones. None stands for 1 and is faster. At 1 both
+        operands, 1 the quantized ones. None stands for 1 and is faster. At 1 both
         give the same bits.
       split: which dimension of the kernels the mesh axis ``tensor`` cuts, if there is
         one: the outputs, or the inputs that are summed over.
@@ -125,7 +125,7 @@ def _ternary_dot_fwd(
         # In units of the scale, so that lambda = 1 leaves exactly the integers.
         q = q + rest * (x.astype(jnp.float32) / s - q)
     q = _as_rows(q.astype(dtype))
-    outputs, quantised = [], []
+    outputs, quantized = [], []
     for w, threshold, kept in zip(kernels, thresholds, stored, strict=True):
         t, scale = ternarize(w, threshold, spec, kept)
         wire = spec.wire
@@ -137,9 +137,9 @@ def _ternary_dot_fwd(
         sums = jnp.dot(q, t, precision="highest", preferred_element_type=total)
         sums = sums.astype(jnp.float32).reshape(*x.shape[:-1], t.shape[-1])
         outputs.append((sums * output_scale(bound, scale, x.ndim)).astype(x.dtype))
-        quantised.append((sent, scale))  # cut, so that no kernel is kept whole
+        quantized.append((sent, scale))  # cut, so that no kernel is kept whole
     rest_of_arguments = (thresholds, stored, activation_range, mix)
-    residuals = (x, q, s, quantised, kernels, rest_of_arguments)
+    residuals = (x, q, s, quantized, kernels, rest_of_arguments)
     return tuple(outputs), residuals
 
 
@@ -147,18 +147,18 @@ def _ternary_dot_bwd(
     spec: TernarySpec, split: Split, residuals: Any, gs: tuple[Array, ...]
 ) -> Any:
     del spec
-    x, q, s, quantised, kernels, rest_of_arguments = residuals
+    x, q, s, quantized, kernels, rest_of_arguments = residuals
     dtype = gs[0].dtype
     s = s if s.ndim == 0 else _as_rows(s)
-    x_quantised = (q.astype(jnp.float32) * s).astype(dtype)
+    x_quantized = (q.astype(jnp.float32) * s).astype(dtype)
     dx = jnp.zeros((), dtype)
     dws = []
-    for g, (sent, scale), w in zip(gs, quantised, kernels, strict=True):
+    for g, (sent, scale), w in zip(gs, quantized, kernels, strict=True):
         g = _as_rows(g)
         t = receive(sent, q.dtype, split)
-        w_quantised = (t.astype(jnp.float32) * _along_last(scale, 2)).astype(dtype)
-        dx = dx + jnp.dot(g, w_quantised.T)
-        dw = jnp.dot(x_quantised.T, g, preferred_element_type=jnp.float32)
+        w_quantized = (t.astype(jnp.float32) * _along_last(scale, 2)).astype(dtype)
+        dx = dx + jnp.dot(g, w_quantized.T)
+        dw = jnp.dot(x_quantized.T, g, preferred_element_type=jnp.float32)
         dws.append(constrain(dw.astype(w.dtype), *STORED[split]))
     return (
         dx.astype(x.dtype).reshape(x.shape),

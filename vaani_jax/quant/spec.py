@@ -1,4 +1,4 @@
-"""How a product quantises, and in which dtype its integers ride."""
+"""How a product quantizes, and in which dtype its integers ride."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ Split = Literal["out", "in"]
 
 @dataclasses.dataclass(frozen=True)
 class TernarySpec:
-    """How a product quantises; static, hashable.
+    """How a product quantizes; static, hashable.
 
     Attributes:
       scale: "absmean" (b1.58), "least_squares" (arXiv:1605.04711), or "stored": a

@@ -76,6 +76,6 @@ class TernaryQuantizer(nn.Module):
         return self.variable("quant", "scale", jnp.ones, (), jnp.float32).value
 
     def __call__(self, w: Array) -> Array:
-        """The quantised kernel ``gamma * T`` [K, N], gradients straight through."""
+        """The quantized kernel ``gamma * T`` [K, N], gradients straight through."""
         codes, scale = ternarize(w, self.tau(), self.spec, self.stored())
         return straight_through(codes * scale, w)

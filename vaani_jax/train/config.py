@@ -78,7 +78,7 @@ class Config:
         None, "highest share of zeros of every ternary kernel; None: unconstrained"
     )
     quantize_steps: int = key(
-        0, "steps over which quantisation is phased in (0: from the start)"
+        0, "steps over which quantization is phased in (0: from the start)"
     )
     eval_interval: int = key(
         250, "steps between evaluations on all of the held-out part"

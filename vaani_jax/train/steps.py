@@ -48,8 +48,8 @@ def make_train_step(
       optimizer: of `make_optimizer`.
       schedule: gives learning rate and weight decay.
       accumulation_steps: micro-batches that one batch is cut into.
-      mix_steps: steps over which quantisation is phased in, ``lambda = step / n``; 0
-        quantises from the start.
+      mix_steps: steps over which quantization is phased in, ``lambda = step / n``; 0
+        quantizes from the start.
       tuner: judges every step, and sets learning rate and clipping; None leaves both to
         the schedule and the config.
 
@@ -174,7 +174,7 @@ def make_train_step(
 def make_report_step(
     model: Vaani,
 ) -> Callable[[TrainState], tuple[TrainState, dict[str, Any]]]:
-    """Builds the quantiser report; jit it with the state donated.
+    """Builds the quantizer report; jit it with the state donated.
 
     Returns:
       A function of the state. It returns the state with ``codes`` renewed, and

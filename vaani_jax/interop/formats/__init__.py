@@ -46,7 +46,7 @@ class Format:
     """A format.
 
     Attributes:
-      check: of the model and its quantiser variables: raises VaaniError, with what
+      check: of the model and its quantizer variables: raises VaaniError, with what
         works instead, for what the format can't hold.
       write: of a path, a model that passed `check`, a tokenizer, `Take` and the
         options: writes a model.

@@ -89,7 +89,7 @@ def check_masters(quantization: Quantization, quant: Tree) -> None:
     for entry in ternary_kernels({"params": _stand_ins(quant), "quant": quant}):
         if float(entry.threshold) != 0.5:
             raise VaaniError(
-                "readers of masters quantise with the threshold 0.5, and"
+                "readers of masters quantize with the threshold 0.5, and"
                 f" {entry.name} has {float(entry.threshold):.4g}: use --format"
                 " hf-packed"
             )
@@ -346,7 +346,7 @@ class Folder:
         return expected
 
     def variables(self) -> Tree:
-        """Parameters and quantiser variables, as `init_variables` shapes them.
+        """Parameters and quantizer variables, as `init_variables` shapes them.
 
         Streams: one tensor at a time is in memory twice.
         """

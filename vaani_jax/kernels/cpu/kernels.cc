@@ -56,7 +56,7 @@ constexpr int64_t kBlock = 64;     // its bytes
 constexpr int64_t kRowAlign = 64;
 constexpr int64_t kRows = 32;
 
-// Quantised activations [m, stride], with the sum of each row, and its bound: the
+// Quantized activations [m, stride], with the sum of each row, and its bound: the
 // magnitude that maps to 127.
 struct Activations {
   const int8_t* codes;
@@ -1101,7 +1101,7 @@ ffi::Error ternary_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   const float* input = x.typed_data();
   const int64_t threads = useful_threads(pool, work);
 
-  constexpr int64_t kBatch = 8;  // rows quantised at a time
+  constexpr int64_t kBatch = 8;  // rows quantized at a time
   parallel(pool, useful_threads(pool, m * k), (m + kBatch - 1) / kBatch,
            [=, &isa](int64_t part) {
              thread_local std::vector<float> normal;
