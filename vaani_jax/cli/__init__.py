@@ -52,11 +52,11 @@ def run_guarded(main: Callable[[Any], int], argument: Any) -> int:
         return 130
 
 
-def make_parser(wanted: Sequence[str] = ()) -> argparse.ArgumentParser:
+def make_parser(wanted: Sequence[str] | None = None) -> argparse.ArgumentParser:
     """The parser of all commands in `COMMANDS`.
 
     Args:
-      wanted: those whose flags are read, which may mean to import much; all where none.
+      wanted: those whose flags are read, which may mean to import much; all for None.
     """
     parser = argparse.ArgumentParser(
         prog="vaani", description="Ternary language models in JAX."
@@ -70,7 +70,7 @@ def make_parser(wanted: Sequence[str] = ()) -> argparse.ArgumentParser:
             description=module.HELP,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
-        if name in (wanted or COMMANDS):
+        if wanted is None or name in wanted:
             module.add_arguments(sub)
         sub.set_defaults(module=module)
     return parser

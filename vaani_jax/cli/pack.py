@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     kernels = [
         leaf
         for leaf in jax.tree.leaves(
-            small.variables["params"], is_leaf=lambda x: isinstance(x, PackedTernary)
+            small.params, is_leaf=lambda x: isinstance(x, PackedTernary)
         )
         if isinstance(leaf, PackedTernary)
     ]
