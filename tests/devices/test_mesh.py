@@ -355,7 +355,7 @@ def test_what_lies_as_a_parameter_is_known_by_optax_not_by_its_shape():
     def init(params):
         rows = jax.tree.map(lambda p: p.sum(axis=-1), params)
         stranger = {"embedding": np.zeros((128, 64), np.float32)}
-        return [jax.tree.map(np.zeros_like, params)], rows, stranger
+        return [jax.tree.map(jnp.zeros_like, params)], rows, stranger
 
     odd = optax.GradientTransformation(init, lambda u, s, p=None: (u, s))
     shapes = jax.eval_shape(lambda: init_state(MODEL, odd, 0, None))

@@ -53,7 +53,7 @@ def prompt_of(length):
     return np.random.default_rng(length).integers(0, 17, length, dtype=np.int32)
 
 
-def compiled():
+def programs():
     """How many programs of each kind there are."""
     functions: tuple[Any, ...] = (prefill, decode)
     return [function._cache_size() for function in functions]
@@ -209,7 +209,7 @@ def test_a_new_prompt_length_in_a_bucket_does_not_recompile():
     module = TWIN.changed(max_seq_len=64)  # compiled by no other test
 
     def compiled(*lengths):
-        before = compiled()
+        before = programs()
         for length in lengths:
             generate(
                 model_of(module),
@@ -218,7 +218,7 @@ def test_a_new_prompt_length_in_a_bucket_does_not_recompile():
                 sampler=WARM,
                 seed=length,
             )
-        return tuple(np.subtract(compiled(), before))
+        return tuple(np.subtract(programs(), before))
 
     assert compiled(5) == (1, 1)
     assert compiled(1, 7, 15, 16) == (0, 0)
@@ -230,7 +230,7 @@ def test_new_lengths_in_a_batch_do_not_recompile():
     module = TWIN.changed(max_seq_len=65)  # compiled by no other test
 
     def compiled(*lengths, seed=0):
-        before = compiled()
+        before = programs()
         generate(
             model_of(module),
             [prompt_of(length) for length in lengths],
@@ -238,7 +238,7 @@ def test_new_lengths_in_a_batch_do_not_recompile():
             sampler=WARM,
             seed=seed,
         )
-        return tuple(np.subtract(compiled(), before))
+        return tuple(np.subtract(programs(), before))
 
     assert compiled(5, 9, 1) == (1, 1)
     assert compiled(16, 2, 3) == (0, 0)

@@ -7,6 +7,7 @@ import pytest
 
 from vaani_jax.errors import VaaniError
 from vaani_jax.model.names import ternary_codes
+from vaani_jax.model.norm import NORMS, RMSNorm
 from vaani_jax.model.packing import pack_variables, packed_bytes
 from vaani_jax.model.transformer import Vaani, init_variables
 from vaani_jax.quant.packed import (
@@ -203,8 +204,17 @@ def test_an_8_bit_embedding_serves_as_head():
         assert error < 0.05 * np.abs(np.asarray(full)).max()
 
 
-def test_a_norm_that_kernels_lack_is_computed_before_them():
-    model = small(norm="layer_norm")
+class Doubled(RMSNorm):
+    """Of the kind that kernels have, and yet another."""
+
+    def __call__(self, x):
+        return 2 * super().__call__(x) + 0.1
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "doubled"])
+def test_a_norm_that_kernels_lack_is_computed_before_them(monkeypatch, norm):
+    monkeypatch.setitem(NORMS, "doubled", Doubled)
+    model = small(norm=norm)
     variables = init_variables(model, jax.random.key(0))
     tokens = jnp.arange(12).reshape(2, 6)
     full = jax.jit(model.apply)(variables, tokens)

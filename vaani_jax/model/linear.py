@@ -104,7 +104,7 @@ def project(
     first = layers[0]
     if isinstance(kernels[0], PackedTernary):
         weights = None
-        if isinstance(norm, RMSNorm):
+        if type(norm) is RMSNorm:  # a subclass may compute something else
             weights = norm.weight(x.shape[-1]), norm.epsilon
         elif norm is not None:
             x = norm(x)
