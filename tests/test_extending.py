@@ -168,6 +168,12 @@ def test_a_rule_of_the_tuner_acts_and_is_told(monkeypatch, tmp_path):
     assert rates == pytest.approx(
         [0.01, 0.01, 0.005, 0.005, 0.0025, 0.0025, 0.00125, 0.00125]
     )
+    # Without the rule the run is refused, and nothing of it is touched.
+    monkeypatch.delitem(RULES, "halving")
+    kept = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    with pytest.raises(VaaniError, match=r"other rules of the tuner \(halving\)"):
+        train(from_dict(config), tmp_path / "run", console=Console(file=io.StringIO()))
+    assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == kept
 
 
 class Lower(ByteTokenizer):

@@ -2,8 +2,7 @@
 
 A guard gets the state after every step and gives back the state to go on with, which is
 another one after a rescue. An untuned run has a guard that only checks that numbers are
-finite; a tuned one listens to `HyperparameterTuner`. Only here is anything known of the
-tuner's state.
+finite; a tuned one listens to `HyperparameterTuner`.
 """
 
 import contextlib

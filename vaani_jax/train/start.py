@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -343,13 +344,27 @@ def restore(
     """
 
     def target(meta: dict[str, Any]) -> dict[str, Any]:
-        return to_items(program.shapes, flat_tuner=meta["format"] in FLAT_TUNER)
+        flat = meta["format"] in FLAT_TUNER
+        if program.tuner is not None and not flat:
+            _check_rules(meta, program.shapes.tuner.rules)
+        return to_items(program.shapes, flat_tuner=flat)
 
     restored = checkpoints.restore(target, step=step, notify=say, set_aside=set_aside)
     if restored is None:
         return None
     state = from_items(restored.items, program.tuner)
     return restored.step, state, Metadata.from_json(restored.meta)
+
+
+def _check_rules(meta: dict[str, Any], rules: dict[str, Any]) -> None:
+    """Refuses a checkpoint of other rules, which would pass for a damaged one."""
+    paths = meta["fingerprints"]["training"]
+    saved = set(re.findall(r"^\['tuner'\]\.rules\['(.+?)'\]", "\n".join(paths), re.M))
+    if other := sorted(saved ^ rules.keys()):
+        raise VaaniError(
+            f"the run was saved with other rules of the tuner ({', '.join(other)}): go"
+            " on with the same ones, or start from its weights with --config.init_from"
+        )
 
 
 # -- Other weights ---------------------------------------------------------------------
