@@ -29,6 +29,7 @@ setup(
                 "-fno-math-errno",
                 "-fno-trapping-math",
                 "-Wno-maybe-uninitialized",
+                "-Wno-psabi",
             ],
         )
     ],

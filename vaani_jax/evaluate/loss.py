@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from vaani_jax.data.batches import validation_windows
 from vaani_jax.data.corpus import Split
+from vaani_jax.kernels.floats import log_likelihood
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.text.tokenizers import Tokenizer
 
@@ -133,7 +133,7 @@ def make_eval_step(
 
     def eval_step(variables: Tree, tokens: Array, weights: Array) -> Array:
         logits = model.apply(variables, tokens[:, :-1])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+        losses = -log_likelihood(logits, tokens[:, 1:])
         return jnp.sum(losses.sum(axis=-1) * weights)
 
     return eval_step

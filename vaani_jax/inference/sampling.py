@@ -8,9 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from vaani_jax.errors import VaaniError
+from vaani_jax.kernels.floats import log_sum_exp
 from vaani_jax.settings import key, named
 
 Array = jax.Array
+
+
+_BITS = 30  # of a probability: their sum, a little above 1, stays below 2^31
 
 
 def _top_k(logits: Array, k: Any) -> Array:
@@ -22,9 +26,12 @@ def _top_k(logits: Array, k: Any) -> Array:
 
 def _top_p(logits: Array, p: Any) -> Array:
     ordered = -jnp.sort(-logits, axis=-1)
-    probabilities = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    last = jnp.sum(before < p, axis=-1, keepdims=True) - 1
+    probabilities = jnp.exp(ordered - log_sum_exp(logits)[..., None])
+    # As integers, whose sums don't depend on what else is in the batch.
+    units = jnp.round(probabilities * 2.0**_BITS).astype(jnp.int32)
+    before = jnp.cumsum(units, axis=-1) - units
+    wanted = jnp.round(jnp.float32(p) * 2.0**_BITS).astype(jnp.int32)
+    last = jnp.sum(before < wanted, axis=-1, keepdims=True) - 1
     least = jnp.take_along_axis(ordered, last, axis=-1)
     return jnp.where(logits >= least, logits, -jnp.inf)
 

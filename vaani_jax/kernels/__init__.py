@@ -6,28 +6,29 @@
 Backends, all equal to the bit in `ternary_matmul`:
 
 * "reference": plain JAX, on any platform;
-* "cpu": native code through `jax.ffi` (`cpu.cc`), built with the package;
+* "cpu": native code through `jax.ffi` (`cpu/kernels.cc`), built with the package;
 * "gpu", "tpu": Pallas (`pallas.py`).
 
 The backend is chosen once, by the platform, and told once; ``VAANI_KERNELS`` in the
 environment forces one, and it is an error if that one is missing.
 """
 
-import functools
-import logging
 import math
-import os
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 
 from vaani_jax.errors import VaaniError
 from vaani_jax.kernels import cpu
+from vaani_jax.kernels.choice import BACKENDS as BACKENDS
+from vaani_jax.kernels.choice import Backend, backend
+from vaani_jax.kernels.choice import layout as layout
+from vaani_jax.kernels.floats import rms_norm
 from vaani_jax.kernels.reference import reference
-from vaani_jax.quant.norm import rms_norm
-from vaani_jax.quant.packed import Layout, PackedRows, PackedTernary
+from vaani_jax.quant.barriers import to_dtype
+from vaani_jax.quant.packed import PackedRows, PackedTernary
 
 Array = jax.Array
 
@@ -35,60 +36,7 @@ Array = jax.Array
 Norm = tuple[Array, float]
 
 
-Backend = Literal["reference", "cpu", "gpu", "tpu"]
-
-
-BACKENDS: tuple[Backend, ...] = ("reference", "cpu", "gpu", "tpu")
-
-
-FEW_ROWS = 4
-
-
-log = logging.getLogger("vaani_jax")
-
-
-@functools.cache
-def backend() -> Backend:
-    """The backend that this process uses.
-
-    Raises:
-      VaaniError: VAANI_KERNELS names one that is unknown or missing.
-    """
-    forced = os.environ.get("VAANI_KERNELS", "")
-    platform = jax.default_backend()
-    if forced:
-        if forced not in BACKENDS:
-            raise VaaniError(
-                f"VAANI_KERNELS is {forced!r}: choose one of {', '.join(BACKENDS)}"
-            )
-        if forced not in ("reference", platform):
-            raise VaaniError(
-                f"VAANI_KERNELS is {forced}, but JAX runs on {platform} here: unset it"
-            )
-        if forced == "cpu" and (missing := cpu.missing()):
-            raise VaaniError(f"VAANI_KERNELS is cpu, but {missing}")
-        log.info("kernels: %s (forced)", _described(forced))
-        return forced
-    choice: Backend = "reference"
-    if platform in ("gpu", "tpu"):
-        choice = "gpu" if platform == "gpu" else "tpu"
-    elif platform == "cpu":
-        missing = cpu.missing()
-        if missing:
-            log.warning("slow products: %s", missing)
-        else:
-            choice = "cpu"
-    log.info("kernels: %s", _described(choice))
-    return choice
-
-
-def _described(name: str) -> str:
-    return f"cpu, {cpu.isa()}" if name == "cpu" else name
-
-
-def layout(name: Backend | None = None) -> Layout:
-    """The order of codes that a backend multiplies fastest."""
-    return "planes" if (name or backend()) in ("gpu", "tpu") else "tiles"
+FEW_ROWS = 4  # up to which a norm joins its product in one call
 
 
 @overload
@@ -157,14 +105,19 @@ def ternary_matmul(
     kernels = tuple(packed)
     outputs: Sequence[Array]
     if name == "cpu":
-        outputs = cpu.ternary_matmul(flat, kernels, activation_range, norm)
+        halves = x.dtype == jnp.bfloat16
+        outputs = cpu.ternary_matmul(
+            flat, kernels, activation_range, norm, halves=halves
+        )
     elif name == "reference":
         outputs = reference(flat, kernels, activation_range)
     else:
         from vaani_jax.kernels import pallas
 
         outputs = pallas.ternary_matmul(flat, kernels, activation_range, platform=name)
-    return tuple(y.reshape(*x.shape[:-1], y.shape[-1]).astype(x.dtype) for y in outputs)
+    return tuple(
+        to_dtype(y.reshape(*x.shape[:-1], y.shape[-1]), x.dtype) for y in outputs
+    )
 
 
 def rows_matmul(x: Array, rows: PackedRows, *, using: Backend | None = None) -> Array:

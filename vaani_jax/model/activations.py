@@ -1,7 +1,7 @@
 """Activations of the gated feed-forward layer.
 
 Each is a function of gate and up projections [..., F], of one dtype, to the hidden
-layer [..., F].
+layer [..., F] in that dtype; computed in float32.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from vaani_jax.quant.barriers import to_dtype
 
 Array = jax.Array
 
@@ -20,8 +22,10 @@ def swiglu(gate: Array, up: Array) -> Array:
 
 
 def _swiglu_fwd(gate: Array, up: Array) -> tuple[Array, Any]:
-    sigmoid = jax.nn.sigmoid(gate)
-    return gate * sigmoid * up, (gate, up, sigmoid)
+    wide = gate.astype(jnp.float32)
+    sigmoid = jax.nn.sigmoid(wide)
+    y = to_dtype(wide * sigmoid * up.astype(jnp.float32), gate.dtype)
+    return y, (gate, up, sigmoid.astype(gate.dtype))
 
 
 def _swiglu_bwd(residuals: Any, g: Array) -> tuple[Array, Array]:
@@ -34,7 +38,8 @@ swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 def relu2(gate: Array, up: Array) -> Array:
     """``relu(gate)^2 * up``."""
-    return jnp.square(jax.nn.relu(gate)) * up
+    wide = jax.nn.relu(gate.astype(jnp.float32))
+    return to_dtype(jnp.square(wide) * up.astype(jnp.float32), gate.dtype)
 
 
 # A further activation is a function and a row.

@@ -1,9 +1,10 @@
 """Causal attention for training, and attention to a cache for decoding.
 
-Accelerators get `jax.nn.dot_product_attention`. On a CPU, XLA spends more time around
+On a CPU with native kernels, one of them computes both (`kernels/floats.py` says why).
+Accelerators get `jax.nn.dot_product_attention`. Elsewhere XLA spends more time around
 its products than in them: `causal_attention` there keeps heads in front, so that every
 product is a plain batch of matrices, and writes the backward pass out, which saves the
-probabilities once. Both compute ``softmax(q k^T / sqrt(H)) v`` with the softmax in
+probabilities once. All compute ``softmax(q k^T / sqrt(H)) v`` with the softmax in
 float32; results differ by the order of float sums.
 
 A cache may hold 8-bit codes, ``k = c a`` with one scale ``a`` per token and head. As
@@ -18,12 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vaani_jax import kernels
 from vaani_jax.devices.mesh import BATCH, constrain
+from vaani_jax.kernels import cpu, floats
 from vaani_jax.model.config import Architecture, Execution, Quantization
 from vaani_jax.model.linear import BitLinear, project
 from vaani_jax.model.norm import NORMS, Norm
 from vaani_jax.model.rotary import rotary_embedding
+from vaani_jax.quant.barriers import to_dtype
 from vaani_jax.quant.rounding import LARGEST, to_codes
 
 Array = jax.Array
@@ -146,19 +148,60 @@ def causal_attention(
     Returns:
       [B, T, N, H], in the dtype of the queries.
     """
+    if implementation == "auto" and floats.native():
+        return _native(q_BTNH, k_BTKH, v_BTKH)
     if implementation == "auto":
         implementation = "explicit" if jax.default_backend() == "cpu" else "library"
     if implementation == "library":
         return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True)
     batch, length, heads, size = q_BTNH.shape
-    groups = heads // k_BTKH.shape[2]
-    # Queries of one group share keys: they become further rows of one product.
-    q = (q_BTNH * size**-0.5).transpose(0, 2, 1, 3)
-    q = q.reshape(batch, heads // groups, groups * length, size)
+    q = _grouped(q_BTNH * size**-0.5, k_BTKH.shape[2])
     k = k_BTKH.transpose(0, 2, 1, 3)
     v = v_BTKH.transpose(0, 2, 1, 3)
     y = _explicit(q, k, v)
     return y.reshape(batch, heads, length, size).transpose(0, 2, 1, 3)
+
+
+@jax.custom_vjp
+def _native(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array) -> Array:
+    (y,) = _attend_natively(q_BTNH, k_BTKH, v_BTKH)
+    return to_dtype(y, q_BTNH.dtype)
+
+
+def _attend_natively(
+    q: Array, k: Array, v: Array, *, weights: bool = False
+) -> tuple[Array, ...]:
+    start = jnp.zeros(q.shape[0], jnp.int32)
+    wide = q.astype(jnp.float32)
+    return cpu.attention(wide, k, v, jnp.int32(0), start, weights=weights)
+
+
+def _native_fwd(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+    y, weights = _attend_natively(q, k, v, weights=True)
+    y = to_dtype(y, q.dtype)
+    return y, (q, k, v, y, weights.astype(v.dtype))
+
+
+def _native_bwd(residuals: Any, g: Array) -> tuple[Array, Array, Array]:
+    q, k, v, y, weights = residuals
+    kv_heads, root = k.shape[2], q.shape[-1] ** -0.5
+    q, y, g = (_grouped(x, kv_heads) for x in (q * root, y, g))
+    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
+    weights = weights.reshape(*q.shape[:3], -1)
+    dq, dk, dv = _explicit_bwd((q, k, v, y, weights), g)
+    batch, length = k.shape[0], k.shape[2]
+    dq = dq.reshape(batch, -1, length, q.shape[-1]).transpose(0, 2, 1, 3) * root
+    return dq, dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3)
+
+
+_native.defvjp(_native_fwd, _native_bwd)
+
+
+def _grouped(x_BTNH: Array, kv_heads: int) -> Array:
+    """[B, K, R, H]: queries of one group share keys, and become further rows."""
+    batch, length, heads, size = x_BTNH.shape
+    x = x_BTNH.transpose(0, 2, 1, 3)
+    return x.reshape(batch, kv_heads, heads // kv_heads * length, size)
 
 
 def _scores(a: Array, b: Array) -> Array:
@@ -242,14 +285,12 @@ def cached_attention(
       where they are in use, take single queries and read only the slots that count.
     """
     batch, length, heads, size = q_BTNH.shape
-    if length == 1 and kernels.backend() == "cpu":
+    if floats.native():
         if start is None:
             start = jnp.zeros(batch, jnp.int32)
-        q_BNH = q_BTNH[:, 0].astype(jnp.float32)
-        y_BNH = kernels.cpu.attention(
-            q_BNH, k_BSKH, v_BSKH, positions[0], start, scales
-        )
-        return y_BNH[:, None].astype(q_BTNH.dtype)
+        wide = q_BTNH.astype(jnp.float32)
+        (y,) = cpu.attention(wide, k_BSKH, v_BSKH, positions[0], start, scales)
+        return to_dtype(y, q_BTNH.dtype)
     slots, kv_heads = k_BSKH.shape[1:3]
     dtype = q_BTNH.dtype
     last_BT = positions[None, :].astype(jnp.int32)

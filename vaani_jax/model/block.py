@@ -11,6 +11,7 @@ from vaani_jax.model.attention import MultiHeadAttention
 from vaani_jax.model.config import Architecture, Execution, Quantization
 from vaani_jax.model.feed_forward import FeedForward
 from vaani_jax.model.norm import NORMS
+from vaani_jax.quant.barriers import rounded, to_dtype
 
 Array = jax.Array
 
@@ -23,15 +24,10 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 
-def _rounded(y: Array) -> Array:
-    """``y``, in a way that keeps it from being fused into the sum that it goes into.
-
-    A multiply and an add that compiled code fuses round once, not twice. The scale of a
-    branch's last product and the residual sum are such a pair, which packed kernels
-    can't fuse; without it, decoding gives the same bits with them and with masters.
-    Neither a barrier nor reduce_precision outlives compilation. This comparison does.
-    """
-    return jnp.minimum(y, jnp.finfo(y.dtype).max)
+def _sum(x: Array, y: Array) -> Array:
+    """``x + y``, where ``y`` ends with a product."""
+    y = rounded(y.astype(jnp.float32))
+    return to_dtype(x.astype(jnp.float32) + y, x.dtype)
 
 
 class TransformerBlock(nn.Module):
@@ -75,8 +71,7 @@ class TransformerBlock(nn.Module):
             mix=mix,
             start=start,
         )
-        rounded = _rounded if cache is not None else lambda y: y
-        x = constrain(x + dropout(rounded(y), rate, keys[0]), BATCH, None, None)
+        x = constrain(_sum(x, dropout(y, rate, keys[0])), BATCH, None, None)
         y = self.ffn(x, norm=self.ffn_norm, train=train, mix=mix)
-        x = x + dropout(rounded(y), rate, keys[1])
+        x = _sum(x, dropout(y, rate, keys[1]))
         return constrain(x, BATCH, None, None), cache

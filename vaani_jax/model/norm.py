@@ -8,7 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vaani_jax.quant.norm import rms_norm
+from vaani_jax.kernels.floats import rms_norm
+from vaani_jax.quant.barriers import to_dtype
+from vaani_jax.quant.sums import exact_mean
 
 Array = jax.Array
 
@@ -43,9 +45,9 @@ class LayerNorm(Norm):
 
     def __call__(self, x: Array) -> Array:
         wide = x.astype(jnp.float32)
-        centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        return rms_norm(centered, self.weight(x.shape[-1]), self.epsilon).astype(
-            x.dtype
+        centered = wide - exact_mean(wide)
+        return to_dtype(
+            rms_norm(centered, self.weight(x.shape[-1]), self.epsilon), x.dtype
         )
 
 

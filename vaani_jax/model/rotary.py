@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vaani_jax.quant.barriers import rounded, to_dtype
+
 Array = jax.Array
 
 
@@ -40,5 +42,11 @@ def rotary_embedding(x: Array, cos: Any, sin: Any) -> Array:
     where = (None, slice(None)) if cos.ndim == 2 else (slice(None), slice(None))
     cos, sin = cos[*where, None, :], sin[*where, None, :]
     low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    rotated = jnp.concatenate(
+        [
+            rounded(low * cos) - rounded(high * sin),
+            rounded(high * cos) + rounded(low * sin),
+        ],
+        axis=-1,
+    )
+    return to_dtype(rotated, x.dtype)

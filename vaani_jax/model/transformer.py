@@ -10,16 +10,19 @@ import jax.numpy as jnp
 from vaani_jax.devices.mesh import BATCH, constrain
 from vaani_jax.errors import VaaniError
 from vaani_jax.kernels import rows_matmul, ternary_matmul
+from vaani_jax.kernels.floats import float_matmul
 from vaani_jax.model.block import TransformerBlock, dropout
 from vaani_jax.model.cache import KVCache
 from vaani_jax.model.config import Architecture, Execution, Quantization, ternary_spec
 from vaani_jax.model.linear import PRODUCT, BitLinear
 from vaani_jax.model.norm import NORMS
 from vaani_jax.model.rotary import rotary_angles
-from vaani_jax.quant.packed import PackedRows, take_rows
+from vaani_jax.quant.barriers import to_dtype
+from vaani_jax.quant.packed import PackedRows, PackedTernary, take_rows
 from vaani_jax.quant.product import ternary_dot
 from vaani_jax.quant.spec import TernarySpec
 from vaani_jax.quant.weights import TernaryQuantizer
+from vaani_jax.quant.wire import whole_kernel
 
 Array = jax.Array
 Tree = Any
@@ -148,9 +151,9 @@ class Vaani(nn.Module):
         if train and a.dropout > 0:
             keys = jax.random.split(self.make_rng("dropout"), a.n_layers + 1)
         if isinstance(self.embedding, PackedRows):
-            x = take_rows(self.embedding, tokens).astype(dtype)
+            x = to_dtype(take_rows(self.embedding, tokens), dtype)
         else:
-            x = jnp.take(self.embedding, tokens, axis=0).astype(dtype)
+            x = to_dtype(jnp.take(self.embedding, tokens, axis=0), dtype)
         x = dropout(x, a.dropout, None if keys is None else keys[-1])
         # Each device looks up its columns for all rows of its group; they exchange.
         x = constrain(x, "data", None, "fsdp")
@@ -188,7 +191,12 @@ class Vaani(nn.Module):
         """Logits [B, T, V] in float32 of normalized states [B, T, D]."""
         q = self.quantization
         if not self.architecture.tie_embeddings:
-            return self.lm_head(x, train=train, mix=mix).astype(jnp.float32)
+            kernel: Any = self.lm_head.kernel(x.shape[-1])
+            if isinstance(kernel, PackedRows):
+                return rows_matmul(x, kernel)
+            if isinstance(kernel, PackedTernary) or self.lm_head.quantization.quantize:
+                return self.lm_head(x, train=train, mix=mix).astype(jnp.float32)
+            return float_matmul(x, whole_kernel(kernel, x.dtype, "out"), True)
         if self.packed_head is not None:
             return ternary_matmul(x, self.packed_head).astype(jnp.float32)
         if isinstance(self.embedding, PackedRows):
@@ -205,12 +213,7 @@ class Vaani(nn.Module):
             return logits.astype(jnp.float32)
         # Cut along V first, which moves nothing; then only that part is gathered.
         embedding = constrain(self.embedding.astype(x.dtype), "tensor", "fsdp")
-        return jnp.einsum(
-            "BTD,VD->BTV",
-            x,
-            constrain(embedding, "tensor", None),
-            preferred_element_type=jnp.float32,
-        )
+        return float_matmul(x, constrain(embedding, "tensor", None))
 
 
 def stack_layers(tree: Tree, n_layers: int) -> Tree:

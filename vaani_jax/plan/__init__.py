@@ -32,6 +32,7 @@ from jax.sharding import Mesh
 from vaani_jax.devices.chips import Chip
 from vaani_jax.devices.mesh import make_mesh
 from vaani_jax.errors import VaaniError
+from vaani_jax.kernels.floats import compiled_floats
 from vaani_jax.model.size import flops_per_token, model_size
 from vaani_jax.plan.hlo import Collective, collectives
 from vaani_jax.train.config import Config
@@ -308,7 +309,9 @@ def compile_step(program: Program, config: Config, mesh: Mesh) -> Any:
     """The training step, a `jax.stages.Compiled`."""
     with jax.set_mesh(mesh):
         tokens = _tokens(program, config)
-        return program.train_step.lower(program.shapes, tokens).compile()
+        # Native calls are no operations that the compiler could count.
+        with compiled_floats():
+            return program.train_step.lower(program.shapes, tokens).compile()
 
 
 def _tokens(program: Program, config: Config) -> jax.ShapeDtypeStruct:

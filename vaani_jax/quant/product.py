@@ -12,6 +12,7 @@ from vaani_jax.quant.activations import (
     activation_bound,
     quantize_activations,
 )
+from vaani_jax.quant.barriers import to_dtype
 from vaani_jax.quant.rounding import LARGEST
 from vaani_jax.quant.spec import Split, TernarySpec, operand_dtype
 from vaani_jax.quant.weights import ternarize
@@ -136,7 +137,7 @@ def _ternary_dot_fwd(
         t = receive(sent, dtype, split)
         sums = jnp.dot(q, t, precision="highest", preferred_element_type=total)
         sums = sums.astype(jnp.float32).reshape(*x.shape[:-1], t.shape[-1])
-        outputs.append((sums * output_scale(bound, scale, x.ndim)).astype(x.dtype))
+        outputs.append(to_dtype(sums * output_scale(bound, scale, x.ndim), x.dtype))
         quantized.append((sent, scale))  # cut, so that no kernel is kept whole
     rest_of_arguments = (thresholds, stored, activation_range, mix)
     residuals = (x, q, s, quantized, kernels, rest_of_arguments)

@@ -66,6 +66,29 @@ def exact_sum(x: Array, axis: int | None = None) -> Array:
     return jnp.where(top < infinite, total, jnp.nan)
 
 
+@jax.custom_vjp
+def exact_mean(x: Array) -> Array:
+    """The mean over the last axis of ``x`` [..., D], float32: [..., 1].
+
+    The same to the bit whatever other rows there are; see `exact_sum`.
+    """
+    columns = x.reshape(-1, x.shape[-1]).T
+    above, below = (exact_sum(jnp.maximum(part, 0), 0) for part in (columns, -columns))
+    return ((above - below) * (1.0 / x.shape[-1])).reshape(*x.shape[:-1], 1)
+
+
+def _exact_mean_fwd(x: Array) -> tuple[Array, Array]:
+    return exact_mean(x), jnp.zeros((0, x.shape[-1]))
+
+
+def _exact_mean_bwd(shape: Array, g: Array) -> tuple[Array]:
+    width = shape.shape[-1]
+    return (jnp.broadcast_to(g * (1.0 / width), (*g.shape[:-1], width)),)
+
+
+exact_mean.defvjp(_exact_mean_fwd, _exact_mean_bwd)
+
+
 def _digits(x: Array) -> list[Array]:
     """Of integers [...] below 2^31, the lowest first."""
     mask = 2**_DIGIT - 1

@@ -1,4 +1,4 @@
-"""The native CPU kernels (`cpu.cc`) as JAX functions."""
+"""The native CPU kernels (`kernels.cc`) as JAX functions."""
 
 import ctypes
 import functools
@@ -17,6 +17,16 @@ HINT = "install a C++ compiler (Debian and Ubuntu: apt install g++), then"
 
 
 HINT += " pip install --no-deps -e . in Vaani's folder"
+
+
+HANDLERS = (
+    "vaani_ternary_matmul",
+    "vaani_rows_matmul",
+    "vaani_attention",
+    "vaani_rms_norm",
+    "vaani_float_matmul",
+    "vaani_log_sum_exp",
+)
 
 
 def missing() -> str:
@@ -38,7 +48,7 @@ def _library() -> ctypes.CDLL | None:
     library.vaani_isa_name.restype = ctypes.c_char_p
     library.vaani_isa_name.argtypes = [ctypes.c_int]
     library.vaani_choose_isa.argtypes = [ctypes.c_char_p]
-    for name in ("vaani_ternary_matmul", "vaani_rows_matmul", "vaani_attention"):
+    for name in HANDLERS:
         jax.ffi.register_ffi_target(
             name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu"
         )
@@ -74,8 +84,13 @@ def ternary_matmul(
     packed: tuple[PackedTernary, ...],
     activation_range: Array | None,
     norm: tuple[Array, float] | None = None,
+    *,
+    halves: bool = False,
 ) -> list[Array]:
-    """See `vaani_jax.kernels.ternary_matmul`: x [M, K] float32, [M, N] float32 each."""
+    """See `vaani_jax.kernels.ternary_matmul`: x [M, K] float32, [M, N] float32 each.
+
+    With ``halves``, the norm's result is rounded to bfloat16 before it is quantized.
+    """
     _loaded()
     operands: list[Array] = [x]
     for kernel in packed:
@@ -91,12 +106,13 @@ def ternary_matmul(
         jax.ShapeDtypeStruct((x.shape[0], kernel.shape[1]), jnp.float32)
         for kernel in packed
     ]
-    call = jax.ffi.ffi_call("vaani_ternary_matmul", shapes)
+    call = jax.ffi.ffi_call("vaani_ternary_matmul", shapes, vmap_method="sequential")
     return list(
         call(
             *operands,
             tracked=activation_range is not None,
             normed=norm is not None,
+            halves=halves,
             epsilon=np.float32(epsilon),
         )
     )
@@ -106,24 +122,60 @@ def rows_matmul(x: Array, rows: PackedRows) -> Array:
     """[M, V] float32 of x [M, D] float32."""
     _loaded()
     shape = jax.ShapeDtypeStruct((x.shape[0], rows.codes.shape[0]), jnp.float32)
-    return jax.ffi.ffi_call("vaani_rows_matmul", shape)(x, rows.codes, rows.scale)
+    call = jax.ffi.ffi_call("vaani_rows_matmul", shape, vmap_method="sequential")
+    return call(x, rows.codes, rows.scale)
+
+
+def rms_norm(x: Array, scale: Array, epsilon: float) -> tuple[Array, Array]:
+    """See `floats.rms_norm`: [M, D] of x [M, D], and the factors of its rows [M]."""
+    _loaded()
+    shapes = (
+        jax.ShapeDtypeStruct(x.shape, jnp.float32),
+        jax.ShapeDtypeStruct(x.shape[:1], jnp.float32),
+    )
+    call = jax.ffi.ffi_call("vaani_rms_norm", shapes, vmap_method="sequential")
+    y, inverse = call(x, scale, epsilon=np.float32(epsilon))
+    return y, inverse
+
+
+def float_matmul(x: Array, weights: Array, *, columns: bool = False) -> Array:
+    """[M, V] of x [M, D] and weights [V, D], or [D, V] as columns; all float32."""
+    _loaded()
+    width = weights.shape[1 if columns else 0]
+    shape = jax.ShapeDtypeStruct((x.shape[0], width), jnp.float32)
+    call = jax.ffi.ffi_call("vaani_float_matmul", shape, vmap_method="sequential")
+    return call(x, weights, columns=columns)
+
+
+def log_sum_exp(x: Array) -> Array:
+    """[M] float32 of x [M, V] float32."""
+    _loaded()
+    shape = jax.ShapeDtypeStruct(x.shape[:1], jnp.float32)
+    call = jax.ffi.ffi_call("vaani_log_sum_exp", shape, vmap_method="sequential")
+    return call(x)
 
 
 def attention(
-    q_BNH: Array,
+    q_BTNH: Array,
     k_BSKH: Array,
     v_BSKH: Array,
     slot: Array,
     start: Array,
-    scales: tuple[Array, Array] | None,
-) -> Array:
-    """Attention of one query per row to a cache: see `attention.cached_attention`.
+    scales: tuple[Array, Array] | None = None,
+    *,
+    weights: bool = False,
+) -> tuple[Array, ...]:
+    """Attention of queries in slots from ``slot`` [] on: see `attention.py`.
 
-    Reads the slots from ``start`` [B] up to ``slot`` [] alone, both int32. Returns
-    [B, N, H] float32; ``q_BNH`` is float32.
+    Reads the slots from ``start`` [B] up to a query's own alone, both int32. Returns
+    [B, T, N, H] float32, and, if asked for, the weights [B, N, T, S] float32, which
+    are 0 elsewhere; ``q_BTNH`` is float32.
     """
     _loaded()
-    call = jax.ffi.ffi_call(
-        "vaani_attention", jax.ShapeDtypeStruct(q_BNH.shape, jnp.float32)
-    )
-    return call(q_BNH, k_BSKH, v_BSKH, slot, start, *(scales or ()))
+    batch, length, heads, _ = q_BTNH.shape
+    shapes = [jax.ShapeDtypeStruct(q_BTNH.shape, jnp.float32)]
+    if weights:
+        shape = (batch, heads, length, k_BSKH.shape[1])
+        shapes.append(jax.ShapeDtypeStruct(shape, jnp.float32))
+    call = jax.ffi.ffi_call("vaani_attention", shapes, vmap_method="sequential")
+    return tuple(call(q_BTNH, k_BSKH, v_BSKH, slot, start, *(scales or ())))

@@ -90,14 +90,23 @@ struct Wide {
   int64_t m, stride;
 };
 
-// One query per row of a batch against a cache; see `attention`.
+// Queries against keys and values; see `attention`.
 struct Attention {
-  const float* q;  // [b, n, h]
+  const float* q;  // [b, t, n, h]
   const void *keys, *values;  // [b, s, k, h], float32, bfloat16 or int8
   const float *key_scales, *value_scales;  // [b, s, k], of int8
   const int32_t* starts;  // [b]
-  int64_t length, n, s, k, h;  // length: slots that count
-  float* out;  // [b, n, h]
+  int64_t slot, t, n, s, k, h;  // slot: of the first query
+  float* out;  // [b, t, n, h]
+  float* weights;  // [b, n, t, s], or null
+};
+
+// Float activations [m, k] with float weights, [n, k] or, as columns, [k, n]: out [m, n].
+struct Floats {
+  const float *x, *w;
+  int64_t m, n, k;
+  bool columns;
+  float* out;
 };
 
 struct Isa {
@@ -109,11 +118,18 @@ struct Isa {
   void (*multiply)(const Activations&, const Product&, int64_t begin, int64_t end);
   // Vocabulary rows [begin, end), for all rows of activations.
   void (*rows)(const Wide&, const Rows&, int64_t begin, int64_t end);
-  // out = x / sqrt(mean(x^2) + epsilon) * scale, of one row.
-  void (*norm)(const float* x, const float* scale, int64_t k, float epsilon,
-               float* out);
-  // Row `b` of the batch, key-value head `head`; one function per dtype of the cache.
-  void (*attend[3])(const Attention&, int64_t b, int64_t head, float* scratch);
+  // out = x / sqrt(mean(x^2) + epsilon) * scale, of one row; returns the factor of x.
+  float (*norm)(const float* x, const float* scale, int64_t k, float epsilon,
+                float* out);
+  // Rows [top, bottom) of activations, outputs [begin, end).
+  void (*floats)(const Floats&, int64_t top, int64_t bottom, int64_t begin,
+                 int64_t end);
+  // log(sum(exp(x))) of one row; `scratch` holds a number for each element.
+  float (*log_sum_exp)(const float* x, int64_t k, float* scratch);
+  // Row `b` of the batch, head `head` of the queries, queries [begin, end); one function
+  // per dtype of the cache. `scratch` holds a number per slot.
+  void (*attend[3])(const Attention&, int64_t b, int64_t head, int64_t begin,
+                    int64_t end, float* scratch);
 };
 
 bool always() { return true; }
@@ -131,57 +147,176 @@ constexpr float kPart = 1.0f / 127.0f;
 
 // -- Float parts ------------------------------------------------------------------
 //
-// Plain loops over sixteen lanes, inlined into a function of each instruction set,
-// whose vectors the compiler then uses.
+// What is not exact has one order, on every machine and in training as in serving:
+//
+//   a sum of products  element i goes to lane i mod 16, in the order of i; a product
+//                      rounds before it is added; then lanes in a tree: l and l + 8,
+//                      l and l + 4, l and l + 2, l and l + 1
+//   over slots         one by one, from the first that counts
+//   roots, quotients   rounded correctly
+//
+// So a row's numbers depend neither on other rows nor on padding, nor on how work is
+// cut into threads and calls. Written with vectors of a fixed length, inlined into a
+// function of each instruction set, for which the compiler splits them as needed.
 
 #define VAANI_INLINE inline __attribute__((always_inline))
 
 constexpr int kLanes = 16;
+typedef float V16 __attribute__((vector_size(64)));
+typedef float V8 __attribute__((vector_size(32)));
 
-VAANI_INLINE float lanes_total(const float* lanes) {
-  float half[8], quarter[4];
-  for (int i = 0; i < 8; ++i) half[i] = lanes[i] + lanes[i + 8];
-  for (int i = 0; i < 4; ++i) quarter[i] = half[i] + half[i + 4];
-  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+VAANI_INLINE V16 load(const float* x) {
+  V16 v;
+  std::memcpy(&v, x, sizeof v);
+  return v;
 }
 
-// Sums and roots as XLA computes them for one row, so that decoding with and without
-// packed weights sees the same numbers: windows of 32 in a tree, padded on both sides,
-// and the processor's estimate of the root with two Newton steps.
-VAANI_INLINE float tree_total(float* values, int64_t count) {
-  while (count > 32) {
-    const int64_t windows = (count + 31) / 32, low = (windows * 32 - count) / 2;
-    for (int64_t w = 0; w < windows; ++w) {
-      const int64_t begin = std::max<int64_t>(32 * w - low, 0);
-      const int64_t end = std::min(32 * (w + 1) - low, count);
-      float sum = 0.0f;
-      for (int64_t i = begin; i < end; ++i) sum += values[i];
-      values[w] = sum;  // behind what is still to be read
-    }
-    count = windows;
-  }
-  float total = 0.0f;
-  for (int64_t i = 0; i < count; ++i) total += values[i];
-  return total;
+VAANI_INLINE V16 load(const int8_t* x) {
+  typedef int8_t Bytes __attribute__((vector_size(16)));
+  Bytes bytes;
+  std::memcpy(&bytes, x, sizeof bytes);
+  return __builtin_convertvector(bytes, V16);
 }
 
-VAANI_INLINE float inverse_root(float x) {
-#if VAANI_X86
-  float y = _mm_cvtss_f32(_mm_rsqrt_ss(_mm_set_ss(x)));
-  for (int step = 0; step < 2; ++step)
-    y = std::fma(std::fma(-(x * y), y, 1.0f), y * 0.5f, y);
-  return y;
+VAANI_INLINE V16 load(const uint16_t* x) {  // bfloat16
+  typedef uint16_t Halves __attribute__((vector_size(32)));
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  Halves halves;
+  std::memcpy(&halves, x, sizeof halves);
+  return reinterpret_cast<V16>(__builtin_convertvector(halves, Words) << 16);
+}
+
+// The first `count` elements, then zeros.
+template <typename T>
+VAANI_INLINE V16 load_part(const T* x, int64_t count) {
+  T part[kLanes] = {};
+  std::memcpy(part, x, count * sizeof(T));
+  return load(part);
+}
+
+VAANI_INLINE float total(V16 lanes) {
+  float x[kLanes];
+  std::memcpy(x, &lanes, sizeof x);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+  return x[0];
+}
+
+#if defined(__clang__)
+#define VAANI_PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-  return 1.0f / std::sqrt(x);
+typedef int32_t Order __attribute__((vector_size(32)));
+#define VAANI_PICK(a, b, ...) __builtin_shuffle(a, b, Order{__VA_ARGS__})
 #endif
+
+VAANI_INLINE V8 folded(const V16& lanes) {
+  V8 low, high;
+  std::memcpy(&low, &lanes, sizeof low);
+  std::memcpy(&high, reinterpret_cast<const char*>(&lanes) + sizeof low, sizeof high);
+  return low + high;
 }
 
-VAANI_INLINE void norm_row(const float* x, const float* scale, int64_t k,
-                           float epsilon, float* out) {
-  for (int64_t i = 0; i < k; ++i) out[i] = x[i] * x[i];
+// Of eight vectors what `total` gives, by the same tree.
+VAANI_INLINE V8 totals(const V16* x) {
+  V8 a[4], b[2];
+  for (int i = 0; i < 4; ++i) {
+    const V8 one = folded(x[i]), other = folded(x[i + 4]);
+    a[i] = VAANI_PICK(one, other, 0, 1, 2, 3, 8, 9, 10, 11) +
+           VAANI_PICK(one, other, 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+  for (int i = 0; i < 2; ++i)
+    b[i] = VAANI_PICK(a[i], a[i + 2], 0, 1, 8, 9, 4, 5, 12, 13) +
+           VAANI_PICK(a[i], a[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+  return VAANI_PICK(b[0], b[1], 0, 8, 2, 10, 4, 12, 6, 14) +
+         VAANI_PICK(b[0], b[1], 1, 9, 3, 11, 5, 13, 7, 15);
+}
+
+VAANI_INLINE float norm_row(const float* x, const float* scale, int64_t k,
+                            float epsilon, float* out) {
+  V16 lanes = {};
+  int64_t i = 0;
+  for (; i + kLanes <= k; i += kLanes) lanes += load(x + i) * load(x + i);
+  if (i < k) {
+    const V16 part = load_part(x + i, k - i);
+    lanes += part * part;
+  }
   const float part = 1.0f / static_cast<float>(k);
-  const float inverse = inverse_root(std::fma(tree_total(out, k), part, epsilon));
-  for (int64_t i = 0; i < k; ++i) out[i] = x[i] * inverse * scale[i];
+  const float inverse = 1.0f / std::sqrt(total(lanes) * part + epsilon);
+  for (i = 0; i < k; ++i) out[i] = x[i] * inverse * scale[i];
+  return inverse;
+}
+
+// R rows of x with C rows of w.
+template <int R, int C>
+VAANI_INLINE void float_tile(const Floats& f, int64_t row, int64_t column) {
+  const float *x = f.x + row * f.k, *w = f.w + column * f.k;
+  V16 lanes[R * C] = {};
+  for (int64_t i = 0; i < f.k; i += kLanes) {
+    V16 left[R];
+    const int64_t rest = f.k - i;
+    if (rest >= kLanes) {
+      for (int r = 0; r < R; ++r) left[r] = load(x + r * f.k + i);
+      for (int c = 0; c < C; ++c) {
+        const V16 right = load(w + c * f.k + i);
+        for (int r = 0; r < R; ++r) lanes[r * C + c] += left[r] * right;
+      }
+    } else {
+      for (int r = 0; r < R; ++r) left[r] = load_part(x + r * f.k + i, rest);
+      for (int c = 0; c < C; ++c) {
+        const V16 right = load_part(w + c * f.k + i, rest);
+        for (int r = 0; r < R; ++r) lanes[r * C + c] += left[r] * right;
+      }
+    }
+  }
+  float* out = f.out + row * f.n + column;
+  int done = 0;
+  for (; done + 8 <= R * C; done += 8) {
+    float sums[8];
+    const V8 eight = totals(lanes + done);
+    std::memcpy(sums, &eight, sizeof sums);
+    for (int i = 0; i < 8; ++i)
+      out[(done + i) / C * f.n + (done + i) % C] = sums[i];
+  }
+  for (; done < R * C; ++done) out[done / C * f.n + done % C] = total(lanes[done]);
+}
+
+// A row of x with up to 16 columns of w: a vector of outputs for each lane.
+VAANI_INLINE void float_columns(const Floats& f, int64_t row, int64_t column,
+                                int64_t count) {
+  const float *x = f.x + row * f.k, *w = f.w + column;
+  V16 lanes[kLanes] = {};
+  int64_t i = 0;
+  if (count == kLanes) {
+    for (; i + kLanes <= f.k; i += kLanes)
+      for (int lane = 0; lane < kLanes; ++lane)
+        lanes[lane] += x[i + lane] * load(w + (i + lane) * f.n);
+  }
+  for (; i < f.k; ++i) lanes[i % kLanes] += x[i] * load_part(w + i * f.n, count);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  std::memcpy(f.out + row * f.n + column, lanes, count * sizeof(float));
+}
+
+template <int R, int C>
+VAANI_INLINE void float_part(const Floats& f, int64_t top, int64_t bottom,
+                             int64_t begin, int64_t end) {
+  if (f.columns) {
+    for (int64_t row = top; row < bottom; ++row)
+      for (int64_t column = begin; column < end; column += kLanes)
+        float_columns(f, row, column, std::min<int64_t>(kLanes, end - column));
+    return;
+  }
+  int64_t row = top;
+  for (; row + R <= bottom; row += R) {
+    int64_t column = begin;
+    for (; column + C <= end; column += C) float_tile<R, C>(f, row, column);
+    for (; column < end; ++column) float_tile<R, 1>(f, row, column);
+  }
+  for (; row < bottom; ++row) {
+    int64_t column = begin;
+    for (; column + 8 <= end; column += 8) float_tile<1, 8>(f, row, column);
+    for (; column < end; ++column) float_tile<1, 1>(f, row, column);
+  }
 }
 
 // exp of x <= 0, to about an ulp: 2^n e^r, r in +-ln 2 / 2, by a polynomial.
@@ -200,91 +335,143 @@ VAANI_INLINE float exp_of(float x) {
   return p * __builtin_bit_cast(float, (static_cast<int32_t>(n) + 127) << 23);
 }
 
-VAANI_INLINE float widened(float x) { return x; }
-VAANI_INLINE float widened(int8_t x) { return static_cast<float>(x); }
-VAANI_INLINE float widened(uint16_t x) {  // bfloat16
-  return __builtin_bit_cast(float, static_cast<uint32_t>(x) << 16);
+// Leaves exp(x - max x) in `out`, which may be x; returns their sum and the maximum.
+VAANI_INLINE float exp_row(const float* x, int64_t count, float* out, float* largest) {
+  float top = x[0];
+  for (int64_t i = 0; i < count; ++i) top = std::max(top, x[i]);
+  for (int64_t i = 0; i < count; ++i) out[i] = exp_of(x[i] - top);
+  V16 lanes = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) lanes += load(out + i);
+  if (i < count) lanes += load_part(out + i, count - i);
+  *largest = top;
+  return total(lanes);
 }
 
-// W numbers of the output, which stay in registers over all slots.
-template <int W, typename T>
+VAANI_INLINE float log_sum_exp_row(const float* x, int64_t k, float* scratch) {
+  bool numbers = true;
+  for (int64_t i = 0; i < k; ++i) numbers &= x[i] < std::numeric_limits<float>::infinity();
+  if (!numbers) return std::numeric_limits<float>::quiet_NaN();
+  float largest;
+  const float sum = exp_row(x, k, scratch, &largest);
+  return largest + static_cast<float>(std::log(static_cast<double>(sum)));
+}
+
+// scores[s] = q . keys[s], of slots [first, last).
+template <typename T>
+VAANI_INLINE void score(const float* q, const T* keys, int64_t step, int64_t h,
+                        int64_t first, int64_t last, float* scores) {
+  int64_t s = first;
+  for (; s + 8 <= last; s += 8) {
+    const T* key = keys + s * step;
+    V16 lanes[8] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= h; i += kLanes) {
+      const V16 part = load(q + i);
+      for (int j = 0; j < 8; ++j) lanes[j] += part * load(key + j * step + i);
+    }
+    if (i < h) {
+      const V16 part = load_part(q + i, h - i);
+      for (int j = 0; j < 8; ++j)
+        lanes[j] += part * load_part(key + j * step + i, h - i);
+    }
+    const V8 eight = totals(lanes);
+    std::memcpy(scores + s, &eight, sizeof eight);
+  }
+  for (; s < last; ++s) {
+    const T* key = keys + s * step;
+    V16 lanes = {};
+    int64_t i = 0;
+    for (; i + kLanes <= h; i += kLanes) lanes += load(q + i) * load(key + i);
+    if (i < h) lanes += load_part(q + i, h - i) * load_part(key + i, h - i);
+    scores[s] = total(lanes);
+  }
+}
+
+// 16 C numbers of the output, which stay in registers over all slots; fewer, `part`,
+// where that is not 0.
+template <int C, typename T>
 VAANI_INLINE void weighted_sum(const T* values, int64_t step, const float* weights,
-                               int64_t first, int64_t last, float* out) {
-  float sums[W] = {};
+                               int64_t first, int64_t last, float* out,
+                               int64_t part = 0) {
+  V16 sums[C] = {};
   for (int64_t s = first; s < last; ++s) {
     const T* value = values + s * step;
-    const float weight = weights[s];
-    for (int i = 0; i < W; ++i) sums[i] += weight * widened(value[i]);
+    for (int c = 0; c < C; ++c)
+      sums[c] += weights[s] * (part ? load_part(value, part) : load(value + kLanes * c));
   }
-  for (int i = 0; i < W; ++i) out[i] = sums[i];
+  std::memcpy(out, sums, part ? part * sizeof(float) : sizeof sums);
 }
 
-// Queries of a group share keys. `scratch` holds a number per slot.
 template <typename T>
-VAANI_INLINE void attend_row(const Attention& a, int64_t b, int64_t head,
-                             float* scratch) {
-  const int64_t group = a.n / a.k, step = a.k * a.h, h = a.h, last = a.length;
-  const int64_t first = std::min<int64_t>(a.starts[b], last - 1);
-  const int64_t origin = b * a.s * step + head * h;
+VAANI_INLINE void attend_rows(const Attention& a, int64_t b, int64_t head,
+                              int64_t begin, int64_t end, float* scratch) {
+  const int64_t shared = head / (a.n / a.k), step = a.k * a.h, h = a.h;
+  const int64_t origin = b * a.s * step + shared * h;
   const T* keys = static_cast<const T*>(a.keys) + origin;
   const T* values = static_cast<const T*>(a.values) + origin;
   const float root = 1.0f / std::sqrt(static_cast<float>(h));
-  for (int64_t g = 0; g < group; ++g) {
-    const int64_t query = b * a.n + head * group + g;
-    const float* q = a.q + query * h;
-    for (int64_t s = first; s < last; ++s) {
-      const T* key = keys + s * step;
-      float lanes[kLanes] = {};
-      int64_t i = 0;
-      for (; i + kLanes <= h; i += kLanes)
-        for (int l = 0; l < kLanes; ++l) lanes[l] += q[i + l] * widened(key[i + l]);
-      float score = lanes_total(lanes);
-      for (; i < h; ++i) score += q[i] * widened(key[i]);
-      scratch[s] = score * root;
-    }
+  for (int64_t t = begin; t < end; ++t) {
+    // Beyond the capacity the model answers NaN; nothing may be read there.
+    const int64_t last = std::clamp<int64_t>(a.slot + t + 1, 1, a.s);
+    const int64_t first = std::clamp<int64_t>(a.starts[b], 0, last - 1);
+    const int64_t query = ((b * a.t + t) * a.n + head) * h;
+    float* row = a.weights ? a.weights + ((b * a.n + head) * a.t + t) * a.s : scratch;
+    score(a.q + query, keys, step, h, first, last, row);
+    for (int64_t s = first; s < last; ++s) row[s] *= root;
     if (a.key_scales)
       for (int64_t s = first; s < last; ++s)
-        scratch[s] *= a.key_scales[(b * a.s + s) * a.k + head];
-    float largest = -std::numeric_limits<float>::infinity();
-    for (int64_t s = first; s < last; ++s) largest = std::max(largest, scratch[s]);
-    for (int64_t s = first; s < last; ++s) scratch[s] = exp_of(scratch[s] - largest);
-    float lanes[kLanes] = {};
+        row[s] *= a.key_scales[(b * a.s + s) * a.k + shared];
+    float largest;
+    const float inverse = 1.0f / exp_row(row + first, last - first, row + first, &largest);
     int64_t s = first;
-    for (; s + kLanes <= last; s += kLanes)
-      for (int l = 0; l < kLanes; ++l) lanes[l] += scratch[s + l];
-    float total = lanes_total(lanes);
-    for (; s < last; ++s) total += scratch[s];
-    const float inverse = 1.0f / total;
-    for (s = first; s < last; ++s) scratch[s] *= inverse;
+    for (s = first; s < last; ++s) row[s] *= inverse;
+    if (a.weights) {
+      std::fill(row, row + first, 0.0f);
+      std::fill(row + last, row + a.s, 0.0f);
+    }
     if (a.value_scales)
       for (s = first; s < last; ++s)
-        scratch[s] *= a.value_scales[(b * a.s + s) * a.k + head];
-    float* out = a.out + query * h;
+        row[s] *= a.value_scales[(b * a.s + s) * a.k + shared];
+    float* out = a.out + query;
     int64_t i = 0;
     for (; i + 64 <= h; i += 64)
-      weighted_sum<64>(values + i, step, scratch, first, last, out + i);
+      weighted_sum<4>(values + i, step, row, first, last, out + i);
+    for (; i + 32 <= h; i += 32)
+      weighted_sum<2>(values + i, step, row, first, last, out + i);
     for (; i + 16 <= h; i += 16)
-      weighted_sum<16>(values + i, step, scratch, first, last, out + i);
-    for (; i < h; ++i) weighted_sum<1>(values + i, step, scratch, first, last, out + i);
+      weighted_sum<1>(values + i, step, row, first, last, out + i);
+    if (i < h) weighted_sum<1>(values + i, step, row, first, last, out + i, h - i);
   }
 }
 
-#define VAANI_FLOAT_PARTS(name, target)                                              \
-  target void name##_norm(const float* x, const float* scale, int64_t k,             \
-                          float epsilon, float* out) {                               \
-    norm_row(x, scale, k, epsilon, out);                                             \
-  }                                                                                  \
-  template <typename T>                                                              \
-  target void name##_attend(const Attention& a, int64_t b, int64_t head, float* s) { \
-    attend_row<T>(a, b, head, s);                                                    \
+// R x C: accumulators that the registers hold.
+#define VAANI_FLOAT_PARTS(name, target, R, C)                                          \
+  target float name##_norm(const float* x, const float* scale, int64_t k,              \
+                           float epsilon, float* out) {                                \
+    return norm_row(x, scale, k, epsilon, out);                                        \
+  }                                                                                    \
+  target void name##_floats(const Floats& f, int64_t top, int64_t bottom,              \
+                            int64_t begin, int64_t end) {                              \
+    float_part<R, C>(f, top, bottom, begin, end);                                      \
+  }                                                                                    \
+  target float name##_log_sum_exp(const float* x, int64_t k, float* scratch) {         \
+    return log_sum_exp_row(x, k, scratch);                                             \
+  }                                                                                    \
+  template <typename T>                                                                \
+  target void name##_attend(const Attention& a, int64_t b, int64_t head,               \
+                            int64_t begin, int64_t end, float* scratch) {              \
+    attend_rows<T>(a, b, head, begin, end, scratch);                                   \
   }
 
-#define VAANI_FLOAT_TABLE(name) \
-  name##_norm, { name##_attend<float>, name##_attend<uint16_t>, name##_attend<int8_t> }
+#define VAANI_FLOAT_TABLE(name)                                                        \
+  name##_norm, name##_floats, name##_log_sum_exp, {                                                        \
+    name##_attend<float>, name##_attend<uint16_t>, name##_attend<int8_t>               \
+  }
 
 // -- Portable ---------------------------------------------------------------------
 
-VAANI_FLOAT_PARTS(portable, )
+VAANI_FLOAT_PARTS(portable, , 2, 2)
 
 void portable_quantize(const float* x, int64_t k, const float* range, int8_t* codes,
                        int64_t stride, int32_t* sum, float* bound) {
@@ -366,7 +553,7 @@ void portable_rows(const Wide& a, const Rows& r, int64_t begin, int64_t end) {
 
 #define VAANI_AVX2 __attribute__((target("avx2,fma")))
 
-VAANI_FLOAT_PARTS(avx2, VAANI_AVX2)
+VAANI_FLOAT_PARTS(avx2, VAANI_AVX2, 2, 2)
 
 VAANI_AVX2 void avx2_quantize(const float* x, int64_t k, const float* range,
                               int8_t* codes, int64_t stride, int32_t* sum,
@@ -526,7 +713,7 @@ bool has_avx2() {
 #define VAANI_AVX512 \
   __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
 
-VAANI_FLOAT_PARTS(avx512, VAANI_AVX512)
+VAANI_FLOAT_PARTS(avx512, VAANI_AVX512, 4, 4)
 
 VAANI_AVX512 void avx512_quantize(const float* x, int64_t k, const float* range,
                                   int8_t* codes, int64_t stride, int32_t* sum,
@@ -937,6 +1124,28 @@ inline void pause() {
 #endif
 }
 
+// While it lives, numbers too small to be normal count as zero, on every thread alike:
+// some of XLA's threads are set so, and others aren't.
+class FlushTiny {
+ public:
+#if VAANI_X86
+  FlushTiny() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushTiny() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#elif VAANI_NEON
+  FlushTiny() {
+    asm volatile("mrs %0, fpcr" : "=r"(before_));
+    asm volatile("msr fpcr, %0" : : "r"(before_ | (uint64_t{1} << 24)));
+  }
+  ~FlushTiny() { asm volatile("msr fpcr, %0" : : "r"(before_)); }
+
+ private:
+  uint64_t before_;
+#endif
+};
+
 struct Work {
   void (*run)(const void* function, int64_t part);
   const void* function;
@@ -944,6 +1153,7 @@ struct Work {
   std::atomic<int64_t> next{0}, done{0};
 
   void take() {
+    [[maybe_unused]] const FlushTiny flush;
     for (;;) {
       const int64_t part = next.fetch_add(1, std::memory_order_relaxed);
       if (part >= parts) return;
@@ -1036,16 +1246,25 @@ T* aligned(std::vector<T>& buffer, int64_t count) {
   return buffer.data() + (-address & 63) / sizeof(T);
 }
 
+// The nearest number that bfloat16 has; of two as near, the even one.
+float to_half(float x) {
+  if (std::isnan(x)) return x;
+  uint32_t bits = __builtin_bit_cast(uint32_t, x);
+  bits += 0x7fff + ((bits >> 16) & 1);
+  return __builtin_bit_cast(float, bits & 0xffff0000);
+}
+
 int64_t rounded(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
 // -- Handlers ---------------------------------------------------------------------
 
 // Inputs: x [m, k] float32; then, for each product, tiles [n / 16, k / 16, 64] uint8
 // and scale [] or [n] float32; then, where `tracked`, the activation range, and, where
-// `normed`, the scale [k] of an RMSNorm that comes first. Outputs: [m, n] float32 each.
+// `normed`, the scale [k] of an RMSNorm that comes first, and whose result is rounded
+// to bfloat16 where `halves`. Outputs: [m, n] float32 each.
 ffi::Error ternary_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
                           ffi::RemainingArgs args, ffi::RemainingRets results,
-                          bool tracked, bool normed, float epsilon) {
+                          bool tracked, bool normed, bool halves, float epsilon) {
   const Isa& isa = *chosen.load(std::memory_order_relaxed);
   if (x.dimensions().size() != 2)
     return ffi::Error::InvalidArgument("activations must be [m, k]");
@@ -1112,6 +1331,8 @@ ffi::Error ternary_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
                const float* from = input + row * k;
                if (norm_scale) {
                  isa.norm(from, norm_scale, k, epsilon, normal.data());
+                 if (halves)
+                   for (int64_t i = 0; i < k; ++i) normal[i] = to_half(normal[i]);
                  from = normal.data();
                }
                isa.quantize(from, k, range, codes + row * stride, stride,
@@ -1190,25 +1411,27 @@ ffi::Error rows_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   return ffi::Error::Success();
 }
 
-// Attention of one query per row, q [b, n, h] float32, to the slots from starts [b] up
-// to `slot` [] of a cache [b, s, k, h] of float32, bfloat16, or int8 with scales
-// [b, s, k] for keys and for values. Reads only the slots that count. -> [b, n, h].
+// Attention of queries q [b, t, n, h] float32, in consecutive slots from `slot` [] on, to
+// the slots from starts [b] up to their own, of keys and values [b, s, k, h] of float32,
+// bfloat16, or int8 with scales [b, s, k] for keys and for values. Reads only the slots
+// that count. -> [b, t, n, h], and, where asked for, the weights [b, n, t, s].
 ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q,
                      ffi::AnyBuffer keys, ffi::AnyBuffer values,
                      ffi::Buffer<ffi::S32> slot, ffi::Buffer<ffi::S32> starts,
-                     ffi::RemainingArgs scales, ffi::ResultBuffer<ffi::F32> out) {
+                     ffi::RemainingArgs scales, ffi::RemainingRets results) {
   const Isa& isa = *chosen.load(std::memory_order_relaxed);
   const auto from = q.dimensions(), cache = keys.dimensions();
   int kind = -1;
   if (keys.element_type() == ffi::F32) kind = 0;
   if (keys.element_type() == ffi::BF16) kind = 1;
   if (keys.element_type() == ffi::S8) kind = 2;
-  if (kind < 0 || from.size() != 3 || cache.size() != 4 || from[0] != cache[0] ||
-      from[2] != cache[3] || cache[2] == 0 || from[1] % cache[2] ||
+  auto out = results.get<ffi::Buffer<ffi::F32>>(0);
+  if (kind < 0 || from.size() != 4 || cache.size() != 4 || from[0] != cache[0] ||
+      from[3] != cache[3] || cache[2] == 0 || from[2] % cache[2] ||
       values.element_type() != keys.element_type() ||
       values.element_count() != keys.element_count() ||
-      starts.element_count() != static_cast<size_t>(from[0]) ||
-      out->element_count() != q.element_count() ||
+      starts.element_count() != static_cast<size_t>(from[0]) || !out ||
+      (*out)->element_count() != q.element_count() ||
       scales.size() != (kind == 2 ? 2u : 0u))
     return ffi::Error::InvalidArgument("queries, cache and output do not fit");
   Attention a{};
@@ -1226,20 +1449,104 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q,
     a.value_scales = second->typed_data();
   }
   a.starts = starts.typed_data();
-  a.n = from[1];
+  a.slot = *slot.typed_data();
+  a.t = from[1];
+  a.n = from[2];
   a.s = cache[1];
   a.k = cache[2];
   a.h = cache[3];
-  // Beyond the capacity the model answers NaN; nothing may be read there.
-  a.length = std::clamp<int64_t>(*slot.typed_data() + int64_t{1}, 1, a.s);
-  a.out = out->typed_data();
-  const int64_t units = from[0] * a.k;
-  const int64_t threads = useful_threads(pool, 2 * units * a.length * a.h);
+  a.out = (*out)->typed_data();
+  if (results.size() == 2) {
+    auto weights = results.get<ffi::Buffer<ffi::F32>>(1);
+    if (!weights ||
+        (*weights)->element_count() != static_cast<size_t>(from[0] * a.n * a.t * a.s))
+      return ffi::Error::InvalidArgument("weights must be [b, n, t, s] float32");
+    a.weights = (*weights)->typed_data();
+  }
+  if (q.element_count() == 0) return ffi::Error::Success();
+  constexpr int64_t kQueries = 32;  // of a head, in one part
+  const int64_t pieces = (a.t + kQueries - 1) / kQueries;
+  const int64_t units = from[0] * a.n * pieces;
+  const int64_t length = std::clamp<int64_t>(a.slot + a.t, 1, a.s);
+  const int64_t threads = useful_threads(pool, 2 * from[0] * a.n * a.t * length * a.h);
   parallel(pool, threads, units, [=, &isa](int64_t unit) {
     thread_local std::vector<float> scratch;
     if (static_cast<int64_t>(scratch.size()) < a.s) scratch.resize(a.s);
-    isa.attend[kind](a, unit / a.k, unit % a.k, scratch.data());
+    const int64_t head = unit / pieces % a.n, begin = unit % pieces * kQueries;
+    isa.attend[kind](a, unit / pieces / a.n, head, begin,
+                     std::min(a.t, begin + kQueries), scratch.data());
   });
+  return ffi::Error::Success();
+}
+
+// x [m, d], scale [d] -> x / sqrt(mean(x^2) + epsilon) * scale, and the factor of x of
+// each row, [m]; all float32.
+ffi::Error rms_norm(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
+                    ffi::Buffer<ffi::F32> scale, ffi::ResultBuffer<ffi::F32> out,
+                    ffi::ResultBuffer<ffi::F32> inverse, float epsilon) {
+  const Isa& isa = *chosen.load(std::memory_order_relaxed);
+  if (x.dimensions().size() != 2 ||
+      scale.element_count() != static_cast<size_t>(x.dimensions()[1]) ||
+      out->element_count() != x.element_count() ||
+      inverse->element_count() != static_cast<size_t>(x.dimensions()[0]))
+    return ffi::Error::InvalidArgument("x must be [m, d], the scale [d]");
+  const int64_t m = x.dimensions()[0], d = x.dimensions()[1];
+  const float *from = x.typed_data(), *weights = scale.typed_data();
+  float *to = out->typed_data(), *factors = inverse->typed_data();
+  constexpr int64_t kBatch = 16;  // rows at a time
+  parallel(pool, useful_threads(pool, m * d), (m + kBatch - 1) / kBatch,
+           [=, &isa](int64_t part) {
+             const int64_t stop = std::min(m, (part + 1) * kBatch);
+             for (int64_t row = part * kBatch; row < stop; ++row)
+               factors[row] =
+                   isa.norm(from + row * d, weights, d, epsilon, to + row * d);
+           });
+  return ffi::Error::Success();
+}
+
+// x [m, v] -> log(sum(exp(x))) of each row, [m]; both float32. NaN where a number is NaN
+// or plus infinity.
+ffi::Error log_sum_exp(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
+                       ffi::ResultBuffer<ffi::F32> out) {
+  const Isa& isa = *chosen.load(std::memory_order_relaxed);
+  if (x.dimensions().size() != 2 || x.dimensions()[1] == 0 ||
+      out->element_count() != static_cast<size_t>(x.dimensions()[0]))
+    return ffi::Error::InvalidArgument("x must be [m, v], the result [m]");
+  const int64_t m = x.dimensions()[0], v = x.dimensions()[1];
+  const float* from = x.typed_data();
+  float* to = out->typed_data();
+  constexpr int64_t kBatch = 16;  // rows at a time
+  parallel(pool, useful_threads(pool, 4 * m * v), (m + kBatch - 1) / kBatch,
+           [=, &isa](int64_t part) {
+             thread_local std::vector<float> scratch;
+             if (static_cast<int64_t>(scratch.size()) < v) scratch.resize(v);
+             const int64_t stop = std::min(m, (part + 1) * kBatch);
+             for (int64_t row = part * kBatch; row < stop; ++row)
+               to[row] = isa.log_sum_exp(from + row * v, v, scratch.data());
+           });
+  return ffi::Error::Success();
+}
+
+// x [m, k] and w [n, k], or [k, n] where `columns` -> [m, n]; all float32.
+ffi::Error float_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
+                        ffi::Buffer<ffi::F32> w, ffi::ResultBuffer<ffi::F32> out,
+                        bool columns) {
+  const Isa& isa = *chosen.load(std::memory_order_relaxed);
+  const auto from = x.dimensions(), shape = w.dimensions();
+  if (from.size() != 2 || shape.size() != 2 || from[1] != shape[columns ? 0 : 1] ||
+      out->element_count() != static_cast<size_t>(from[0] * shape[columns ? 1 : 0]))
+    return ffi::Error::InvalidArgument("weights do not fit the input and the output");
+  const Floats f{x.typed_data(), w.typed_data(), from[0], shape[columns ? 1 : 0],
+                 from[1], columns, out->typed_data()};
+  // Weights of a part stay in the cache, while its rows pass by.
+  constexpr int64_t kPanel = 64;
+  const int64_t panels = (f.n + kPanel - 1) / kPanel, pieces = (f.m + kPanel - 1) / kPanel;
+  parallel(pool, useful_threads(pool, f.m * f.n * f.k), panels * pieces,
+           [=, &isa](int64_t part) {
+             const int64_t begin = part / pieces * kPanel, top = part % pieces * kPanel;
+             isa.floats(f, top, std::min(f.m, top + kPanel), begin,
+                        std::min(f.n, begin + kPanel));
+           });
   return ffi::Error::Success();
 }
 
@@ -1253,6 +1560,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(vaani_ternary_matmul, ternary_matmul,
                                   .RemainingRets()
                                   .Attr<bool>("tracked")
                                   .Attr<bool>("normed")
+                                  .Attr<bool>("halves")
                                   .Attr<float>("epsilon"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(vaani_attention, attention,
@@ -1264,7 +1572,30 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(vaani_attention, attention,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .RemainingArgs()
+                                  .RemainingRets());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(vaani_rms_norm, rms_norm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("epsilon"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(vaani_log_sum_exp, log_sum_exp,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(vaani_float_matmul, float_matmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<bool>("columns"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(vaani_rows_matmul, rows_matmul,
                               ffi::Ffi::Bind()

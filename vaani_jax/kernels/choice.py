@@ -1,0 +1,62 @@
+"""Which backend this process computes packed products with."""
+
+import functools
+import logging
+import os
+from typing import Literal
+
+import jax
+
+from vaani_jax.errors import VaaniError
+from vaani_jax.kernels import cpu
+from vaani_jax.quant.packed import Layout
+
+Backend = Literal["reference", "cpu", "gpu", "tpu"]
+BACKENDS: tuple[Backend, ...] = ("reference", "cpu", "gpu", "tpu")
+
+
+log = logging.getLogger("vaani_jax")
+
+
+@functools.cache
+def backend() -> Backend:
+    """The backend that this process uses.
+
+    Raises:
+      VaaniError: VAANI_KERNELS names one that is unknown or missing.
+    """
+    forced = os.environ.get("VAANI_KERNELS", "")
+    platform = jax.default_backend()
+    if forced:
+        if forced not in BACKENDS:
+            raise VaaniError(
+                f"VAANI_KERNELS is {forced!r}: choose one of {', '.join(BACKENDS)}"
+            )
+        if forced not in ("reference", platform):
+            raise VaaniError(
+                f"VAANI_KERNELS is {forced}, but JAX runs on {platform} here: unset it"
+            )
+        if forced == "cpu" and (missing := cpu.missing()):
+            raise VaaniError(f"VAANI_KERNELS is cpu, but {missing}")
+        log.info("kernels: %s (forced)", _described(forced))
+        return forced
+    choice: Backend = "reference"
+    if platform in ("gpu", "tpu"):
+        choice = "gpu" if platform == "gpu" else "tpu"
+    elif platform == "cpu":
+        missing = cpu.missing()
+        if missing:
+            log.warning("slow products: %s", missing)
+        else:
+            choice = "cpu"
+    log.info("kernels: %s", _described(choice))
+    return choice
+
+
+def _described(name: str) -> str:
+    return f"cpu, {cpu.isa()}" if name == "cpu" else name
+
+
+def layout(name: Backend | None = None) -> Layout:
+    """The order of codes that a backend multiplies fastest."""
+    return "planes" if (name or backend()) in ("gpu", "tpu") else "tiles"
