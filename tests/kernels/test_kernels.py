@@ -1,5 +1,7 @@
 """Every backend and every instruction set against training's own product."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,8 @@ import pytest
 
 from vaani_jax import kernels
 from vaani_jax.errors import VaaniError
-from vaani_jax.kernels import cpu
-from vaani_jax.model.attention import cached_attention, quantize_heads
+from vaani_jax.kernels import cpu, floats
+from vaani_jax.model.attention import causal_attention, quantize_heads
 from vaani_jax.quant.packed import pack, pack_rows
 from vaani_jax.quant.product import ternary_dot
 from vaani_jax.quant.spec import TernarySpec
@@ -164,57 +166,151 @@ def test_a_head_in_8_bits(isa, rows, d, v):
     np.testing.assert_allclose(reference, exact, rtol=1e-5, atol=1e-5)
 
 
+def in_lanes(terms):
+    """float32 sums over the last axis in the order that is written in kernels.cc."""
+    count = terms.shape[-1]
+    pad = [(0, 0)] * (terms.ndim - 1) + [(0, -count % 16)]
+    parts = np.pad(terms, pad).reshape(*terms.shape[:-1], -1, 16)
+    lanes = np.zeros((*terms.shape[:-1], 16), np.float32)
+    for i in range(parts.shape[-2]):
+        lanes = lanes + parts[..., i, :]
+    for half in (8, 4, 2, 1):
+        lanes = lanes[..., :half] + lanes[..., half : 2 * half]
+    assert lanes.dtype == np.float32
+    return lanes[..., 0]
+
+
+def exponential(x):
+    """float32 exp of x <= 0: the polynomial of kernels.cc, each operation rounded."""
+    f = np.float32
+    x = np.maximum(x, f(-87))
+    n = np.rint(x * f(1.44269504))
+    r = x - n * f(0.693359375)
+    r = r - n * f(-2.12194440e-4)
+    p = f(1.9875691500e-4)
+    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1):
+        p = p * r + f(c)
+    p = p * r + f(5.0000001201e-1)
+    return (p * r * r + r + f(1)) * np.exp2(n, dtype=np.float32)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize(("rows", "d"), [(1, 48), (7, 130), (40, 5)])
+def test_a_norm_has_the_written_order(isa, rows, d):
+    rng = np.random.default_rng(0)
+    x, scale = rng.normal(size=(rows, d)), rng.uniform(0.5, 2, d)
+    x, scale = x.astype(np.float32), scale.astype(np.float32)
+    f = np.float32
+    inverse = f(1) / np.sqrt(in_lanes(x * x) * (f(1) / f(d)) + f(1e-5))
+    y, factors = jax.jit(cpu.rms_norm, static_argnums=2)(x, scale, 1e-5)
+    np.testing.assert_array_equal(factors, inverse)
+    np.testing.assert_array_equal(y, x * inverse[:, None] * scale)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize(("rows", "d", "v"), [(1, 64, 10), (6, 130, 83), (70, 7, 16)])
+def test_a_float_head_has_the_written_order(isa, rows, d, v):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(rows, d)).astype(np.float32)
+    w = rng.normal(size=(v, d)).astype(np.float32)
+    expected = in_lanes(x[:, None] * w[None])
+    np.testing.assert_array_equal(jax.jit(cpu.float_matmul)(x, w), expected)
+    by_columns = jax.jit(functools.partial(cpu.float_matmul, columns=True))
+    np.testing.assert_array_equal(by_columns(x, w.T.copy()), expected)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_a_log_of_a_sum_has_the_written_order(isa):
+    x = (10 * np.random.default_rng(0).normal(size=(5, 83))).astype(np.float32)
+    x[1, 3] = -np.inf
+    top = x.max(-1, keepdims=True)
+    wide = np.log(in_lanes(exponential(x - top)).astype(np.float64))
+    y = np.asarray(jax.jit(cpu.log_sum_exp)(x))
+    np.testing.assert_array_equal(y, top[:, 0] + wide.astype(np.float32))
+    exact = np.log(np.exp(x.astype(np.float64) - top).sum(-1)) + top[:, 0]
+    np.testing.assert_allclose(y, exact, rtol=1e-6, atol=1e-6)
+    x[2, 5], x[3, 6] = np.nan, np.inf
+    lost = np.isnan(cpu.log_sum_exp(jnp.asarray(x)))
+    np.testing.assert_array_equal(lost, [False, False, True, True, False])
+
+
+def cache_of(dtype, b, s, k, h):
+    """Keys, values and their scales, and both in float32 as they count."""
+    rng = np.random.default_rng(0)
+    whole = [jnp.asarray(rng.normal(size=(b, s, k, h)), jnp.float32) for _ in "kv"]
+    if dtype != "int8":
+        stored = [x.astype(dtype) for x in whole]
+        return *stored, None, [np.asarray(x, np.float32) for x in stored]
+    codes, scales = zip(*map(quantize_heads, whole), strict=True)
+    return *codes, scales, [np.asarray(x, np.float32) for x in codes]
+
+
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_attention_to_a_cache(isa, dtype):
-    b, s, n, k, h = 3, 21, 6, 2, 20
+@pytest.mark.parametrize("h", [20, 64])
+def test_attention_has_the_written_order(isa, dtype, h):
+    b, t, s, n, k = 3, 4, 21, 6, 2
+    keys, values, scales, wide = cache_of(dtype, b, s, k, h)
+    q = np.random.default_rng(1).normal(size=(b, t, n, h)).astype(np.float32)
+    start, slot = jnp.asarray([0, 3, 11], jnp.int32), 9
+    attend = jax.jit(functools.partial(cpu.attention, weights=True))
+    y, weights = attend(q, keys, values, jnp.int32(slot), start, scales)
+    ks, vs = (np.asarray(x) for x in scales or np.ones((2, b, s, k), np.float32))
+    for row, query, head in np.ndindex(b, t, n):
+        first = min(int(start[row]), slot + query)
+        seen = slice(first, slot + query + 1)
+        shared = head // (n // k)
+        key, value = (x[row, seen, shared] for x in wide)
+        score = in_lanes(q[row, query, head] * key) * np.float32(1 / np.sqrt(h))
+        score = score * ks[row, seen, shared]
+        p = exponential(score - score.max())
+        p = p * (np.float32(1) / in_lanes(p)) * vs[row, seen, shared]
+        expected = np.zeros(h, np.float32)
+        for weight, one in zip(p, value, strict=True):
+            expected = expected + weight * one
+        np.testing.assert_array_equal(y[row, query, head], expected)
+        np.testing.assert_array_equal(weights[row, head, query, seen], p)
+        assert weights[row, head, query].sum() == weights[row, head, query, seen].sum()
+        if dtype == "float32":
+            exact = np.exp(score.astype(np.float64) - score.max())
+            np.testing.assert_allclose(
+                y[row, query, head], exact @ value / exact.sum(), rtol=2e-5, atol=2e-6
+            )
+    # A query alone, and queries without a cache around them, give the same.
+    (alone,) = jax.jit(cpu.attention)(
+        q[:, 2:3], keys, values, jnp.int32(slot + 2), start, scales
+    )
+    np.testing.assert_array_equal(alone[:, 0], y[:, 2])
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gradients_of_native_float_parts(groups):
+    """Against those of the formulas that XLA computes."""
     rng = np.random.default_rng(0)
-    q = jnp.asarray(rng.normal(size=(b, 1, n, h)), jnp.float32)
-    keys, values = (
-        jnp.asarray(rng.normal(size=(b, s, k, h)), jnp.float32) for _ in range(2)
-    )
-    scales = None
-    if dtype == "int8":
-        (keys, ks), (values, vs) = quantize_heads(keys), quantize_heads(values)
-        scales = (ks, vs)
-    else:
-        keys, values = keys.astype(dtype), values.astype(dtype)
-    start, slot = jnp.asarray([0, 3, 11], jnp.int32), 12
-    got = jax.jit(cpu.attention)(q[:, 0], keys, values, jnp.int32(slot), start, scales)
-    wide = [np.asarray(x, np.float64) for x in (keys, values)]
-    if scales is not None:
-        wide = [
-            x * np.asarray(a, np.float64)[..., None]
-            for x, a in zip(wide, scales, strict=True)
-        ]
-    for row in range(b):
-        for head in range(n):
-            seen = slice(int(start[row]), slot + 1)
-            key, value = (x[row, seen, head // (n // k)] for x in wide)
-            score = key @ np.asarray(q[row, 0, head], np.float64) / np.sqrt(h)
-            weight = np.exp(score - score.max())
-            expected = weight @ value / weight.sum()
-            np.testing.assert_allclose(got[row, head], expected, rtol=2e-5, atol=2e-6)
+    b, t, k, h, d, v = 2, 9, 2, 8, 24, 11
+    q = jnp.asarray(rng.normal(size=(b, t, k * groups, h)), jnp.float32)
+    keys, values = jnp.asarray(rng.normal(size=(2, b, t, k, h)), jnp.float32)
+    x, w = (jnp.asarray(rng.normal(size=(n, d)), jnp.float32) for n in (t, v))
+    scale = jnp.asarray(rng.uniform(0.5, 2, d), jnp.float32)
+    ids = jnp.asarray(rng.integers(0, v, t))
 
+    def everything(q, keys, values, x, w, scale):
+        y = causal_attention(q, keys, values)
+        logits = floats.float_matmul(floats.rms_norm(x, scale, 1e-5), w)
+        other = floats.float_matmul(x, w.T, True)
+        return (y * jnp.cos(y)).sum() + floats.log_likelihood(logits + other, ids).sum()
 
-def test_attention_takes_the_native_path_where_it_can(monkeypatch):
-    q = jnp.ones((1, 1, 2, 8))
-    cache = jnp.ones((1, 4, 2, 8))
-    called = []
-    native = cpu.attention
-
-    def spy(*arguments):
-        called.append(1)
-        return native(*arguments)
-
-    monkeypatch.setattr(cpu, "attention", spy)
-    native_y = cached_attention(q, cache, cache, jnp.asarray([2]))
-    assert called
-    monkeypatch.setattr(kernels, "backend", lambda: "reference")
-    np.testing.assert_allclose(
-        cached_attention(q, cache, cache, jnp.asarray([2])), native_y, rtol=1e-6
-    )
-    assert len(called) == 1
+    given = (q, keys, values, x, w, scale)
+    both = jax.value_and_grad(everything, argnums=range(6))
+    assert floats.native()
+    native = jax.jit(both)(*given)
+    with floats.compiled_floats():
+        assert not floats.native()
+        compiled = jax.jit(lambda *given: both(*given))(*given)
+    for one, other in zip(
+        jax.tree.leaves(native), jax.tree.leaves(compiled), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_in_bfloat16_out():
