@@ -133,7 +133,11 @@ class Report:
         }
         self._writer.write(step, row)
         self._display.update(step, row, self._display.eta)
-        better = self.best is None or result.loss < self.best["loss"]
+        # Compared over the same windows: the last evaluation takes more of them.
+        best = self.best
+        better = best is None or result.comparable < best.get(
+            "sampled_loss", best["loss"]
+        )
         if better:
             self.best = {"step": step, **result.as_dict()}
         self._display.say(
