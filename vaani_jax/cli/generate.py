@@ -51,11 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from vaani_jax.devices.memory import return_freed_memory
     from vaani_jax.inference import generate
     from vaani_jax.inference.model import load
     from vaani_jax.inference.sampling import NUMBERS, SamplerConfig
 
     _keep_compiled()
+    return_freed_memory()  # masters, that are packed as they are read
 
     if options.greedy:
         options.temperature = 0.0
@@ -63,7 +65,9 @@ def run(options: argparse.Namespace) -> int:
     prompts = _read_prompts(options)
     # A file holds several prompts, however many lines it has today.
     several = len(prompts) > 1 or bool(options.prompts_file)
-    model = load(options.workdir, checkpoint=options.checkpoint, notify=notify)
+    model = load(
+        options.workdir, checkpoint=options.checkpoint, packed=True, notify=notify
+    )
     segments = generate.stream(
         model,
         _encode_prompts(model.tokenizer, prompts, model.architecture.max_seq_len),
