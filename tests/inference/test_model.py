@@ -324,7 +324,7 @@ def test_damage_is_found_while_reading(tmp_path, monkeypatch):
         return name, value ^ ("up_proj']['kernel" in name)
 
     monkeypatch.setattr(checkpoints_module, "_mark", other)
-    told = []
+    told: list[str] = []
     with pytest.raises(VaaniError, match="can be read"):
         load(workdir, packed=True, checkpoint="last", notify=told.append)
     assert "up_proj']['kernel'] is not what was saved" in told[0]

@@ -338,6 +338,7 @@ class Checkpoints:
     ) -> Tree:
         """An item of a checkpoint, a few arrays at a time, each passed to ``take``."""
         folder = self.directory / f"step_{step}" / name
+        structure: Any
         found, structure = jax.tree_util.tree_flatten_with_path(target)
         paths, shapes = zip(*found, strict=True)
         arguments = [
