@@ -174,9 +174,10 @@ def row_bytes(
 ) -> int:
     """What each row of a batch takes while it is read and continued, about, in bytes.
 
-    Its cache, which is there twice when a call hands it on; of one layer of the
-    prefill, the scores of attention and their weights, and the states; and logits, as
-    they are, filtered, sorted, and with noise.
+    Its cache, which is there twice where a call hands it on; of one layer of the
+    prefill, the scores of attention and their weights, and the states; and eight times
+    its logits: as they come and go, sorted, with probabilities and their sums, filtered,
+    and with noise.
 
     Args:
       module: the model.
@@ -191,7 +192,7 @@ def row_bytes(
     cached = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(cache))
     scores = 2 * a.n_heads * length * capacity
     states = length * (4 * a.dim + 3 * a.hidden_dim)
-    return 2 * cached + 4 * (scores + states + 4 * a.vocab_size)
+    return 2 * cached + 4 * (scores + states + 8 * a.vocab_size)
 
 
 def batches(
