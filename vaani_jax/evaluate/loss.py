@@ -182,11 +182,25 @@ def validation_set(
     parts: int = 1,
     limit: int = 0,
 ) -> ValidationSet:
-    """The held-out windows of a corpus, in batches of about `TOKENS` tokens.
+    """The held-out windows of a corpus, in batches of `batch_rows`.
+
+    Batches can be cut into ``parts`` equal ones; for ``limit`` see `ValidationSet`.
+    """
+    return ValidationSet(
+        split.validation,
+        tokenizer,
+        seq_len=architecture.max_seq_len,
+        batch_size=batch_rows(architecture, parts),
+        parts=parts,
+        limit=limit,
+    )
+
+
+def batch_rows(architecture: Architecture, parts: int = 1) -> int:
+    """Windows of a batch, of about `TOKENS` tokens, on ``parts`` devices.
 
     Fewer where one token's logits in each window, or the scores of attention, would
-    take more than they may. Batches can be cut into ``parts`` equal ones; for ``limit``
-    see `ValidationSet`.
+    take more than they may.
     """
     a = architecture
     rows = min(
@@ -194,14 +208,7 @@ def validation_set(
         LOGITS_BYTES // (4 * a.vocab_size) * parts,
         SCORES_BYTES // (4 * a.n_heads * a.max_seq_len**2) * parts,
     )
-    return ValidationSet(
-        split.validation,
-        tokenizer,
-        seq_len=a.max_seq_len,
-        batch_size=max(1, rows),
-        parts=parts,
-        limit=limit,
-    )
+    return max(1, rows)
 
 
 def make_eval_step(

@@ -117,7 +117,7 @@ def decode(
     return tokens.T, logits, cache
 
 
-def _bucket(length: int, limit: int) -> int:
+def bucket(length: int, limit: int) -> int:
     """The padded length of a prompt: the next power of two, from 16 up."""
     return min(limit, max(16, 1 << (length - 1).bit_length()))
 
@@ -140,7 +140,7 @@ def _align(rows: list[np.ndarray], limit: int) -> tuple[np.ndarray, int, np.ndar
       Tokens [B, T], where the rows end, and where each starts [B]; all int32.
     """
     length = max(map(len, rows))
-    tokens = np.zeros((len(rows), _bucket(length, limit)), np.int32)
+    tokens = np.zeros((len(rows), bucket(length, limit)), np.int32)
     start = np.asarray([length - len(row) for row in rows], np.int32)
     for padded, row, first in zip(tokens, rows, start, strict=True):
         padded[first:length] = row
@@ -154,14 +154,14 @@ def _check_counts(max_new_tokens: int, num_samples: int, segment: int) -> None:
         raise VaaniError("a segment has at least one token")
 
 
-def _capacity(longest: int, ahead: int, segment: int, context: int) -> int:
+def capacity_for(longest: int, ahead: int, segment: int, context: int) -> int:
     """Slots of a cache for prompts of up to ``longest`` tokens and ``ahead`` new ones.
 
     A full segment is decoded even if less is asked for. Starting from the bucket, not
     from the prompt, other lengths in it lead to the same capacity.
     """
     whole = -(-ahead // segment) * segment
-    return _bucket(_bucket(min(longest, context), context) + whole, context)
+    return bucket(bucket(min(longest, context), context) + whole, context)
 
 
 def row_bytes(
@@ -176,8 +176,8 @@ def row_bytes(
 
     Its cache, which is there twice where a call hands it on; of one layer of the
     prefill, the scores of attention and their weights, and the states; and eight times
-    its logits: as they come and go, sorted, with probabilities and their sums, filtered,
-    and with noise.
+    its logits: as they come and go, sorted, with probabilities and their sums,
+    filtered, and with noise.
 
     Args:
       module: the model.
@@ -185,8 +185,8 @@ def row_bytes(
       max_new_tokens, kv_dtype, segment: see `stream`.
     """
     a = module.architecture
-    length = _bucket(min(longest, a.max_seq_len), a.max_seq_len)
-    capacity = _capacity(longest, max_new_tokens, segment, a.max_seq_len)
+    length = bucket(min(longest, a.max_seq_len), a.max_seq_len)
+    capacity = capacity_for(longest, max_new_tokens, segment, a.max_seq_len)
     dtype = kv_dtype or module.quantization.dtype
     cache = jax.eval_shape(lambda: KVCache.create(a, 1, capacity, dtype))
     cached = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(cache))
@@ -235,7 +235,7 @@ def batches(
             segment=segment,
         )
 
-    lengths = [_bucket(min(len(prompt), context), context) for prompt in prompts]
+    lengths = [bucket(min(len(prompt), context), context) for prompt in prompts]
     first = 0
     while first < len(lengths):
         count = 1
@@ -294,7 +294,7 @@ def stream(
     key = jax.random.key(seed)
     windows = [ids for ids in prompts for _ in range(num_samples)]
     longest = max(map(len, prompts))
-    capacity = _capacity(longest, max_new_tokens, segment, context)
+    capacity = capacity_for(longest, max_new_tokens, segment, context)
     drawn = 0
     room = 0
     logits = cache = None
