@@ -93,7 +93,7 @@ def test_an_evaluation_takes_its_batch_and_its_logits():
 def test_a_sample_takes_its_cache_and_stacked_layers_once_more():
     memory = plan().memory
     cache = 2 * 3 * 32 * 64 * 4
-    assert cache < memory.sampling < memory.params
+    assert cache < memory.sampling < memory.temporaries
     stacked = plan(execution=Execution(scan_layers=True)).memory
     assert stacked.sampling > memory.sampling + 4 * KERNELS
     short = dataclasses.replace(MODEL.architecture, max_seq_len=1)
