@@ -286,7 +286,7 @@ def test_a_twin_is_read_as_it_is(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("command", ["pack", "generate"])
+@pytest.mark.parametrize("command", ["pack", "generate", "evaluate"])
 def test_masters_are_in_memory_a_few_at_a_time(command, tmp_path, monkeypatch, capsys):
     """The commands that need packed weights never hold a model of masters."""
     module = SMALL.changed(n_layers=6)
@@ -308,7 +308,9 @@ def test_masters_are_in_memory_a_few_at_a_time(command, tmp_path, monkeypatch, c
     options = {
         "pack": ["--output", str(tmp_path / "packed")],
         "generate": ["--prompt", "a", "--max-new-tokens", "1"],
+        "evaluate": ["--data", str(tmp_path / "text.txt")],
     }
+    (tmp_path / "text.txt").write_text("a text " * 20, encoding="utf-8")
     before = masters()
     assert cli.main([command, "--workdir", str(workdir), *options[command]]) == 0
     assert len(live) == 7 * 6
