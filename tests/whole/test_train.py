@@ -362,7 +362,11 @@ def test_a_finished_run_says_so_and_can_be_extended(text, uninterrupted, tmp_pat
 def test_evaluations_take_a_sample_and_the_last_one_all(text, tmp_path):
     watch = Watch()
     config = make_config(text, num_steps=4, eval_interval=2, eval_windows=5)
-    result = run(config, tmp_path / "run", watch)
+    told = io.StringIO()
+    result: Any = train(
+        config, tmp_path / "run", console=Console(file=told), callbacks=[watch]
+    )
+    assert "80 of them before the run's end" in told.getvalue().replace("\n", "")
     sampled, final = watch.boundaries[2], watch.boundaries[4]
     assert sampled.tokens == 5 * 16 < final.tokens == result.tokens
     assert final.comparable != final.loss
