@@ -12,8 +12,10 @@ import pytest
 from rich.console import Console
 
 from vaani_jax import cli
+from vaani_jax.cli import generate as generate_command
 from vaani_jax.inference import generate as generate_module
 from vaani_jax.model.cache import KVCache
+from vaani_jax.text.tokenizers import ByteTokenizer
 from vaani_jax.train.config import from_dict
 from vaani_jax.train.loop import train
 
@@ -136,6 +138,15 @@ def test_many_prompts_are_continued_a_few_at_a_time(
     results = json.loads(capsys.readouterr().out)["results"]
     assert sizes[3:] == [4, 1]
     assert [len(r["samples"][0]) for r in results] == [9] * 5
+
+
+def test_long_prompts_are_said_a_few_times_and_then_counted(capsys):
+    prompts = ["abc"] * 2 + ["abcdef"] * 9
+    ids = generate_command._encode_prompts(ByteTokenizer(), prompts, 4)
+    assert [len(one) for one in ids] == [3] * 2 + [6] * 9
+    lines = capsys.readouterr().err.splitlines()
+    assert [line[:9] for line in lines[:3]] == ["prompt 3 ", "prompt 4 ", "prompt 5 "]
+    assert lines[3:] == ["so it is with 6 more prompts"]
 
 
 def test_generate_with_another_cache_and_other_segments(workdir, capsys):

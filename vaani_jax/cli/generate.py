@@ -13,6 +13,8 @@ from vaani_jax.errors import VaaniError
 
 HELP = "Continue a prompt."
 
+NOTICES = 3  # of prompts that are cut; then they are counted
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from vaani_jax.inference.sampling import NUMBERS, SamplerConfig
@@ -152,6 +154,7 @@ def _read_prompts(options: argparse.Namespace) -> list[str]:
 def _encode_prompts(tokenizer: Any, prompts: list[str], context: int) -> list[Any]:
     """Ids of each prompt, with a notice for those that the context can't hold."""
     encoded = []
+    cut = 0
     for i, prompt in enumerate(prompts):
         number = f"prompt {i + 1}" if len(prompts) > 1 else ""
         try:
@@ -159,11 +162,15 @@ def _encode_prompts(tokenizer: Any, prompts: list[str], context: int) -> list[An
         except VaaniError as error:
             raise VaaniError(f"{number}: {error}" if number else str(error)) from error
         if len(ids) > context:
-            notify(
-                f"{number or 'the prompt'} has {len(ids)} tokens, the context"
-                f" {context}: its end is used"
-            )
+            cut += 1
+            if cut <= NOTICES:
+                notify(
+                    f"{number or 'the prompt'} has {len(ids)} tokens, the context"
+                    f" {context}: its end is used"
+                )
         encoded.append(ids)
+    if cut > NOTICES:
+        notify(f"so it is with {cut - NOTICES:,} more prompts")
     return encoded
 
 
