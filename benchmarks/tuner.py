@@ -227,7 +227,7 @@ def run_other(job: Job) -> dict[str, Any]:
     if name == "schedule_free_adamw":
         inner = state.opt_state.inner_state[1]
         params = contrib.schedule_free_eval_params(inner, params)
-    result = validation_set(length, split, tokenizer).evaluate(
+    result = validation_set(architecture, split, tokenizer).evaluate(
         jax.jit(make_eval_step(model)), {"params": params, "quant": state.quant}
     )
     assert result is not None

@@ -12,7 +12,10 @@ import pytest
 from rich.console import Console
 
 from vaani_jax import cli
+from vaani_jax.cli import generate as generate_command
+from vaani_jax.inference import generate as generate_module
 from vaani_jax.model.cache import KVCache
+from vaani_jax.text.tokenizers import ByteTokenizer
 from vaani_jax.train.config import from_dict
 from vaani_jax.train.loop import train
 
@@ -106,6 +109,44 @@ def test_generate_continues_several_prompts(workdir, tmp_path, capsys):
     assert cli.main([*command, "--prompts-file", str(file), "--json"]) == 0
     (only,) = json.loads(capsys.readouterr().out)["results"]
     assert only == {"prompt": "abcd", "samples": [samples[0][0]]}
+
+
+def test_many_prompts_are_continued_a_few_at_a_time(
+    workdir, tmp_path, capsys, monkeypatch
+):
+    """The same text, batch by batch, as from one batch; and it is said how far."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(["abcd", "h", "efgh a", "fg", "cd"]), encoding="utf-8")
+    command = ["generate", "--workdir", str(workdir), "--prompts-file", str(file)]
+    command += ["--max-new-tokens", "9"]
+    assert cli.main(command) == 0
+    whole = capsys.readouterr()
+    assert whole.err == ""
+    sizes, stream = [], generate_module.stream
+
+    def watched(model, prompts, **options):
+        sizes.append(len(prompts))
+        return stream(model, prompts, **options)
+
+    monkeypatch.setattr(generate_module, "stream", watched)
+    assert cli.main([*command, "--batch-size", "2"]) == 0
+    parts = capsys.readouterr()
+    assert parts.out == whole.out
+    assert sizes == [2, 2, 1]
+    assert parts.err.splitlines() == [f"{n} of 5 prompts" for n in (2, 4, 5)]
+    assert cli.main([*command, "--json", "--batch-size", "4"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert sizes[3:] == [4, 1]
+    assert [len(r["samples"][0]) for r in results] == [9] * 5
+
+
+def test_long_prompts_are_said_a_few_times_and_then_counted(capsys):
+    prompts = ["abc"] * 2 + ["abcdef"] * 9
+    ids = generate_command._encode_prompts(ByteTokenizer(), prompts, 4)
+    assert [len(one) for one in ids] == [3] * 2 + [6] * 9
+    lines = capsys.readouterr().err.splitlines()
+    assert [line[:9] for line in lines[:3]] == ["prompt 3 ", "prompt 4 ", "prompt 5 "]
+    assert lines[3:] == ["so it is with 6 more prompts"]
 
 
 def test_generate_with_another_cache_and_other_segments(workdir, capsys):

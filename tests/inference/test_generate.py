@@ -11,7 +11,15 @@ from structure import same_structure
 
 from vaani_jax.errors import VaaniError
 from vaani_jax.inference import generate as generate_module
-from vaani_jax.inference.generate import SEGMENT, decode, generate, prefill, stream
+from vaani_jax.inference.generate import (
+    SEGMENT,
+    batches,
+    decode,
+    generate,
+    prefill,
+    row_bytes,
+    stream,
+)
 from vaani_jax.inference.model import Model
 from vaani_jax.inference.sampling import SamplerConfig, sample_token
 from vaani_jax.model.transformer import Vaani, init_variables, unrolled
@@ -392,3 +400,81 @@ def test_sample_settings_become_a_sampler():
     assert config.sampler == SamplerConfig(0.3, 5, 0.7, 0.1)
     with pytest.raises(VaaniError, match="max_new_tokens"):
         SampleConfig(max_new_tokens=0)
+
+
+# -- Many prompts ---------------------------------------------------------------------
+
+
+WIDE = Vaani().changed(
+    vocab_size=3000, dim=32, n_layers=2, n_heads=2, ffn_dim=64, max_seq_len=64
+)
+
+
+def test_batches_take_every_prompt_once_and_no_more_than_fits(monkeypatch):
+    rng = np.random.default_rng(0)
+    prompts = [np.zeros(n, np.int32) for n in rng.integers(1, 90, size=300)]
+    cost = functools.partial(row_bytes, WIDE, max_new_tokens=20)
+    monkeypatch.setattr(generate_module, "BATCH_BYTES", 20 * cost(64))
+    for samples, rows in ((1, 0), (3, 0), (1, 5), (50, 0)):
+        found = list(
+            batches(WIDE, prompts, max_new_tokens=20, num_samples=samples, rows=rows)
+        )
+        assert [i for b in found for i in range(b.start, b.stop)] == [*range(300)]
+        sizes = {b.stop - b.start for b in found[:-1]}
+        assert all(size & (size - 1) == 0 for size in sizes)  # powers of two
+        for batch in found:
+            count = batch.stop - batch.start
+            longest = max(map(len, prompts[batch]))
+            assert count == 1 or count * samples * cost(longest) <= 20 * cost(64)
+            assert count == 1 or not rows or count * samples <= rows
+        # A batch twice as large would not have fitted.
+        assert (
+            max(sizes) == {(1, 0): 16, (3, 0): 4, (1, 5): 4, (50, 0): 1}[samples, rows]
+        )
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("length", [16, 64])
+def test_a_batch_takes_what_is_counted(length, kv_dtype):
+    """What the compiler says of prefill and decode grows by no more for each row."""
+    model, rows = model_of(WIDE), 8
+    capacity = 64
+    sampler = SamplerConfig(top_p=0.9)
+
+    def taken(batch):
+        tokens = jnp.zeros((batch, length), jnp.int32)
+        start = jnp.zeros(batch, jnp.int32)
+        static = {"capacity": capacity, "kv_dtype": kv_dtype}
+        lowered: Any = prefill.lower(
+            WIDE, model.variables, tokens, jnp.int32(length), start, **static
+        )
+        logits, cache = lowered.out_info
+        further: Any = decode.lower(
+            *(WIDE, sampler, SEGMENT, model.variables),
+            *(jax.tree.map(jnp.zeros_like, (logits, cache))),
+            *(jax.random.key(0), jnp.int32(0)),
+        )
+        return max(
+            part.temp_size_in_bytes + part.output_size_in_bytes
+            for part in (p.compile().memory_analysis() for p in (lowered, further))
+        )
+
+    counted = row_bytes(WIDE, length, max_new_tokens=64, kv_dtype=kv_dtype)
+    assert (taken(2 * rows) - taken(rows)) / rows <= counted
+    assert counted < 10 * (taken(2 * rows) - taken(rows)) / rows
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"max_new_tokens": 0}, "at least one token"),
+        ({"num_samples": 0}, "one sample"),
+        ({"segment": 0}, "segment"),
+        ({"rows": -1}, "batch size is -1"),
+        ({"kv_dtype": "float16"}, "KV cache holds"),
+    ],
+)
+def test_batches_refuse_what_cannot_be(options, match):
+    prompts = [np.zeros(3, np.int32)] * 2
+    with pytest.raises(VaaniError, match=match):
+        list(batches(WIDE, prompts, **{"max_new_tokens": 5, **options}))

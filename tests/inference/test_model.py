@@ -13,7 +13,7 @@ import safetensors.numpy
 from rich.console import Console
 from structure import same_structure
 
-from vaani_jax import cli
+from vaani_jax import cli, leaves
 from vaani_jax.errors import VaaniError
 from vaani_jax.inference import model as model_module
 from vaani_jax.inference.generate import generate
@@ -30,7 +30,12 @@ from vaani_jax.inference.sampling import SamplerConfig
 from vaani_jax.inference.tensors import ALIGNMENT, read_tensors, write_tensors
 from vaani_jax.model.cache import KVCache
 from vaani_jax.model.packing import pack_variables
+from vaani_jax.model.transformer import Vaani, init_variables
 from vaani_jax.quant.packed import PackedTernary
+from vaani_jax.runs import checkpoints as checkpoints_module
+from vaani_jax.runs.checkpoints import Checkpoints
+from vaani_jax.runs.metadata import Metadata
+from vaani_jax.text.tokenizers import ByteTokenizer
 from vaani_jax.train.config import from_dict
 from vaani_jax.train.loop import train
 from vaani_jax.train.losses import cross_entropy
@@ -178,6 +183,114 @@ def test_tensors_of_every_kind_come_back(tmp_path):
         np.testing.assert_array_equal(back[name], array)
         assert back[name].dtype == array.dtype
         assert back[name].shape == array.shape
+
+
+# -- Packing while reading ----------------------------------------------------------
+
+
+SMALL = Vaani().changed(
+    vocab_size=256, dim=32, n_layers=3, n_heads=2, ffn_dim=64, max_seq_len=32
+)
+
+
+def saved(module, workdir):
+    """A checkpoint of a model as it is initialized, with thresholds of its own."""
+    variables = init_variables(module, jax.random.key(0))
+
+    def changed(path, leaf):
+        own = 0.3 + 0.1 * jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape)
+        return own if leaves.name(path).endswith("quantizer/threshold") else leaf
+
+    quant = jax.tree_util.tree_map_with_path(changed, variables["quant"])
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    metadata = Metadata.of(module, ByteTokenizer().to_json())
+    items = {"model": {"params": variables["params"], "quant": quant}}
+    checkpoints.save(0, items, metadata.to_json())
+    checkpoints.wait()
+    checkpoints.close()
+    return workdir
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"scan_layers": True},
+        {"scan_layers": True, "weight_scale": "stored", "tie_embeddings": False},
+        {"ternary_head": True, "activation_tracking": "ema"},
+        {"ternary_head": True, "tie_embeddings": False},
+        {"weight_granularity": "channel"},
+    ],
+    ids=lambda keys: "-".join(keys) or "plain",
+)
+def test_what_is_packed_while_it_is_read_is_what_is_packed_afterwards(keys, tmp_path):
+    workdir = saved(SMALL.changed(**keys), tmp_path)
+    before, after = pack_model(load(workdir)), load(workdir, packed=True)
+    assert after.packed
+    assert after.module == before.module
+    assert same_structure(after.variables, before.variables)
+    for a, b in zip(
+        jax.tree.leaves(after.variables), jax.tree.leaves(before.variables), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_twin_is_read_as_it_is(tmp_path):
+    workdir = saved(SMALL.changed(quantize=False), tmp_path)
+    model = load(workdir, packed=True)
+    assert not model.packed
+    for a, b in zip(
+        jax.tree.leaves(model.params),
+        jax.tree.leaves(load(workdir).params),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("command", ["pack", "generate", "evaluate"])
+def test_masters_are_in_memory_a_few_at_a_time(command, tmp_path, monkeypatch, capsys):
+    """The commands that need packed weights never hold a model of masters."""
+    module = SMALL.changed(n_layers=6)
+    workdir = saved(module, tmp_path / "run")
+    one = 4 * 32 * 64  # bytes of the largest kernel
+    monkeypatch.setattr(checkpoints_module, "PART_BYTES", 2 * one)
+    pack_kernel, live = model_module.pack_kernel, []
+
+    def masters():
+        """Bytes of arrays that have the shape of a kernel."""
+        shapes = {(32, 32), (32, 64), (64, 32)}
+        return sum(a.nbytes for a in jax.live_arrays() if a.shape in shapes)
+
+    def watched(kernel, *others):
+        live.append(masters())
+        return pack_kernel(kernel, *others)
+
+    monkeypatch.setattr(model_module, "pack_kernel", watched)
+    options = {
+        "pack": ["--output", str(tmp_path / "packed")],
+        "generate": ["--prompt", "a", "--max-new-tokens", "1"],
+        "evaluate": ["--data", str(tmp_path / "text.txt")],
+    }
+    (tmp_path / "text.txt").write_text("a text " * 20, encoding="utf-8")
+    before = masters()
+    assert cli.main([command, "--workdir", str(workdir), *options[command]]) == 0
+    assert len(live) == 7 * 6
+    assert 0 < max(live) - before <= 2 * one
+
+
+def test_damage_is_found_while_reading(tmp_path, monkeypatch):
+    workdir = saved(SMALL, tmp_path)
+    mark = checkpoints_module._mark
+
+    def other(path, leaf):
+        name, value = mark(path, leaf)
+        return name, value ^ ("up_proj']['kernel" in name)
+
+    monkeypatch.setattr(checkpoints_module, "_mark", other)
+    told: list[str] = []
+    with pytest.raises(VaaniError, match="can be read"):
+        load(workdir, packed=True, checkpoint="last", notify=told.append)
+    assert "up_proj']['kernel'] is not what was saved" in told[0]
 
 
 # -- The commands -------------------------------------------------------------------

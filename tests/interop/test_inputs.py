@@ -25,7 +25,7 @@ from vaani_jax.data.config import DataConfig
 from vaani_jax.data.corpus import make_tokenizer
 from vaani_jax.data.sources import Corpus
 from vaani_jax.errors import VaaniError
-from vaani_jax.inference.model import load
+from vaani_jax.inference.model import PACKED_ARRAYS, PACKED_CONFIG, load
 from vaani_jax.interop import names
 from vaani_jax.interop import tokenizers as tokenizer_files
 from vaani_jax.interop.convert import export_model, import_model
@@ -188,6 +188,22 @@ def test_the_commands_work_on_an_import(tmp_path, capsys):
     assert "longer text" in capsys.readouterr().err
 
 
+def test_codes_are_packed_without_masters(tmp_path, monkeypatch, capsys):
+    """And full precision is refused, with nothing left behind."""
+    run = make_run(tmp_path / "run", SMALL)
+    export_model(run, tmp_path / "source", target="hf-packed", notify=notify)
+    monkeypatch.setattr(hf, "masters_of", None)
+    command = ["import", "--packed", "--from"]
+    target = ["--workdir", str(tmp_path / "packed")]
+    assert main([*command, str(tmp_path / "source"), *target]) == 0
+    their_llama(tmp_path / "theirs")
+    capsys.readouterr()
+    target = ["--workdir", str(tmp_path / "none")]
+    assert main([*command, str(tmp_path / "theirs"), *target]) == 1
+    assert "full precision" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("kind", ["hf", "hf-packed", "falcon"])
 def test_an_import_can_be_packed(kind, tmp_path, capsys):
     source, back, small = (str(tmp_path / n) for n in ("source", "back", "small"))
@@ -208,6 +224,13 @@ def test_an_import_can_be_packed(kind, tmp_path, capsys):
         for key in name.split("/"):
             node = node[key]
         np.testing.assert_array_equal(node["kernel"].scale, scale)
+    # Straight to packed, it is the same folder.
+    straight = str(tmp_path / "straight")
+    assert main(["import", "--from", source, "--workdir", straight, "--packed"]) == 0
+    assert "init_from" not in capsys.readouterr().err
+    for name in (PACKED_ARRAYS, PACKED_CONFIG):
+        ours = (tmp_path / "straight" / name).read_bytes()
+        assert ours == (tmp_path / "small" / name).read_bytes()
     ask = ["generate", "--prompt", "First", "--greedy", "--json", "--max-new-tokens=40"]
     answers = []
     for workdir in (back, small):

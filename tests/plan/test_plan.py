@@ -11,6 +11,7 @@ import pytest
 
 from vaani_jax import cli
 from vaani_jax.devices.chips import CHIPS
+from vaani_jax.evaluate.loss import LOGITS_BYTES
 from vaani_jax.model.config import Execution
 from vaani_jax.model.size import flops_per_token
 from vaani_jax.model.transformer import Vaani
@@ -74,8 +75,34 @@ def test_the_range_test_holds_a_second_state():
     tuned = plan(use_tuner=True, num_steps=1000).memory
     state = tuned.params + tuned.optimizer + tuned.other
     assert tuned.second_state == state
-    assert tuned.peak == tuned.step + state
+    assert tuned.peak >= tuned.step + state
     assert plan(use_tuner=True, num_steps=100).memory.second_state == 0  # too short
+
+
+def test_an_evaluation_takes_its_batch_and_its_logits():
+    """8192 tokens are 256 windows; of a large vocabulary, a piece of the logits."""
+    memory = plan().memory
+    logits = 4 * 8192 * 128
+    assert logits < memory.evaluation < 12 * logits
+    large = dataclasses.replace(MODEL.architecture, vocab_size=50_000)
+    grown = plan(model=large).memory.evaluation - memory.evaluation
+    assert LOGITS_BYTES / 2 < grown < 3 * LOGITS_BYTES < 4 * 8192 * 50_000
+    assert plan(model=large).memory.peak >= plan(model=large).memory.evaluation
+
+
+def test_a_sample_takes_its_cache_and_stacked_layers_once_more():
+    memory = plan().memory
+    cache = 2 * 3 * 32 * 64 * 4
+    assert cache < memory.sampling < memory.temporaries
+    stacked = plan(execution=Execution(scan_layers=True)).memory
+    assert stacked.sampling > memory.sampling + 4 * KERNELS
+    short = dataclasses.replace(MODEL.architecture, max_seq_len=1)
+    assert plan(model=short).memory.sampling == 0
+    state = memory.params + memory.optimizer + memory.other
+    assert memory.state == state
+    assert memory.peak == max(
+        memory.step, state + memory.evaluation, state + memory.sampling
+    )
 
 
 def test_time_is_the_arithmetic_that_the_module_names():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -356,6 +357,24 @@ def test_a_finished_run_says_so_and_can_be_extended(text, uninterrupted, tmp_pat
     assert "eval_interval was 8, is 7 now: the tuner sees" in said
     assert "save_interval was 4, is 5 now: a rescue may" in said
     assert "log_interval" not in said  # changes nothing that is computed
+
+
+def test_evaluations_take_a_sample_and_the_last_one_all(text, tmp_path):
+    watch = Watch()
+    config = make_config(text, num_steps=4, eval_interval=2, eval_windows=5)
+    told = io.StringIO()
+    result: Any = train(
+        config, tmp_path / "run", console=Console(file=told), callbacks=[watch]
+    )
+    assert "80 of them before the run's end" in told.getvalue().replace("\n", "")
+    sampled, final = watch.boundaries[2], watch.boundaries[4]
+    assert sampled.tokens == 5 * 16 < final.tokens == result.tokens
+    assert final.comparable != final.loss
+    # The best one is chosen by the windows that both have seen.
+    meta: Any = load(tmp_path / "run").metadata
+    better = min(sampled.comparable, final.comparable)
+    assert meta.loss == better
+    assert meta.best.get("sampled_loss", meta.best["loss"]) == better
 
 
 def test_epochs_set_the_length(text, tmp_path):

@@ -19,9 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from vaani_jax.devices.memory import return_freed_memory
     from vaani_jax.inference.model import load
 
-    model = load(options.workdir, checkpoint=options.checkpoint, notify=notify)
+    return_freed_memory()  # masters, that are packed as they are read
+    model = load(
+        options.workdir, checkpoint=options.checkpoint, packed=True, notify=notify
+    )
     result = measured(model, held_out(model, options.data))
     if options.json:
         print(json.dumps(result.as_dict()))

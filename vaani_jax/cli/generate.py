@@ -1,15 +1,19 @@
 """Continues prompts."""
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 from vaani_jax.cli.output import notify
 from vaani_jax.errors import VaaniError
 
 HELP = "Continue a prompt."
+
+NOTICES = 3  # of prompts that are cut; then they are counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     given.add_argument("--prompts-file", default="", help="one prompt a line")
     option = parser.add_argument
+    option(
+        "--batch-size",
+        type=int,
+        default=0,
+        help="most texts to continue together; 0: as many as 256 MiB of caches hold",
+    )
     option("--max-new-tokens", type=int, default=200, help="tokens to draw")
     option("--greedy", action="store_true", help="same as --temperature 0")
     numbers = {name: (value, text) for name, value, text in described(SamplerConfig())}
@@ -51,11 +61,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    import numpy as np
+
+    from vaani_jax.devices.memory import return_freed_memory
     from vaani_jax.inference import generate
     from vaani_jax.inference.model import load
     from vaani_jax.inference.sampling import NUMBERS, SamplerConfig
 
     _keep_compiled()
+    return_freed_memory()  # masters, that are packed as they are read
 
     if options.greedy:
         options.temperature = 0.0
@@ -63,49 +77,66 @@ def run(options: argparse.Namespace) -> int:
     prompts = _read_prompts(options)
     # A file holds several prompts, however many lines it has today.
     several = len(prompts) > 1 or bool(options.prompts_file)
-    model = load(options.workdir, checkpoint=options.checkpoint, notify=notify)
-    segments = generate.stream(
-        model,
-        _encode_prompts(model.tokenizer, prompts, model.architecture.max_seq_len),
-        max_new_tokens=options.max_new_tokens,
-        sampler=sampler,
-        seed=options.seed,
-        num_samples=options.num_samples,
-        kv_dtype=None if options.kv_dtype == "auto" else options.kv_dtype,
-        segment=options.segment,
+    model = load(
+        options.workdir, checkpoint=options.checkpoint, packed=True, notify=notify
     )
-    count = options.num_samples
-    alone = count == 1 and not several and not options.json
-    ids: list[list[int]] = [[] for _ in range(len(prompts) * count)]
-    shown = ""
-    if alone:
-        print(prompts[0], end="", flush=True)
-    for segment in segments:
-        for row, new in zip(ids, segment.tolist(), strict=True):
-            row.extend(new)
-        if alone:
-            # Decoded as a whole: a character may span two segments of bytes.
-            text = model.tokenizer.decode(ids[0])
-            ready = text.rstrip("\ufffd")
-            print(ready[len(shown) :], end="", flush=True)
-            shown = ready
-    texts = [model.tokenizer.decode(row) for row in ids]
-    results = [
-        {"prompt": prompt, "samples": texts[i * count : (i + 1) * count]}
-        for i, prompt in enumerate(prompts)
-    ]
-    if alone:
-        print(texts[0][len(shown) :])
-    elif options.json:
+    encoded = _encode_prompts(model.tokenizer, prompts, model.architecture.max_seq_len)
+    chosen: dict[str, Any] = {
+        "max_new_tokens": options.max_new_tokens,
+        "num_samples": options.num_samples,
+        "kv_dtype": None if options.kv_dtype == "auto" else options.kv_dtype,
+        "segment": options.segment,
+    }
+
+    def continued(part: list[Any]) -> Iterable[Any]:
+        return generate.stream(
+            model, part, sampler=sampler, seed=options.seed, **chosen
+        )
+
+    if options.num_samples == 1 and not several and not options.json:
+        _show(prompts[0], continued(encoded), model.tokenizer)
+        return 0
+    results = []
+    for batch in generate.batches(
+        model.module, encoded, rows=options.batch_size, **chosen
+    ):
+        ids = np.concatenate(list(continued(encoded[batch])), axis=1)
+        texts = iter([model.tokenizer.decode(row) for row in ids])
+        for i, prompt in enumerate(prompts[batch], batch.start):
+            samples = list(itertools.islice(texts, options.num_samples))
+            if options.json:
+                results.append({"prompt": prompt, "samples": samples})
+            else:
+                _print(i if several else None, prompt, samples)
+        if batch.stop - batch.start < len(prompts):
+            notify(f"{batch.stop:,} of {len(prompts):,} prompts")
+    if options.json:
         result = {"results": results} if several else results[0]
         print(json.dumps({**result, "checkpoint": model.step, "seed": options.seed}))
-    else:
-        for i, text in enumerate(texts):
-            titles = [f"prompt {i // count + 1}"] if several else []
-            if count > 1:
-                titles.append(f"sample {i % count + 1}")
-            print(f"--- {', '.join(titles)}\n{prompts[i // count]}{text}")
     return 0
+
+
+def _show(prompt: str, segments: Iterable[Any], tokenizer: Any) -> None:
+    """Prints a prompt and its continuation, as it comes."""
+    ids: list[int] = []
+    shown = ""
+    print(prompt, end="", flush=True)
+    for segment in segments:
+        ids.extend(segment[0].tolist())
+        # Decoded as a whole: a character may span two segments of bytes.
+        ready = tokenizer.decode(ids).rstrip("\ufffd")
+        print(ready[len(shown) :], end="", flush=True)
+        shown = ready
+    print(tokenizer.decode(ids)[len(shown) :])
+
+
+def _print(place: int | None, prompt: str, samples: list[str]) -> None:
+    """Prints the continuations of a prompt under titles."""
+    for i, text in enumerate(samples):
+        titles = [] if place is None else [f"prompt {place + 1}"]
+        if len(samples) > 1:
+            titles.append(f"sample {i + 1}")
+        print(f"--- {', '.join(titles)}\n{prompt}{text}")
 
 
 def _read_prompts(options: argparse.Namespace) -> list[str]:
@@ -123,6 +154,7 @@ def _read_prompts(options: argparse.Namespace) -> list[str]:
 def _encode_prompts(tokenizer: Any, prompts: list[str], context: int) -> list[Any]:
     """Ids of each prompt, with a notice for those that the context can't hold."""
     encoded = []
+    cut = 0
     for i, prompt in enumerate(prompts):
         number = f"prompt {i + 1}" if len(prompts) > 1 else ""
         try:
@@ -130,11 +162,15 @@ def _encode_prompts(tokenizer: Any, prompts: list[str], context: int) -> list[An
         except VaaniError as error:
             raise VaaniError(f"{number}: {error}" if number else str(error)) from error
         if len(ids) > context:
-            notify(
-                f"{number or 'the prompt'} has {len(ids)} tokens, the context"
-                f" {context}: its end is used"
-            )
+            cut += 1
+            if cut <= NOTICES:
+                notify(
+                    f"{number or 'the prompt'} has {len(ids)} tokens, the context"
+                    f" {context}: its end is used"
+                )
         encoded.append(ids)
+    if cut > NOTICES:
+        notify(f"so it is with {cut - NOTICES:,} more prompts")
     return encoded
 
 

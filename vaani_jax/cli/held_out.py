@@ -43,6 +43,6 @@ def measured(model: Any, split: Any) -> Any:
 
     from vaani_jax.evaluate.loss import make_eval_step, validation_set
 
-    return validation_set(
-        model.architecture.max_seq_len, split, model.tokenizer
-    ).evaluate(jax.jit(make_eval_step(model.module)), model.variables)
+    return validation_set(model.architecture, split, model.tokenizer).evaluate(
+        jax.jit(make_eval_step(model.module)), model.variables
+    )

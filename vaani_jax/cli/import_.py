@@ -13,6 +13,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-seq-len", type=int, default=0, help="context; 0: the model's, up to 4096"
     )
+    parser.add_argument(
+        "--packed",
+        action="store_true",
+        help="write a packed folder, to generate from and not to train from",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -22,11 +27,13 @@ def run(options: argparse.Namespace) -> int:
         options.source,
         options.workdir,
         max_seq_len=options.max_seq_len,
+        packed=options.packed,
         notify=notify,
     )
-    notify(
-        "to train from it: python train.py --config=configs/base.py --workdir=NEW"
-        f" --config.init_from={options.workdir} {as_flags(config)}"
-    )
+    if not options.packed:
+        notify(
+            "to train from it: python train.py --config=configs/base.py --workdir=NEW"
+            f" --config.init_from={options.workdir} {as_flags(config)}"
+        )
     print(options.workdir)
     return 0

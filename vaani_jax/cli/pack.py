@@ -25,13 +25,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     import jax
 
-    from vaani_jax.inference.model import PACKED_ARRAYS, load, pack_model, save_packed
+    from vaani_jax.devices.memory import return_freed_memory
+    from vaani_jax.inference.model import (
+        PACKED_ARRAYS,
+        is_packed_folder,
+        load,
+        rounded_embedding,
+        save_packed,
+    )
     from vaani_jax.model.packing import packed_bytes
     from vaani_jax.model.size import model_size
     from vaani_jax.quant.packed import PackedTernary
 
-    model = load(options.workdir, checkpoint=options.checkpoint, notify=notify)
-    small = pack_model(model, options.embedding)
+    return_freed_memory()
+    if is_packed_folder(options.workdir):
+        raise VaaniError("the model is packed already")
+    model = load(
+        options.workdir, checkpoint=options.checkpoint, packed=True, notify=notify
+    )
+    if not model.packed:
+        raise VaaniError(
+            "a full-precision twin (quantization.quantize=False) can't be packed"
+        )
+    small = rounded_embedding(model) if options.embedding == "int8" else model
     save_packed(small, options.output)
     kernels = [
         leaf

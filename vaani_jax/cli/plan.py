@@ -1,4 +1,4 @@
-"""Says what a training step will take, before it runs."""
+"""Says what a run will take, before it runs."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from vaani_jax.cli.output import notify
 from vaani_jax.errors import VaaniError
 
 FLAGS = "config"  # --config, --config.KEY=VALUE
-HELP = "Say what a training step will take, before it runs."
+HELP = "Say what a run will take, before it runs."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -61,8 +61,8 @@ def validation_windows(tokens: np.ndarray, seq_len: int) -> np.ndarray:
 
     Window i holds tokens ``i * seq_len`` to ``(i + 1) * seq_len`` inclusive: every
     token but the first is predicted at most once; fewer than ``seq_len`` at the end
-    are left out.
+    are left out. A view of the tokens, not a copy.
     """
-    count = (len(tokens) - 1) // seq_len
-    starts = np.arange(count)[:, None] * seq_len
-    return tokens[starts + np.arange(seq_len + 1)[None, :]]
+    if len(tokens) < seq_len + 1:
+        return np.zeros((0, seq_len + 1), tokens.dtype)
+    return np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)[::seq_len]

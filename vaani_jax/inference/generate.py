@@ -13,6 +13,7 @@ it would alone, and the batch is read again.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -30,6 +31,9 @@ Array = jax.Array
 
 
 SEGMENT = 16  # tokens decoded per call: what streaming shows at a time
+
+
+BATCH_BYTES = 2**28  # of what prompts that are continued together take, see `row_bytes`
 
 
 @functools.partial(jax.jit, static_argnames=("module", "capacity", "kv_dtype"))
@@ -113,7 +117,7 @@ def decode(
     return tokens.T, logits, cache
 
 
-def _bucket(length: int, limit: int) -> int:
+def bucket(length: int, limit: int) -> int:
     """The padded length of a prompt: the next power of two, from 16 up."""
     return min(limit, max(16, 1 << (length - 1).bit_length()))
 
@@ -136,11 +140,114 @@ def _align(rows: list[np.ndarray], limit: int) -> tuple[np.ndarray, int, np.ndar
       Tokens [B, T], where the rows end, and where each starts [B]; all int32.
     """
     length = max(map(len, rows))
-    tokens = np.zeros((len(rows), _bucket(length, limit)), np.int32)
+    tokens = np.zeros((len(rows), bucket(length, limit)), np.int32)
     start = np.asarray([length - len(row) for row in rows], np.int32)
     for padded, row, first in zip(tokens, rows, start, strict=True):
         padded[first:length] = row
     return tokens, length, start
+
+
+def _check_counts(max_new_tokens: int, num_samples: int, segment: int) -> None:
+    if max_new_tokens < 1 or num_samples < 1:
+        raise VaaniError("ask for at least one token and one sample")
+    if segment < 1:
+        raise VaaniError("a segment has at least one token")
+
+
+def capacity_for(longest: int, ahead: int, segment: int, context: int) -> int:
+    """Slots of a cache for prompts of up to ``longest`` tokens and ``ahead`` new ones.
+
+    A full segment is decoded even if less is asked for. Starting from the bucket, not
+    from the prompt, other lengths in it lead to the same capacity.
+    """
+    whole = -(-ahead // segment) * segment
+    return bucket(bucket(min(longest, context), context) + whole, context)
+
+
+def row_bytes(
+    module: Vaani,
+    longest: int,
+    *,
+    max_new_tokens: int,
+    kv_dtype: str | None = None,
+    segment: int = SEGMENT,
+) -> int:
+    """What each row of a batch takes while it is read and continued, about, in bytes.
+
+    Its cache, which is there twice where a call hands it on; of one layer of the
+    prefill, the scores of attention and their weights, and the states; and eight times
+    its logits: as they come and go, sorted, with probabilities and their sums,
+    filtered, and with noise.
+
+    Args:
+      module: the model.
+      longest: tokens of the longest prompt of the batch.
+      max_new_tokens, kv_dtype, segment: see `stream`.
+    """
+    a = module.architecture
+    length = bucket(min(longest, a.max_seq_len), a.max_seq_len)
+    capacity = capacity_for(longest, max_new_tokens, segment, a.max_seq_len)
+    dtype = kv_dtype or module.quantization.dtype
+    cache = jax.eval_shape(lambda: KVCache.create(a, 1, capacity, dtype))
+    cached = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    scores = 2 * a.n_heads * length * capacity
+    states = length * (4 * a.dim + 3 * a.hidden_dim)
+    return 2 * cached + 4 * (scores + states + 8 * a.vocab_size)
+
+
+def batches(
+    module: Vaani,
+    prompts: Sequence[np.ndarray],
+    *,
+    max_new_tokens: int,
+    num_samples: int = 1,
+    kv_dtype: str | None = None,
+    segment: int = SEGMENT,
+    rows: int = 0,
+) -> Iterator[slice]:
+    """Cuts a list of prompts into runs, each to be continued as one batch.
+
+    Each run has a power of two of prompts, or all that are left, so that not many
+    programs are compiled: what fits `BATCH_BYTES`, one prompt at least.
+
+    Args:
+      module: the model.
+      prompts: ids of each.
+      num_samples: continuations of each prompt.
+      rows: the most continuations of a batch, unless one prompt has more; 0 for as many
+        as fit.
+      max_new_tokens, kv_dtype, segment: see `stream`.
+
+    Raises VaaniError for counts that `stream` refuses, and for negative ``rows``.
+    """
+    _check_counts(max_new_tokens, num_samples, segment)
+    if rows < 0:
+        raise VaaniError(f"the batch size is {rows}: it must be at least 0")
+    context = module.architecture.max_seq_len
+
+    @functools.cache
+    def cost(longest: int) -> int:
+        return row_bytes(
+            module,
+            longest,
+            max_new_tokens=max_new_tokens,
+            kv_dtype=kv_dtype,
+            segment=segment,
+        )
+
+    lengths = [bucket(min(len(prompt), context), context) for prompt in prompts]
+    first = 0
+    while first < len(lengths):
+        count = 1
+        while count < len(lengths) - first:
+            wanted = min(2 * count, len(lengths) - first)
+            batch = wanted * num_samples
+            taken = batch * cost(max(lengths[first : first + wanted]))
+            if taken > BATCH_BYTES or (rows and batch > rows):
+                break
+            count = wanted
+        yield slice(first, first + count)
+        first += count
 
 
 def stream(
@@ -179,21 +286,15 @@ def stream(
       VaaniError: an empty prompt, nothing asked for, or a dtype that caches don't have.
     """
     prompts = _split(prompt)
-    if max_new_tokens < 1 or num_samples < 1:
-        raise VaaniError("ask for at least one token and one sample")
-    if segment < 1:
-        raise VaaniError("a segment has at least one token")
+    _check_counts(max_new_tokens, num_samples, segment)
     module, variables = model.module, model.variables
     context = module.architecture.max_seq_len
     if context < 2:
         raise VaaniError("a model with a context of one token can't continue a prompt")
     key = jax.random.key(seed)
     windows = [ids for ids in prompts for _ in range(num_samples)]
-    # A full segment is decoded even if less is asked for. Starting from the bucket,
-    # not from the prompt, other lengths in it lead to the same capacity.
-    ahead = -(-max_new_tokens // segment) * segment
-    longest = min(context, max(map(len, prompts)))
-    capacity = _bucket(_bucket(longest, context) + ahead, context)
+    longest = max(map(len, prompts))
+    capacity = capacity_for(longest, max_new_tokens, segment, context)
     drawn = 0
     room = 0
     logits = cache = None

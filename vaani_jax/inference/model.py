@@ -7,12 +7,14 @@ and the kind and shape of each packed array.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vaani_jax import leaves
@@ -21,7 +23,12 @@ from vaani_jax.files import appearing
 from vaani_jax.inference.tensors import read_tensors, write_tensors
 from vaani_jax.kernels import layout
 from vaani_jax.model.config import Architecture, Quantization
-from vaani_jax.model.packing import Embedding, pack_variables
+from vaani_jax.model.packing import (
+    Embedding,
+    pack_kernel,
+    pack_variables,
+    round_embedding,
+)
 from vaani_jax.model.transformer import Vaani, init_variables, unrolled
 from vaani_jax.quant.packed import PackedRows, PackedTernary, relayout
 from vaani_jax.runs.metadata import Metadata
@@ -90,6 +97,7 @@ def load(
     workdir: str | pathlib.Path,
     *,
     checkpoint: str = "best",
+    packed: bool = False,
     notify: Notify = print,
 ) -> Model:
     """Loads the model of a run, or a packed one.
@@ -98,13 +106,16 @@ def load(
       workdir: of the run; or a folder that `save_packed` wrote.
       checkpoint: "best" (lowest validation loss), "last", or a step; a packed model is
         what it is.
+      packed: whether to pack the kernels of a run as they are read, so that no more
+        than a few masters are in memory at a time. A full-precision twin stays what it
+        is.
       notify: receives a line for each damaged checkpoint passed over.
 
     Raises:
       VaaniError: no run there, or nothing in it that can be read.
     """
     workdir = pathlib.Path(workdir)
-    if (workdir / PACKED_CONFIG).exists():
+    if is_packed_folder(workdir):
         if checkpoint not in ("best", "last"):
             raise VaaniError(f"{workdir} holds a packed model: it has no checkpoints")
         return load_packed(workdir)
@@ -136,36 +147,89 @@ def load(
             )
             return {"model": variables}
 
+        read = functools.partial(
+            checkpoints.restore,
+            target,
+            notify=notify,
+            make_take=_packing if packed else None,
+        )
         if step is not None and checkpoint == "best":
             try:
-                restored = checkpoints.restore(target, step=step, notify=notify)
+                restored = read(step=step)
             except VaaniError as error:
                 notify(f"{error}; taking the newest one")
-                restored = checkpoints.restore(target, notify=notify)
+                restored = read()
         else:
-            restored = checkpoints.restore(target, step=step, notify=notify)
+            restored = read(step=step)
         if restored is None:
             raise VaaniError(f"{workdir} has no checkpoint yet")
     finally:
         checkpoints.close()
     metadata = Metadata.from_json(restored.meta)
     module, variables = unrolled(metadata.module, restored.items["model"])
+    if packed and module.quantization.quantize:
+        variables = pack_variables(variables, module.spec, layout=layout())
     return Model(module, variables, from_json(metadata.tokenizer), metadata)
+
+
+def _packing(meta: dict[str, Any]) -> Callable[[tuple[str, ...], jax.Array], Any]:
+    """What packs kernels as they are read; each comes after its quantizer's numbers."""
+    spec = Metadata.from_json(meta).module.spec
+    numbers: dict[tuple[str, ...], jax.Array] = {}
+
+    def take(path: tuple[str, ...], array: jax.Array) -> Any:
+        part, *names, last = path
+        if part == "quant":
+            numbers[(*names, last)] = array
+            return array
+        quantizer = (*names, "weight_quantizer")
+        threshold = numbers.get((*quantizer, "threshold"))
+        if last != "kernel" or threshold is None:
+            return array
+        scale = numbers.get((*quantizer, "scale"))
+        if array.ndim == 2:
+            return pack_kernel(array, threshold, scale, spec, layout())
+        layers = [
+            pack_kernel(
+                array[i],
+                threshold[i],
+                None if scale is None else scale[i],
+                spec,
+                layout(),
+            )
+            for i in range(len(array))
+        ]
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
+
+    return take
 
 
 # -- Packed folders -----------------------------------------------------------------
 
 
+def is_packed_folder(folder: str | pathlib.Path) -> bool:
+    """Whether `save_packed` wrote it; else it is the workdir of a run, or nothing."""
+    return (pathlib.Path(folder) / PACKED_CONFIG).exists()
+
+
 def pack_model(model: Model, embedding: Embedding = "float32") -> Model:
-    """The same model with packed weights (see `packing.pack_variables`)."""
+    """The same model with packed weights (see `packing.pack_variables`).
+
+    `load` can pack while it reads, which needs less memory.
+    """
     if model.packed:
         raise VaaniError("the model is packed already")
     if not model.quantization.quantize:
         raise VaaniError(
             "a full-precision twin (quantization.quantize=False) can't be packed"
         )
-    compiled = jax.jit(pack_variables, static_argnums=1, static_argnames="embedding")
-    variables = compiled(model.variables, model.module.spec, embedding=embedding)
+    variables = pack_variables(model.variables, model.module.spec, embedding=embedding)
+    return dataclasses.replace(model, variables=variables)
+
+
+def rounded_embedding(model: Model) -> Model:
+    """A packed model with its embedding, and a float32 head, in eight bits."""
+    variables = {**model.variables, "params": round_embedding(model.params)}
     return dataclasses.replace(model, variables=variables)
 
 

@@ -13,10 +13,7 @@ what XLA makes of the formulas: equal up to the order of float sums.
 Between them stand element-wise operations, which `quant/barriers.py` keeps equal.
 """
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -28,24 +25,20 @@ from vaani_jax.quant.barriers import rounded, to_dtype
 
 Array = jax.Array
 
-_compiled = contextvars.ContextVar("compiled", default=False)
+# Part of what JAX looks a traced function up by: a plan's is no other's.
+_compiled = jax.make_user_context(False)
 
 
-@contextlib.contextmanager
-def compiled_floats() -> Iterator[None]:
-    """Traces everything as operations of XLA, which a plan can count."""
-    token = _compiled.set(True)
-    try:
-        yield
-    finally:
-        _compiled.reset(token)
+def compiled_floats() -> Any:
+    """A context that traces everything as operations of XLA, which a plan can count."""
+    return _compiled(True)
 
 
 def native() -> bool:
     """Whether what is traced now calls native float parts."""
     mesh = jax.sharding.get_abstract_mesh()
     whole = mesh.empty or mesh.size == 1
-    return whole and not _compiled.get() and backend() == "cpu"
+    return whole and not _compiled.value and backend() == "cpu"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -5,12 +5,13 @@ and whose embedding may be `PackedRows`; the collection ``quant`` keeps only the
 activation ranges, where they are tracked: thresholds have done their work.
 """
 
+import functools
 from typing import Any, Literal
 
 import jax
 
 from vaani_jax.errors import VaaniError
-from vaani_jax.quant.packed import PackedTernary, pack, pack_rows
+from vaani_jax.quant.packed import Layout, PackedTernary, pack, pack_rows
 from vaani_jax.quant.spec import TernarySpec
 from vaani_jax.quant.weights import ternarize
 
@@ -21,25 +22,56 @@ Tree = Any
 Embedding = Literal["float32", "int8"]
 
 
-def pack_variables(
-    variables: Tree, spec: TernarySpec, *, embedding: Embedding = "float32"
-) -> Tree:
-    """Packs a model.
+@functools.partial(jax.jit, static_argnames=("spec", "layout"))
+def pack_kernel(
+    kernel: Array,
+    threshold: Array,
+    scale: Array | None,
+    spec: TernarySpec,
+    layout: Layout = "tiles",
+) -> PackedTernary:
+    """Packs one kernel [K, N]; compiled once a shape, whatever model it is of.
 
     Args:
-      variables: its ``params`` and ``quant``, layers unrolled (see `unrolled`).
+      kernel: float32 masters.
+      threshold: of its quantizer.
+      scale: where it is stored; None where it is computed.
+      spec: how it quantizes; static.
+      layout: the order of the codes; static.
+    """
+    return pack(*ternarize(kernel, threshold, spec, scale), layout)
+
+
+_pack_rows = jax.jit(pack_rows)
+
+
+def pack_variables(
+    variables: Tree,
+    spec: TernarySpec,
+    *,
+    embedding: Embedding = "float32",
+    layout: Layout = "tiles",
+) -> Tree:
+    """Packs a model, a kernel at a time.
+
+    Args:
+      variables: its ``params`` and ``quant``, layers unrolled (see `unrolled`). Kernels
+        that are packed already stay as they are.
       spec: how its kernels quantize.
       embedding: how to store the embedding and a head that isn't ternary: as they
         are, or in 8 bits with a scale per row.
+      layout: the order of the codes of kernels that are packed here.
 
     Returns:
       Variables as described at the top of this module. A tied ternary head
       becomes ``head``, beside the embedding.
     """
 
-    def ternary(kernel: Array, quantizer: Tree) -> PackedTernary:
+    def ternary(kernel: Array | PackedTernary, quantizer: Tree) -> PackedTernary:
+        if isinstance(kernel, PackedTernary):
+            return kernel
         tau, stored = quantizer["threshold"], quantizer.get("scale")
-        return pack(*ternarize(kernel, tau, spec, stored))
+        return pack_kernel(kernel, tau, stored, spec, layout)
 
     def visit(masters: Tree, settings: Tree) -> tuple[Tree, Tree]:
         settings = dict(settings)
@@ -65,11 +97,17 @@ def pack_variables(
     packed, settings = visit(variables["params"], variables["quant"])
 
     if embedding == "int8":
-        packed["embedding"] = pack_rows(packed["embedding"])
-        head = packed.get("lm_head", {}).get("kernel")
-        if head is not None and not isinstance(head, PackedTernary):
-            packed["lm_head"] = {"kernel": pack_rows(head.T)}  # a row per output
+        packed = round_embedding(packed)
     return {"params": packed, "quant": settings}
+
+
+def round_embedding(params: Tree) -> Tree:
+    """Packed params with the embedding, and a head that isn't ternary, in 8 bits."""
+    params = {**params, "embedding": _pack_rows(params["embedding"])}
+    head = params.get("lm_head", {}).get("kernel")
+    if head is not None and not isinstance(head, PackedTernary):
+        params["lm_head"] = {"kernel": _pack_rows(head.T)}  # a row per output
+    return params
 
 
 def packed_bytes(tree: Tree) -> int:

@@ -106,6 +106,7 @@ class Vaani(nn.Module):
         train: bool = False,
         mix: Array | None = None,
         last: Array | None = None,
+        logits: bool = True,
     ) -> Any:
         """Next-token logits.
 
@@ -117,6 +118,8 @@ class Vaani(nn.Module):
           mix: lambda of gradual quantization, a scalar; see `ternary_dot`.
           last: index along T of the only logits wanted, an int32 scalar: the product
             with the head is done for it alone.
+          logits: whether to compute them; without, and without a cache, the result is
+            what `head` takes: normalized states [B, T, D].
 
         Returns:
           Logits [B, T, V] in float32, [B, 1, V] with ``last``; with a cache, the pair
@@ -179,15 +182,18 @@ class Vaani(nn.Module):
                 filled.append(layer_cache)
         if last is not None:
             x = jax.lax.dynamic_slice_in_dim(x, last, 1, axis=1)
-        logits = self.head(self.final_norm(x), train=train, mix=mix)
-        logits = constrain(logits, BATCH, None, "tensor")
+        x = self.final_norm(x)
+        if not logits:
+            return x
+        found = self.head(x, train=train, mix=mix)
+        found = constrain(found, BATCH, None, "tensor")
         if cache is None:
-            return logits
+            return found
         end = cache.length + length
-        logits = jnp.where(end <= capacity, logits, jnp.nan)
-        return logits, cache.filled(filled, end)
+        found = jnp.where(end <= capacity, found, jnp.nan)
+        return found, cache.filled(filled, end)
 
-    def head(self, x: Array, *, train: bool, mix: Array | None) -> Array:
+    def head(self, x: Array, *, train: bool = False, mix: Array | None = None) -> Array:
         """Logits [B, T, V] in float32 of normalized states [B, T, D]."""
         q = self.quantization
         if not self.architecture.tie_embeddings:

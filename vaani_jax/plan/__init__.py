@@ -1,7 +1,8 @@
-"""What a training step will take: memory, communication, time.
+"""What a run will take: memory, communication, time.
 
 The step that `train.py` would run is compiled for as many virtual CPU devices as the
-run would have, from shapes alone: nothing is allocated, no accelerator is touched.
+run would have, from shapes alone: nothing is allocated, no accelerator is touched. So
+are an evaluation's batch and a sample, for their memory.
 
 * **Memory** of a device is what the compiler says: arguments (parameters, optimizer,
   the rest of the state, tokens), results that don't take the place of an argument, and
@@ -15,7 +16,7 @@ run would have, from shapes alone: nothing is allocated, no accelerator is touch
   the chip's bfloat16 peak, beside communication at the speed of its links, and after
   both the state read and written once from its memory.
 
-Only the training step is planned, not evaluation, sampling or checkpoints.
+Checkpoints are not planned: on a CPU, what is written is copied first.
 """
 
 import dataclasses
@@ -26,7 +27,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from vaani_jax.devices.chips import Chip
@@ -34,6 +34,12 @@ from vaani_jax.devices.mesh import make_mesh
 from vaani_jax.errors import VaaniError
 from vaani_jax.kernels.floats import compiled_floats
 from vaani_jax.model.size import flops_per_token, model_size
+from vaani_jax.plan.boundaries import (
+    bytes_of,
+    bytes_within,
+    evaluation_bytes,
+    sampling_bytes,
+)
 from vaani_jax.plan.hlo import Collective, collectives
 from vaani_jax.train.config import Config
 from vaani_jax.train.program import Program, make_program
@@ -58,6 +64,11 @@ class Memory:
         2.1 of them, for ``large`` in 2 and in 12 layers and batches of 4 and 8.
       second_state: the copy of the state that the tuner's range test holds while it
         runs; 0 where there is none.
+      evaluation: beside the state, while the run evaluates: a batch of windows, and all
+        that lives within it.
+      sampling: beside the state, while the run samples: caches and all that lives
+        within a call, and the layers one by one where they are stacked; 0 where the
+        context is too short to sample.
     """
 
     params: int
@@ -67,18 +78,27 @@ class Memory:
     temporaries: int
     scratch: int
     second_state: int
+    evaluation: int
+    sampling: int
+
+    @property
+    def state(self) -> int:
+        """Of what is there all the time."""
+        return self.params + self.optimizer + self.other
 
     @property
     def step(self) -> int:
         """Of any step but those of the range test."""
-        return (
-            self.params + self.optimizer + self.other + self.tokens + self.temporaries
-        )
+        return self.state + self.tokens + self.temporaries
 
     @property
     def peak(self) -> int:
-        """With the second state, if there is one."""
-        return self.step + self.second_state
+        """The most: of a step, with the second state if there is one, or else."""
+        return max(
+            self.step + self.second_state,
+            self.state + self.evaluation,
+            self.state + self.sampling,
+        )
 
     @property
     def cpu_step(self) -> int:
@@ -253,7 +273,11 @@ def as_text(plan: Plan, chips: Sequence[Chip], utilization: float) -> str:
     ]
     if memory.second_state:
         rows.append(("+ range test's copy", memory.second_state))
-    rows.append(("+ on a CPU, about", memory.scratch))
+    rows += [
+        ("+ on a CPU, about", memory.scratch),
+        ("an evaluation", memory.state + memory.evaluation),
+        ("a sample", memory.state + memory.sampling),
+    ]
     lines += [f"  {title:24} {size(nbytes):>10}" for title, nbytes in rows]
     lines += ["", "received per device and step"]
     kinds: dict[tuple[str, str], list[float]] = {}
@@ -290,7 +314,11 @@ def as_dict(plan: Plan, chips: Sequence[Chip], utilization: float) -> dict[str, 
         "mesh": plan.mesh,
         "parameters": plan.parameters,
         "flops": plan.flops,
-        "memory": {**dataclasses.asdict(plan.memory), "step": plan.memory.step},
+        "memory": {
+            **dataclasses.asdict(plan.memory),
+            "step": plan.memory.step,
+            "peak": plan.memory.peak,
+        },
         "exchanges": [dataclasses.asdict(exchange) for exchange in plan.exchanges],
         "received": plan.received,
         "chips": {
@@ -307,11 +335,10 @@ def as_dict(plan: Plan, chips: Sequence[Chip], utilization: float) -> dict[str, 
 
 def compile_step(program: Program, config: Config, mesh: Mesh) -> Any:
     """The training step, a `jax.stages.Compiled`."""
-    with jax.set_mesh(mesh):
+    # Native calls are no operations that the compiler could count.
+    with jax.set_mesh(mesh), compiled_floats():
         tokens = _tokens(program, config)
-        # Native calls are no operations that the compiler could count.
-        with compiled_floats():
-            return program.train_step.lower(program.shapes, tokens).compile()
+        return program.train_step.lower(program.shapes, tokens).compile()
 
 
 def _tokens(program: Program, config: Config) -> jax.ShapeDtypeStruct:
@@ -321,10 +348,8 @@ def _tokens(program: Program, config: Config) -> jax.ShapeDtypeStruct:
 
 def _memory(program: Program, config: Config, mesh: Mesh, compiled: Any) -> Memory:
     shapes = program.shapes
-    params, optimizer = _bytes(shapes.params), _bytes(shapes.opt_state)
-    other = _bytes(shapes) - params - optimizer
-    analysis = compiled.memory_analysis()
-    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    params, optimizer = bytes_of(shapes.params), bytes_of(shapes.opt_state)
+    other = bytes_of(shapes) - params - optimizer
     model, rows = config.model, config.batch_size // config.optim.accumulation_steps
     scores = rows * model.n_heads * model.max_seq_len**2 * 4 // mesh.size
     second = 0
@@ -336,16 +361,10 @@ def _memory(program: Program, config: Config, mesh: Mesh, compiled: Any) -> Memo
         params=params,
         optimizer=optimizer,
         other=other,
-        tokens=_bytes(_tokens(program, config)),
-        temporaries=analysis.temp_size_in_bytes + results,
+        tokens=bytes_of(_tokens(program, config)),
+        temporaries=bytes_within(compiled),
         scratch=2 * scores,
         second_state=second,
-    )
-
-
-def _bytes(tree: Tree) -> int:
-    """Bytes on one device of arrays, given as shapes with shardings."""
-    return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
+        evaluation=evaluation_bytes(program, config, mesh),
+        sampling=sampling_bytes(program, config, mesh),
     )

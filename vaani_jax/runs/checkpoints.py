@@ -8,11 +8,13 @@ computed on the device when saving, and compared on restoring.
 This module knows pytrees and JSON only.
 """
 
+import contextlib
 import dataclasses
+import math
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +23,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from vaani_jax import leaves
 from vaani_jax.devices.processes import is_first, wait_for_all
 from vaani_jax.errors import VaaniError
 from vaani_jax.words import first_line
@@ -29,6 +32,13 @@ Tree = Any
 
 
 Meta = dict[str, Any]
+
+
+# What is made of an array, by its keys, as soon as it is read.
+Take = Callable[[tuple[str, ...], jax.Array], Any]
+
+
+PART_BYTES = 2**25  # of arrays that are read together where each is taken at once
 
 
 FORMAT = "vaani-checkpoint-3"
@@ -61,11 +71,20 @@ def fingerprints(tree: Tree) -> dict[str, int]:
     One array at a time: all at once, their temporaries would take as much memory as
     the tree.
     """
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {
-        jax.tree_util.keystr(path): int(jax.device_get(_fingerprint(leaf)))
-        for path, leaf in leaves
-    }
+    found = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return dict(_mark(path, leaf) for path, leaf in found)
+
+
+def _mark(path: Any, leaf: jax.Array) -> tuple[str, int]:
+    return jax.tree_util.keystr(path), int(jax.device_get(_fingerprint(leaf)))
+
+
+def _check(name: str, marks: dict[str, int], meta: Meta) -> None:
+    """Raises ValueError where arrays of an item are not those that were saved."""
+    expected = meta["fingerprints"][name]
+    wrong = [key for key in marks if expected.get(key) != marks[key]]
+    if wrong:
+        raise ValueError(f"{name}{wrong[0]} is not what was saved")
 
 
 @contextmanager
@@ -98,6 +117,20 @@ class Restored:
     step: int
     items: dict[str, Tree]
     meta: Meta
+
+
+def _parts(sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Indices of arrays of these bytes, small ones first, in parts to be read."""
+    part: list[int] = []
+    held = 0
+    for i in sorted(range(len(sizes)), key=lambda i: sizes[i]):
+        if part and held + sizes[i] > PART_BYTES:
+            yield part
+            part, held = [], 0
+        part.append(i)
+        held += sizes[i]
+    if part:
+        yield part
 
 
 class Checkpoints:
@@ -225,6 +258,7 @@ class Checkpoints:
         step: int | None = None,
         notify: Callable[[str], None] = print,
         set_aside: bool = False,
+        make_take: Callable[[Meta], Take] | None = None,
     ) -> Restored | None:
         """Reads a checkpoint, or the newest one that is whole.
 
@@ -235,6 +269,10 @@ class Checkpoints:
           notify: receives one line for each damaged checkpoint passed over.
           set_aside: whether to rename damaged checkpoints, so that the steps can be
             saved again.
+          make_take: gets the metadata, and returns a function that every array passes
+            as soon as it is read and verified; what that makes of it is in its place
+            in the result. Small arrays come first, and no more than `PART_BYTES`, or
+            one larger array, are in memory as they were saved.
 
         Returns:
           None where there are no checkpoints at all.
@@ -252,7 +290,7 @@ class Checkpoints:
             steps = [step]
         for candidate in reversed(steps):
             try:
-                return self._read(candidate, make_target)
+                return self._read(candidate, make_target, make_take)
             except VaaniError:
                 raise
             except Exception as error:  # damage shows itself in any type
@@ -267,9 +305,22 @@ class Checkpoints:
             )
         return None
 
-    def _read(self, step: int, make_target: Callable[[Meta], Any]) -> Restored:
+    def _read(
+        self,
+        step: int,
+        make_target: Callable[[Meta], Any],
+        make_take: Callable[[Meta], Take] | None,
+    ) -> Restored:
         meta = self.meta(step)
         target = make_target(meta)
+        if make_take is not None:
+            take = make_take(meta)
+            with _without_stragglers():
+                items = {
+                    name: self._read_parts(step, name, tree, meta, take)
+                    for name, tree in target.items()
+                }
+            return Restored(step, items, meta)
         with _without_stragglers():
             restored = self._manager.restore(
                 step,
@@ -279,12 +330,48 @@ class Checkpoints:
             )
         items = {name: restored[name] for name in target}
         for name, tree in items.items():
-            expected = meta["fingerprints"][name]
-            actual = fingerprints(tree)
-            wrong = [k for k in actual if expected.get(k) != actual[k]]
-            if wrong:
-                raise ValueError(f"{name}{wrong[0]} is not what was saved")
+            _check(name, fingerprints(tree), meta)
         return Restored(step, items, meta)
+
+    def _read_parts(
+        self, step: int, name: str, target: Tree, meta: Meta, take: Take
+    ) -> Tree:
+        """An item of a checkpoint, a few arrays at a time, each passed to ``take``."""
+        folder = self.directory / f"step_{step}" / name
+        structure: Any
+        found, structure = jax.tree_util.tree_flatten_with_path(target)
+        paths, shapes = zip(*found, strict=True)
+        arguments = [
+            ocp.ArrayRestoreArgs(
+                sharding=s.sharding, global_shape=s.shape, dtype=s.dtype
+            )
+            for s in shapes
+        ]
+
+        def chosen(values: Sequence[Any], part: list[int]) -> Tree:
+            left_out = [ocp.PLACEHOLDER] * len(values)
+            for i in part:
+                left_out[i] = values[i]
+            return structure.unflatten(left_out)
+
+        taken: list[Any] = [None] * len(shapes)
+        with contextlib.closing(
+            ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+        ) as reader:
+            for part in _parts([math.prod(s.shape) * s.dtype.itemsize for s in shapes]):
+                read = structure.flatten_up_to(
+                    reader.restore(
+                        folder,
+                        ocp.args.PyTreeRestore(
+                            chosen(shapes, part), chosen(arguments, part)
+                        ),
+                    )
+                )
+                _check(name, dict(_mark(paths[i], read[i]) for i in part), meta)
+                for i in part:
+                    taken[i] = take(leaves.keys(paths[i]), read[i])
+                    read[i] = None
+        return structure.unflatten(taken)
 
     def _set_aside(self, step: int) -> None:
         if is_first():

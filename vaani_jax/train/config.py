@@ -80,8 +80,11 @@ class Config:
     quantize_steps: int = key(
         0, "steps over which quantization is phased in (0: from the start)"
     )
-    eval_interval: int = key(
-        250, "steps between evaluations on all of the held-out part"
+    eval_interval: int = key(250, "steps between evaluations on the held-out part")
+    eval_windows: int = key(
+        2048,
+        "most windows of the held-out part, spread evenly, that an evaluation within "
+        "the run takes; the one at its end takes all, as do all with 0",
     )
     save_interval: int = key(
         250, "steps between checkpoints; the best evaluation is kept besides"
@@ -113,7 +116,13 @@ class Config:
         ):
             if getattr(self, name) < 1:
                 raise VaaniError(f"{name} is {getattr(self, name)}: it must be >= 1")
-        for name in ("seed", "num_steps", "quantize_steps", "sample_interval"):
+        for name in (
+            "seed",
+            "num_steps",
+            "quantize_steps",
+            "sample_interval",
+            "eval_windows",
+        ):
             if getattr(self, name) < 0:
                 raise VaaniError(f"{name} is {getattr(self, name)}: it must be >= 0")
         named(SCHEDULES, self.optim.schedule, "optim.schedule")

@@ -304,6 +304,7 @@ class Loop:
             self.state.variables,
             self._stop,
             lambda array: place(array, program.batch),
+            whole=step == self._start.num_steps,
         )
         if result is None:
             return None
@@ -312,7 +313,7 @@ class Loop:
         if not result.loss < 10 * math.log(self._start.config.model.vocab_size):
             self.state = self._guard.see_lost_evaluation(step, self.state, result.loss)
             return self._evaluate(step)
-        self.state = self._guard.see_evaluation(step, self.state, result.loss)
+        self.state = self._guard.see_evaluation(step, self.state, result.comparable)
         self._report.evaluation(step, result)
         return result
 
@@ -336,7 +337,7 @@ class Loop:
                 for metrics in jax.device_get(report.window)
             ),
         )
-        loss = None if result is None else result.loss
+        loss = None if result is None else result.comparable
         with _writing(start.checkpoints):
             items = to_items(self.state)
             start.checkpoints.save(step, items, metadata.to_json(), loss=loss)

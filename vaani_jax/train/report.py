@@ -133,7 +133,11 @@ class Report:
         }
         self._writer.write(step, row)
         self._display.update(step, row, self._display.eta)
-        better = self.best is None or result.loss < self.best["loss"]
+        # Compared over the same windows: the last evaluation takes more of them.
+        best = self.best
+        better = best is None or result.comparable < best.get(
+            "sampled_loss", best["loss"]
+        )
         if better:
             self.best = {"step": step, **result.as_dict()}
         self._display.say(
@@ -259,6 +263,10 @@ def announcement(start: Start) -> list[str]:
     kind = "ternary" if config.quantization.quantize else "full precision"
     device = mesh.devices.flat[0]
     name = device.device_kind if device.platform != "cpu" else "CPU"
+    held_out = start.data.validation
+    within = ""
+    if held_out.sampled_tokens < held_out.tokens:
+        within = f", {held_out.sampled_tokens:,} of them before the run's end"
     lines = [
         f"model   {kind}, {counts.parameters:,} parameters, {share:.1%} of them in"
         f" ternary kernels; {size(counts.bytes_fp16)} at fp16,"
@@ -268,7 +276,7 @@ def announcement(start: Start) -> list[str]:
         f" ({model.activation}), context {model.max_seq_len},"
         f" vocabulary {model.vocab_size}",
         f"data    {start.data.corpus.source}: {start.data.train_tokens:,} tokens to"
-        f" train on, {start.data.validation.tokens:,} to validate",
+        f" train on, {held_out.tokens:,} to validate{within}",
         f"run     {start.num_steps:,} steps of {config.batch_size} x"
         f" {model.max_seq_len} tokens, {config.optim.name}, on {mesh.size}"
         f" x {name}, in {start.workdir}",

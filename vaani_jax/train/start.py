@@ -229,7 +229,9 @@ def _data(config: Config, mesh: Mesh, corpus: Corpus, tokenizer: Tokenizer) -> D
             batch_size=config.batch_size,
             seed=config.seed,
         ),
-        validation=validation_set(seq_len, split, tokenizer, batch_parts(mesh)),
+        validation=validation_set(
+            config.model, split, tokenizer, batch_parts(mesh), config.eval_windows
+        ),
     )
 
 

@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,8 +23,9 @@ from vaani_jax.interop.names import Storage, Tensor, hf_config, model_from_hf, t
 from vaani_jax.interop.tokenizers import from_folder, to_hf
 from vaani_jax.model.config import Architecture, Quantization
 from vaani_jax.model.names import ternary_kernels
+from vaani_jax.model.packing import pack_kernel
 from vaani_jax.model.transformer import Vaani
-from vaani_jax.quant.packed import pack_quarters, unpack_quarters
+from vaani_jax.quant.packed import pack, pack_quarters, unpack_quarters
 from vaani_jax.quant.rounding import EPSILON
 from vaani_jax.text.tokenizers import HFTokenizer, Tokenizer
 from vaani_jax.words import first_line
@@ -44,6 +46,9 @@ FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 LARGEST_SCALE = 1e6  # a kernel's; one that is trained has some 0.01
+
+
+_packed = jax.jit(pack)  # traced: codes that were read are ternary
 
 
 IGNORED = ("rotary_emb.inv_freq",)  # buffers that older versions saved
@@ -355,15 +360,10 @@ class Folder:
         for tensor in tensors(self.module.architecture):
             packed = tensor.kind == "linear" and self.storage in ("multiply", "divide")
             if packed:
-                array, scale = self._unpacked(tensor)
+                codes, scale = self._codes(tensor)
+                array = masters_of(codes, scale)
             else:
-                shape = tensor.shape
-                flip = tensor.kind in ("linear", "head")
-                array = self._weights.read(
-                    f"{tensor.hf}.weight", shape[::-1] if flip else shape, FLOATS
-                )
-                if flip:
-                    array = np.ascontiguousarray(array.T)
+                array = self._floats(tensor)
             put(params, tensor.path, jnp.asarray(array))
             if tensor.kind == "linear" and self.storage != "full":
                 kept = {"threshold": np.asarray(0.5, np.float32)}
@@ -372,8 +372,40 @@ class Folder:
                 put(quant, (*tensor.module, "weight_quantizer"), kept)
         return {"params": params, "quant": quant}
 
-    def _unpacked(self, tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Masters [in, out] and scale of a packed kernel."""
+    def packed_variables(self) -> Tree:
+        """Variables as `packing.pack_variables` returns them; never masters of a model.
+
+        Raises VaaniError for weights in full precision.
+        """
+        if self.storage == "full":
+            raise VaaniError(
+                "these weights are in full precision: they can't be packed"
+            )
+        params: Tree = {}
+        threshold = jnp.asarray(0.5, jnp.float32)
+        for tensor in tensors(self.module.architecture):
+            if tensor.kind != "linear":
+                leaf: Any = jnp.asarray(self._floats(tensor))
+            elif self.storage == "masters":
+                masters = jnp.asarray(self._floats(tensor))
+                leaf = pack_kernel(masters, threshold, None, self.module.spec)
+            else:
+                codes, scale = self._codes(tensor)
+                leaf = _packed(jnp.asarray(codes), jnp.asarray(scale))
+            put(params, tensor.path, leaf)
+        return {"params": params, "quant": {}}
+
+    def _floats(self, tensor: Tensor) -> np.ndarray:
+        """A tensor as it is here, float32."""
+        shape = tensor.shape
+        flip = tensor.kind in ("linear", "head")
+        array = self._weights.read(
+            f"{tensor.hf}.weight", shape[::-1] if flip else shape, FLOATS
+        )
+        return np.ascontiguousarray(array.T) if flip else array
+
+    def _codes(self, tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Codes [in, out], int8, and scale of a packed kernel."""
         name = f"{tensor.hf}.weight_scale"
         _, found = self._weights.describe(name)
         scale = self._weights.read(name, found, FLOATS).reshape(())
@@ -390,8 +422,7 @@ class Folder:
         packed = self._weights.read(
             f"{tensor.hf}.weight", (rows // 4, columns), ("U8",)
         )
-        codes = np.ascontiguousarray(unpack_quarters(packed).T)
-        return masters_of(codes, scale), scale
+        return np.ascontiguousarray(unpack_quarters(packed).T), scale
 
 
 def masters_of(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
