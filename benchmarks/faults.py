@@ -438,6 +438,10 @@ class Writes:
     def _writes(name: str) -> bool:
         return not name.startswith(("train", "evaluate", "generate"))
 
+    def _made_whole(self, name: str, folder: pathlib.Path) -> bool:
+        there = self._writes(name) and (folder / "new").exists()
+        return there and self._digest(name, folder) == self._whole[name][1]
+
     def _digest(self, name: str, folder: pathlib.Path) -> str:
         """Of what a command gives."""
         if name.startswith("train"):
@@ -489,6 +493,8 @@ class Writes:
             if not self._writes(name) or self._digest(name, folder) == whole:
                 return None
             return "lost", "finished with other bits"
+        if self._made_whole(name, folder):
+            return None  # what failed came after it
         left = [path.name for path in folder.iterdir() if "new" in path.name]
         if self._writes(name) and left and removable:
             return "lost", f"half-written: {left[0]} is left after {session.ending}"
@@ -623,8 +629,8 @@ class Mutations:
                 file.write_bytes(damaged)
                 said = os.fstat(stream).st_size
                 end, note = judged(read)
-                if b"Traceback (most" in log.read_bytes()[said:]:
-                    end, note = "crashed", "a traceback in the log"
+                if b"Traceback (most" in (more := log.read_bytes()[said:]):
+                    end, note = "crashed", f"said {more[-500:]!r}"
                 file.write_bytes(content)
                 note = f"{name}: {note}" if end != "survived" else ""
                 tell(row=row, file=name, end=end, note=note)
@@ -908,8 +914,9 @@ class Peers:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        keys = {"num_steps": steps, "learning_rate": 1e-3, "use_tuner": False}
-        keys |= {"optim.schedule": "constant", "eval_interval": 100_000}
+        keys: dict[str, Any] = {"num_steps": steps, "eval_interval": 100_000}
+        keys |= {"use_tuner": False, "learning_rate": 1e-3}
+        keys["optim.schedule"] = "constant"
         command = training(self._room.text, workdir, **keys)
         found = []
         for i in range(count):

@@ -9,11 +9,12 @@ This module knows pytrees and JSON only.
 """
 
 import dataclasses
+import functools
+import math
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -68,21 +69,28 @@ def fingerprints(tree: Tree) -> dict[str, int]:
     }
 
 
-@contextmanager
-def _without_stragglers() -> Iterator[None]:
-    """Keeps the reads that orbax abandons when one fails from printing tracebacks.
+def _is_straggler(error: BaseException | None) -> bool:
+    return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
-    They end whenever they end, so after a failure the filter stays.
+
+@functools.cache
+def _silence_stragglers() -> None:
+    """Keeps what orbax abandons when a write or a read fails from printing tracebacks.
+
+    Such calls end whenever they end, so what keeps them quiet stays. Tensorstore hands
+    their errors to one hook or the other.
     """
-    previous = sys.unraisablehook
+    unraisable, uncaught = sys.unraisablehook, sys.excepthook
 
     def hook(event: Any) -> None:
-        if str(event.exc_value) != "Event loop is closed":
-            previous(event)
+        if not _is_straggler(event.exc_value):
+            unraisable(event)
 
-    sys.unraisablehook = hook
-    yield
-    sys.unraisablehook = previous
+    def other(kind: Any, error: Any, trace: Any) -> None:
+        if not _is_straggler(error):
+            uncaught(kind, error, trace)
+
+    sys.unraisablehook, sys.excepthook = hook, other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +118,7 @@ class Checkpoints:
     def __init__(
         self, directory: pathlib.Path, *, keep: int = 2, read_only: bool = False
     ) -> None:
+        _silence_stragglers()
         self.directory = directory.absolute()
         if read_only and not self.directory.is_dir():
             raise VaaniError(f"{directory.parent} holds no run: {directory} is missing")
@@ -146,6 +155,12 @@ class Checkpoints:
         except OSError as error:
             raise VaaniError(
                 f"can't use {directory} for checkpoints: {error.strerror or error}"
+            ) from None
+        except Exception as error:  # of a damaged file that orbax reads first
+            raise VaaniError(
+                f"the _CHECKPOINT_METADATA of a checkpoint in {directory} is damaged"
+                f" ({first_line(error, 200)}): delete files of that name, checkpoints"
+                " are read without them"
             ) from None
 
     def _remove_unfinished(self) -> None:
@@ -194,7 +209,13 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        """Ends what is going on; raises its errors, unless another one is on its way."""
+        failing = sys.exc_info()[0] is not None
+        try:
+            self._manager.close()
+        except Exception:
+            if not failing:
+                raise
 
     def meta(self, step: int) -> Meta:
         """The metadata of a step; raises anything where it is damaged."""
@@ -214,7 +235,7 @@ class Checkpoints:
                 loss = self.meta(step)["loss"]
             except Exception:  # damaged: not the best, whatever it was
                 continue
-            if loss is not None:
+            if isinstance(loss, int | float) and math.isfinite(loss):
                 losses[step] = loss
         return min(losses, key=lambda s: (losses[s], s)) if losses else None
 
@@ -270,13 +291,12 @@ class Checkpoints:
     def _read(self, step: int, make_target: Callable[[Meta], Any]) -> Restored:
         meta = self.meta(step)
         target = make_target(meta)
-        with _without_stragglers():
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    **{name: ocp.args.StandardRestore(t) for name, t in target.items()}
-                ),
-            )
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                **{name: ocp.args.StandardRestore(t) for name, t in target.items()}
+            ),
+        )
         items = {name: restored[name] for name in target}
         for name, tree in items.items():
             expected = meta["fingerprints"][name]
