@@ -209,7 +209,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Ends what is going on; raises its errors, unless another one is on its way."""
+        """Ends what is going on; raises its errors unless another is on its way."""
         failing = sys.exc_info()[0] is not None
         try:
             self._manager.close()
