@@ -31,6 +31,7 @@ import errno
 import functools
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import platform
@@ -615,6 +616,7 @@ class Mutations:
             os.write(writer, (json.dumps(entry) + "\n").encode())
 
         try:
+            logging.getLogger("absl").setLevel(logging.CRITICAL)  # as commands do
             readers = Readers(folder, self._command)
             size = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
             limit = size * resource.getpagesize() + 8 * GIANT
@@ -630,7 +632,7 @@ class Mutations:
                 said = os.fstat(stream).st_size
                 end, note = judged(read)
                 if b"Traceback (most" in (more := log.read_bytes()[said:]):
-                    end, note = "crashed", f"said {more[-500:]!r}"
+                    end, note = "crashed", f"said {more[:500]!r}"
                 file.write_bytes(content)
                 note = f"{name}: {note}" if end != "survived" else ""
                 tell(row=row, file=name, end=end, note=note)
