@@ -131,7 +131,9 @@ def test_what_orbax_notes_beside_a_checkpoint_is_damaged(saved, key):
     assert "\n" not in str(caught.value)
     path.unlink()
     again = Checkpoints(saved.directory, read_only=True)
-    assert again.restore(target).step == 40
+    restored = again.restore(target)
+    assert restored is not None
+    assert restored.step == 40
     again.close()
 
 
