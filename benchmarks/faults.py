@@ -703,7 +703,10 @@ class Readers:
         folder = self._folder
         form = folder / rng.choice(["hf", "hf-packed"])
         use = rng.randrange(4) == 0
-        kind = rng.randrange(5)
+        kind = rng.randrange(11) // 2
+        if kind == 5:
+            file = folder / "run" / rng.choice(["metrics.jsonl", "tuner.jsonl"])
+            return "damaged records", file, functools.partial(self._record, file)
         if kind == 0:
             files = [p for p in (folder / "run").rglob("*") if p.is_file()]
             inside = sorted(p for p in files if "checkpoints" in p.parts)
@@ -766,6 +769,20 @@ class Readers:
             found.append(make_tokenizer(config, None))
         for tokenizer in found:
             self._write(tokenizer)
+
+    def _record(self, file: pathlib.Path) -> None:
+        """Goes on with the records of a run, in a folder of its own."""
+        from vaani_jax.runs.metrics import MetricWriter
+        from vaani_jax.train.journal import Journal
+
+        folder = self._folder / "records"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        shutil.copy(file, folder)
+        writer = MetricWriter(folder, 2)
+        writer.write_history()
+        writer.close()
+        Journal(folder, 2, print).close()
 
     @staticmethod
     def _write(tokenizer: Any) -> None:

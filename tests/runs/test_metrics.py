@@ -174,6 +174,26 @@ def test_nothing_written_yet(tmp_path):
     assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 4}]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"step": "x", "train/loss": 1.0}',
+        b'{"step": null}',
+        b'{"step": true}',
+        b"[" * 100_000,
+        b"7",
+        b'{"step": 1, "train/l\xff',
+    ],
+)
+def test_damaged_rows_are_passed_over(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(line + b'\n{"step": 2, "train/loss": 1.5, "x": "y"}\n')
+    assert read_rows(path) == [{"step": 2, "train/loss": 1.5}]
+    writer = MetricWriter(tmp_path, 2)
+    writer.write_history()
+    writer.close()
+
+
 def test_a_loss_that_is_no_number_can_be_read_back(tmp_path):
     writer = MetricWriter(tmp_path, 0)
     writer.write(1, {"train/loss": np.float32("nan"), "b": np.float32("inf")})

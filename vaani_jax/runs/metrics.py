@@ -106,18 +106,29 @@ def flatten(metrics: Mapping[str, Any], prefix: str = "") -> Row:
     return row
 
 
-def read_rows(path: pathlib.Path) -> list[Row]:
-    """Rows of a metrics.jsonl; a last line cut short by a kill is left out."""
-    rows = []
+def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Objects of a file with one a line, each of a step.
+
+    What is none is left out: a last line cut short by a kill, or damage.
+    """
+    records = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(row, dict) and "step" in row:
-                rows.append(row)
-    return rows
+            if isinstance(record, dict) and type(record.get("step")) is int:
+                records.append(record)
+    return records
+
+
+def read_rows(path: pathlib.Path) -> list[Row]:
+    """Rows of a metrics.jsonl, as `read_records` has them; only what is a number."""
+    return [
+        {key: value for key, value in record.items() if isinstance(value, int | float)}
+        for record in read_records(path)
+    ]
 
 
 def history(rows: list[Row]) -> dict[str, dict[str, list[float]]]:
