@@ -40,7 +40,7 @@ CONFINED = {
     "absl": {"cli.flags"},
     "orbax": {"runs.checkpoints"},
     "grain": {"data.batches"},
-    "tensorboardX": {"runs.metrics"},
+    "tensorboardX": {"runs.events"},
     "matplotlib": {"runs.curves"},
     "safetensors": {"interop.formats.hf"},
     "gguf": {"interop.formats.gguf"},

@@ -6,13 +6,13 @@ Rows are JSON lines, TensorBoard event files and a history.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from vaani_jax.files import write_atomically
+from vaani_jax.runs.events import Events
 from vaani_jax.runs.workdir import Workdir
 
 Row = dict[str, float]
@@ -150,7 +150,12 @@ class MetricWriter:
       rows: every row so far, those of earlier sessions of the run included.
     """
 
-    def __init__(self, workdir: pathlib.Path, start_step: int) -> None:
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        start_step: int,
+        say: Callable[[str], None] = print,
+    ) -> None:
         paths = Workdir(workdir)
         self._history = paths.history
         path = paths.metrics
@@ -159,7 +164,7 @@ class MetricWriter:
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_atomically(path, lines.encode())
         self._file = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(paths.tensorboard), purge_step=start_step + 1)
+        self._events = Events(paths.tensorboard, start_step, say)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> Row:
         """Writes scalars; returns them flattened."""
@@ -168,14 +173,11 @@ class MetricWriter:
         self.rows.append(row)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        for key, value in values.items():
-            self._events.add_scalar(
-                key, value, step, summary_description=metric(key).title
-            )
+        self._events.add_scalars(step, values, {k: metric(k).title for k in values})
         return values
 
     def write_text(self, step: int, tag: str, text: str) -> None:
-        self._events.add_text(tag, text, step)
+        self._events.add_text(step, tag, text)
 
     def write_history(self) -> None:
         content = json.dumps(history(self.rows)) + "\n"
