@@ -175,6 +175,7 @@ def test_a_dead_disk_under_tensorboard_ends_it_and_not_the_run(tmp_path, monkeyp
     writer.write(1, {"train/loss": 3.0})
     before = _scalars(tmp_path / "tensorboard")
     with open("/dev/full", "wb", buffering=0) as full:
+        writer._events.close()
         monkeypatch.setattr(writer._events, "_file", full)
         for step in range(2, 100):
             writer.write(step, {"train/loss": 2.0})
