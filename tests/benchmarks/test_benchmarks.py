@@ -17,7 +17,7 @@ TABLES = {
         r"kill -9 at any moment +10 +10 +0 +0 +0",
         r"kill -9 within a write +10 +10 +0 +0 +0",
         r"damaged checkpoints +\d+ +\d+ +0 +0 +0",
-        r"NaN batches, tuned +1 +1 +0 +0 +0",
+        r"write errors, train +1 +1 +0 +0 +0",
     ],
     "gguf_parity": [r"4 windows of 64 tokens", r"\| Vaani \| \| \d"],
     "interop": [r"\| export tq2_0 \| \d", r"\| import packed \| \d"],

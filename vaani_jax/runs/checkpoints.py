@@ -10,6 +10,8 @@ This module knows pytrees and JSON only.
 
 import dataclasses
 import functools
+import inspect
+import logging
 import math
 import pathlib
 import shutil
@@ -69,8 +71,17 @@ def fingerprints(tree: Tree) -> dict[str, int]:
     }
 
 
-def _is_straggler(error: BaseException | None) -> bool:
+def _is_straggler(error: BaseException | None, where: Any = None) -> bool:
+    """Whether an error that nobody waits for is of what orbax has abandoned."""
+    if inspect.iscoroutine(where):
+        return "orbax" in where.cr_code.co_filename
     return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+
+
+def _is_heard(record: logging.LogRecord) -> bool:
+    """Whether a line of asyncio's log is not of reads that orbax has abandoned."""
+    message = record.getMessage()
+    return "never retrieved" not in message or "orbax" not in message
 
 
 @functools.cache
@@ -80,10 +91,11 @@ def _silence_stragglers() -> None:
     Such calls end whenever they end, so what keeps them quiet stays. Tensorstore hands
     their errors to one hook or the other.
     """
+    logging.getLogger("asyncio").addFilter(_is_heard)
     unraisable, uncaught = sys.unraisablehook, sys.excepthook
 
     def hook(event: Any) -> None:
-        if not _is_straggler(event.exc_value):
+        if not _is_straggler(event.exc_value, event.object):
             unraisable(event)
 
     def other(kind: Any, error: Any, trace: Any) -> None:

@@ -17,6 +17,7 @@ from vaani_jax.settings import build
 Json = dict[str, Any]
 
 
+LARGEST = 2**31 - 1  # what int32 indices can count
 LARGEST_TABLE = 2**27  # context times head dimension: a million positions of 128
 
 
@@ -124,6 +125,10 @@ def _check_size(architecture: Architecture, stacked: bool, found: Json) -> None:
     The shapes of arrays are compared when they are read. By then all layers have been
     traced, with their table of rotary angles.
     """
+    for field in dataclasses.fields(architecture):
+        value = getattr(architecture, field.name)
+        if isinstance(value, int) and value > LARGEST:
+            raise ValueError(f"model.{field.name} is {value:,}")
     listed = found.get("fingerprints", {}).get("model") or found.get("packed")
     layers = architecture.n_layers
     if listed is not None and not stacked and layers > len(listed):
