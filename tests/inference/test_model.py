@@ -347,7 +347,7 @@ def test_a_description_that_is_wrong(copy, change, match):
 @pytest.mark.parametrize(
     ("key", "value", "match"),
     [
-        ("n_layers", 10**9, "1,000,000,000, and there are"),
+        ("n_layers", 10**9, "1,000,000,000, and the arrays"),
         ("max_seq_len", 10**9, "rotary angles"),
         ("dim", 10**9, "rotary angles"),
         ("vocab_size", 2**40, "vocab_size is 1,099,511,627,776"),

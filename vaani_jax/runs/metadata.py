@@ -18,6 +18,7 @@ Json = dict[str, Any]
 
 
 LARGEST = 2**31 - 1  # what int32 indices can count
+DEEPEST = 1000  # layers
 LARGEST_TABLE = 2**27  # context times head dimension: a million positions of 128
 
 
@@ -130,10 +131,12 @@ def _check_size(architecture: Architecture, stacked: bool, found: Json) -> None:
         if isinstance(value, int) and value > LARGEST:
             raise ValueError(f"model.{field.name} is {value:,}")
     listed = found.get("fingerprints", {}).get("model") or found.get("packed")
-    layers = architecture.n_layers
-    if listed is not None and not stacked and layers > len(listed):
+    # Stacked, the arrays of all layers are one: their number says nothing.
+    deepest = DEEPEST if stacked or listed is None else len(listed)
+    if architecture.n_layers > deepest:
         raise ValueError(
-            f"model.n_layers is {layers:,}, and there are {len(listed):,} arrays"
+            f"model.n_layers is {architecture.n_layers:,}, and the arrays allow for"
+            f" {deepest:,} at most"
         )
     if architecture.max_seq_len * architecture.head_dim > LARGEST_TABLE:
         raise ValueError(
