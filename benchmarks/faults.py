@@ -975,7 +975,7 @@ def plan(options: argparse.Namespace) -> Iterator[tuple[str, int, int]]:
         "accidents": split(options.accidents, 1),
         "peers": split(options.peers, 1),
     }
-    for part in options.parts.split(","):
+    for part in filter(None, options.parts.split(",")):
         for index, count in enumerate(parts[part]):
             yield part, index, count
 
@@ -1056,13 +1056,11 @@ def machine() -> str:
 
 def store(rows: list[list[Any]], options: argparse.Namespace) -> None:
     """Writes the table as the pages of the documentation take it."""
-    counts = f"--kills={options.kills} --write-errors={options.write_errors}"
     content = {
         "about": "counted tries and how they ended, of models of some thousand"
         " parameters; lost: bits, files or steps were missing; crashed: anything but"
         " one line",
-        "command": f"python benchmarks/faults.py {counts}"
-        f" --mutations={options.mutations} --seed={options.seed}",
+        "command": f"python benchmarks/faults.py --seed={options.seed}",
         "machine": options.machine or machine(),
         "date": datetime.date.today().isoformat(),
     }
@@ -1083,7 +1081,8 @@ def main() -> None:
     parser.add_argument("--mutations", type=int, default=10_000)
     parser.add_argument("--accidents", type=int, default=20)
     parser.add_argument("--peers", type=int, default=10)
-    parser.add_argument("--parts", default="kills,writes,mutations,accidents,peers")
+    parts = "kills,writes,mutations,accidents,peers"
+    parser.add_argument("--parts", default=parts, help="empty: only the table")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1, help="side by side")
     parser.add_argument("--resume", default="", help="file to keep tries in")

@@ -121,6 +121,7 @@ def run(
       patience: seconds until it counts as hung.
     """
     shared = mmap.mmap(-1, 16)
+    log.write_bytes(b"")  # it may be killed before it writes anything
     sys.stdout.flush()
     sys.stderr.flush()
     began = time.monotonic()
