@@ -1,8 +1,12 @@
 """Checkpoints: what is read back is what was saved, or it is said that it is not."""
 
 import contextlib
+import errno
 import json
+import os
 import pathlib
+import threading
+import time
 from collections.abc import Iterator
 
 import jax
@@ -154,6 +158,32 @@ def test_a_save_that_fails_does_not_hide_what_ended_a_run(saved, monkeypatch):
     with pytest.raises(RuntimeError, match="the run"), contextlib.closing(saved):
         raise RuntimeError("the run")
     monkeypatch.undo()
+
+
+def test_a_disk_that_takes_no_folder_leaves_nobody_waiting(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    make = os.mkdir
+
+    def fail(path, *more, **options) -> None:
+        if "meta.orbax-checkpoint-tmp" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        make(path, *more, **options)
+
+    before = set(threading.enumerate())
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "mkdir", fail)
+        with pytest.raises(OSError, match="No space left"):
+            checkpoints.save(1, make_items(1), {})
+            checkpoints.wait()
+    deadline = time.monotonic() + 20
+    while waiting := {
+        thread
+        for thread in set(threading.enumerate()) - before
+        if thread.is_alive() and not thread.daemon and "Pool" not in thread.name
+    }:
+        assert time.monotonic() < deadline, waiting
+        time.sleep(0.05)
+    checkpoints.close()
 
 
 def test_a_wrong_value_anywhere_changes_the_fingerprint():

@@ -157,6 +157,11 @@ class Checkpoints:
                     preservation_policy=None if read_only else policy,
                     create=not read_only,
                     read_only=read_only,
+                    # At once: where none can be made, what would write to it waits
+                    # for it for minutes, and the end of the process for that.
+                    async_options=ocp.options.AsyncOptions(
+                        create_directories_asynchronously=False
+                    ),
                 ),
                 item_handlers={
                     "model": ocp.StandardCheckpointHandler(),
