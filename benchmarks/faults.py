@@ -1059,7 +1059,7 @@ def store(rows: list[list[Any]], options: argparse.Namespace) -> None:
     content = {
         "about": "counted tries and how they ended, of models of some thousand"
         " parameters; lost: bits, files or steps were missing; crashed: anything but"
-        " one line",
+        " one line; tries that showed a defect were repeated once it was mended",
         "command": f"python benchmarks/faults.py --seed={options.seed}",
         "machine": options.machine or machine(),
         "date": datetime.date.today().isoformat(),
