@@ -13,6 +13,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Of each script, what its table shows: patterns that standard output must hold.
 TABLES = {
     "decode": [r"toy, 1 thread", r"vaani +\d"],
+    "faults": [
+        r"kill -9 at any moment +10 +10 +0 +0 +0",
+        r"kill -9 within a write +10 +10 +0 +0 +0",
+        r"damaged checkpoints +\d+ +\d+ +0 +0 +0",
+        r"write errors, train +1 +1 +0 +0 +0",
+    ],
     "gguf_parity": [r"4 windows of 64 tokens", r"\| Vaani \| \| \d"],
     "interop": [r"\| export tq2_0 \| \d", r"\| import packed \| \d"],
     "plan": [r"debug, 2 device\(s\) +\d"],
@@ -25,7 +31,8 @@ TABLES = {
         r"x 100, 20 steps +with +\d+\.\d{4}",
     ],
 }
-NOT_SCRIPTS = {"bitnet_torch"}  # imported by train_step
+# Imported by train_step; by faults.
+NOT_SCRIPTS = {"bitnet_torch", "mutations", "sessions"}
 
 
 def test_every_script_is_run():

@@ -234,6 +234,15 @@ def test_errors_are_one_line(workdir, capsys, arguments, message):
     assert captured.out == ""
 
 
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no /dev/full")
+def test_output_that_cannot_be_written_is_one_line(capsys, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(["config"]) == 1
+        # Closing writes what is left, as the end of the interpreter does: to nowhere.
+    assert capsys.readouterr().err.startswith("error: No space left on device")
+
+
 def one_error(capsys, monkeypatch, arguments, message):
     """Training from these flags ends in one line with the message."""
     monkeypatch.chdir(ROOT)

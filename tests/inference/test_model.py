@@ -418,6 +418,28 @@ def test_a_description_that_is_wrong(copy, change, match):
     damaged(copy, match)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "match"),
+    [
+        ("n_layers", 10**9, "1,000,000,000, and the arrays"),
+        ("max_seq_len", 10**9, "rotary angles"),
+        ("dim", 10**9, "rotary angles"),
+        ("vocab_size", 2**40, "vocab_size is 1,099,511,627,776"),
+    ],
+)
+def test_sizes_that_no_array_bears_out_cost_nothing(copy, key, value, match):
+    path = copy / PACKED_CONFIG
+    description = json.loads(path.read_text())
+    description["architecture"][key] = value
+    path.write_text(json.dumps(description))
+    damaged(copy, match)
+
+
+def test_a_description_that_is_nested_without_end(copy):
+    (copy / PACKED_CONFIG).write_text("[" * 100_000)
+    damaged(copy, "can't read")
+
+
 def test_arrays_that_do_not_fit(copy):
     path = copy / PACKED_ARRAYS
     arrays = {name: np.array(a) for name, a in read_tensors(path).items()}
@@ -436,6 +458,8 @@ def test_headers_that_lie(tmp_path):
     for entry in (
         good | {"shape": [-2]},
         good | {"shape": [1 << 60]},
+        good | {"shape": [float("inf")]},
+        good | {"shape": [float("nan")]},
         good | {"data_offsets": [0, 1 << 40]},
         good | {"data_offsets": [8, 0]},
         good | {"dtype": "F99"},

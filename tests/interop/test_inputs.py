@@ -8,6 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import transformers
 from interop.reference import (
     CHARACTERS,
@@ -33,6 +34,7 @@ from vaani_jax.interop.formats import hf
 from vaani_jax.model.config import Quantization
 from vaani_jax.model.names import ternary_codes
 from vaani_jax.model.transformer import init_variables
+from vaani_jax.runs.checkpoints import Checkpoints
 from vaani_jax.text.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
@@ -503,6 +505,29 @@ def test_a_thousand_mutated_files_give_a_model_or_one_line(folders, tmp_path):
             imported += 1
     assert refused > 300
     assert imported > 50
+
+
+def test_a_full_disk_leaves_no_import(folders, tmp_path, monkeypatch):
+    def fail(self) -> None:
+        raise ValueError("RESOURCE_EXHAUSTED: no space\nand more lines")
+
+    monkeypatch.setattr(Checkpoints, "wait", fail)
+    with pytest.raises(VaaniError, match="no space; nothing was kept") as caught:
+        import_model(folders / "sharded", tmp_path / "run", notify=notify)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_no_export(folders, tmp_path, monkeypatch):
+    def fail(*arguments, **options) -> None:
+        raise safetensors.SafetensorError("No space left on device")
+
+    run = tmp_path / "run"
+    import_model(folders / "sharded", run, notify=notify)
+    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+    with pytest.raises(VaaniError, match="No space left"):
+        export_model(run, tmp_path / "out", target="hf", notify=notify)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_every_parameter_has_its_name():

@@ -1,6 +1,12 @@
 """Checkpoints: what is read back is what was saved, or it is said that it is not."""
 
+import contextlib
+import errno
+import json
+import os
 import pathlib
+import threading
+import time
 from collections.abc import Iterator
 
 import jax
@@ -118,6 +124,60 @@ def test_damaged_newest_is_reported_and_the_one_before_is_used(saved, damage):
     saved.save(40, make_items(41), {}, loss=None)
     saved.wait()
     assert_same(saved.restore(target).items, make_items(41))
+
+
+@pytest.mark.parametrize("key", ["performance_metrics", "item_handlers"])
+def test_what_orbax_notes_beside_a_checkpoint_is_damaged(saved, key):
+    path = saved.directory / "step_40" / "_CHECKPOINT_METADATA"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: 7}))
+    with pytest.raises(VaaniError, match="delete files of that name") as caught:
+        Checkpoints(saved.directory, read_only=True)
+    assert "\n" not in str(caught.value)
+    path.unlink()
+    again = Checkpoints(saved.directory, read_only=True)
+    restored = again.restore(target)
+    assert restored is not None
+    assert restored.step == 40
+    again.close()
+
+
+@pytest.mark.parametrize("loss", ["x", float("nan"), [1]])
+def test_a_loss_that_is_no_number_is_not_the_best(saved, loss):
+    path = saved.directory / "step_30" / "meta" / "metadata"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "loss": loss}))
+    assert saved.best_step() == 20
+
+
+def test_a_save_that_fails_does_not_hide_what_ended_a_run(saved, monkeypatch):
+    def fail() -> None:
+        raise ValueError("the save failed")
+
+    monkeypatch.setattr(saved._manager, "close", fail)
+    with pytest.raises(ValueError, match="the save failed"):
+        saved.close()
+    with pytest.raises(RuntimeError, match="the run"), contextlib.closing(saved):
+        raise RuntimeError("the run")
+    monkeypatch.undo()
+
+
+def test_a_disk_that_takes_no_folder_leaves_nobody_waiting(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    make = os.mkdir
+
+    def fail(path, *more, **options) -> None:
+        if "meta.orbax-checkpoint-tmp" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        make(path, *more, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "mkdir", fail)
+        with pytest.raises(OSError, match="No space left"):
+            checkpoints.save(1, make_items(1), {})
+    checkpoints.close()
+    deadline = time.monotonic() + 20
+    while any("Signaling" in type(t).__name__ for t in threading.enumerate()):
+        assert time.monotonic() < deadline, threading.enumerate()
+        time.sleep(0.05)
 
 
 def test_a_wrong_value_anywhere_changes_the_fingerprint():

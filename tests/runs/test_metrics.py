@@ -168,10 +168,50 @@ def test_rows_after_the_resume_step_are_dropped(tmp_path):
     assert session[-1].step == 21
 
 
+def test_a_dead_disk_under_tensorboard_ends_it_and_not_the_run(tmp_path, monkeypatch):
+    said: list[str] = []
+    writer = MetricWriter(tmp_path, 0, said.append)
+    assert not (tmp_path / "tensorboard").exists()  # no row, no file
+    writer.write(1, {"train/loss": 3.0})
+    before = _scalars(tmp_path / "tensorboard")
+    with open("/dev/full", "wb", buffering=0) as full:
+        writer._events.close()
+        monkeypatch.setattr(writer._events, "_file", full)
+        for step in range(2, 100):
+            writer.write(step, {"train/loss": 2.0})
+            writer.write_text(step, "samples", "to be")
+    writer.close()
+    assert _scalars(tmp_path / "tensorboard") == before
+    assert len(writer.rows) == 99
+    (line,) = said
+    assert "left out from step 2 on" in line
+    assert "No space left on device" in line
+
+
 def test_nothing_written_yet(tmp_path):
     assert read_rows(tmp_path / "metrics.jsonl") == []
     (tmp_path / "metrics.jsonl").write_text('\n[1, 2]\n{"loss": 3}\n{"step": 4}\n')
     assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 4}]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"step": "x", "train/loss": 1.0}',
+        b'{"step": null}',
+        b'{"step": true}',
+        b"[" * 100_000,
+        b"7",
+        b'{"step": 1, "train/l\xff',
+    ],
+)
+def test_damaged_rows_are_passed_over(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(line + b'\n{"step": 2, "train/loss": 1.5, "x": "y"}\n')
+    assert read_rows(path) == [{"step": 2, "train/loss": 1.5}]
+    writer = MetricWriter(tmp_path, 2)
+    writer.write_history()
+    writer.close()
 
 
 def test_a_loss_that_is_no_number_can_be_read_back(tmp_path):

@@ -32,24 +32,34 @@ COMMANDS = {
 
 def run_guarded(main: Callable[[Any], int], argument: Any) -> int:
     """Runs a command; what a user can mend becomes one line and status 1."""
-    # Orbax logs verbosely through absl; people get our lines.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax logs through absl, with a traceback, what it then raises: we say it once.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        return main(argument)
+        status = main(argument)
+        sys.stdout.flush()  # here, what is not written is an error like any other
+        return status
     except VaaniError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:
-        # Whoever read our output has left. Python would complain again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # whoever read it has left
         return 141
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         print(f"error: {error.strerror or error}{where}", file=sys.stderr)
+        _drop_output()
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _drop_output() -> None:
+    """Lets go of output that can't be written: Python would complain again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def make_parser(wanted: Sequence[str] | None = None) -> argparse.ArgumentParser:

@@ -273,7 +273,7 @@ def load_packed(folder: str | pathlib.Path) -> Model:
     folder = pathlib.Path(folder)
     try:
         description = json.loads((folder / PACKED_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise VaaniError(f"can't read {folder / PACKED_CONFIG}: {error}") from None
     if not isinstance(description, dict) or description.get("format") not in FORMATS:
         raise VaaniError(f"{folder / PACKED_CONFIG} is not of format {FORMAT}")

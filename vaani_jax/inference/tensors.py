@@ -28,6 +28,10 @@ DTYPES = {
 }
 
 
+# What a number that is none, or JSON that goes too deep, raises.
+NO_NUMBERS = (ValueError, ArithmeticError, RecursionError)
+
+
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -94,6 +98,6 @@ def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
                 continue
             flat = np.frombuffer(data, dtype, count, start + first)
             arrays[name] = flat.reshape(shape)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (LookupError, TypeError, AttributeError, *NO_NUMBERS) as error:
         raise VaaniError(f"{path} is not a whole safetensors file: {error}") from None
     return arrays

@@ -4,6 +4,7 @@ An export is read back before it takes its name: codes and scales must have come
 as they went in, and the logits of a probe are compared with those of the model.
 """
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -30,6 +31,7 @@ from vaani_jax.runs.checkpoints import Checkpoints
 from vaani_jax.runs.metadata import Metadata
 from vaani_jax.runs.workdir import Workdir
 from vaani_jax.settings import named
+from vaani_jax.words import first_line
 
 Tree = Any
 
@@ -318,8 +320,13 @@ def import_model(
             checkpoints.save(0, {"model": variables}, metadata.to_json())
             del variables
             checkpoints.wait()
-        finally:
             checkpoints.close()
+        except Exception as error:  # orbax and tensorstore raise many types
+            with contextlib.suppress(Exception):
+                checkpoints.close()
+            raise VaaniError(
+                f"can't write {workdir}: {first_line(error, 200)}; nothing was kept"
+            ) from None
     return module
 
 

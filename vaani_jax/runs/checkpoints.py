@@ -10,12 +10,14 @@ This module knows pytrees and JSON only.
 
 import contextlib
 import dataclasses
+import functools
+import inspect
+import logging
 import math
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -87,21 +89,38 @@ def _check(name: str, marks: dict[str, int], meta: Meta) -> None:
         raise ValueError(f"{name}{wrong[0]} is not what was saved")
 
 
-@contextmanager
-def _without_stragglers() -> Iterator[None]:
-    """Keeps the reads that orbax abandons when one fails from printing tracebacks.
+def _is_straggler(error: BaseException | None, where: Any = None) -> bool:
+    """Whether an error that nobody waits for is of what orbax has abandoned."""
+    if inspect.iscoroutine(where):
+        return "orbax" in where.cr_code.co_filename
+    return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
-    They end whenever they end, so after a failure the filter stays.
+
+def _is_heard(record: logging.LogRecord) -> bool:
+    """Whether a line of asyncio's log is not of reads that orbax has abandoned."""
+    message = record.getMessage()
+    return "never retrieved" not in message or "orbax" not in message
+
+
+@functools.cache
+def _silence_stragglers() -> None:
+    """Keeps what orbax abandons when a write or a read fails from printing tracebacks.
+
+    Such calls end whenever they end, so what keeps them quiet stays. Tensorstore hands
+    their errors to one hook or the other.
     """
-    previous = sys.unraisablehook
+    logging.getLogger("asyncio").addFilter(_is_heard)
+    unraisable, uncaught = sys.unraisablehook, sys.excepthook
 
     def hook(event: Any) -> None:
-        if str(event.exc_value) != "Event loop is closed":
-            previous(event)
+        if not _is_straggler(event.exc_value, event.object):
+            unraisable(event)
 
-    sys.unraisablehook = hook
-    yield
-    sys.unraisablehook = previous
+    def other(kind: Any, error: Any, trace: Any) -> None:
+        if not _is_straggler(error):
+            uncaught(kind, error, trace)
+
+    sys.unraisablehook, sys.excepthook = hook, other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +162,7 @@ class Checkpoints:
     def __init__(
         self, directory: pathlib.Path, *, keep: int = 2, read_only: bool = False
     ) -> None:
+        _silence_stragglers()
         self.directory = directory.absolute()
         if read_only and not self.directory.is_dir():
             raise VaaniError(f"{directory.parent} holds no run: {directory} is missing")
@@ -169,6 +189,11 @@ class Checkpoints:
                     preservation_policy=None if read_only else policy,
                     create=not read_only,
                     read_only=read_only,
+                    # At once: where none can be made, what would write to it waits
+                    # for it for minutes, and the end of the process for that.
+                    async_options=ocp.options.AsyncOptions(
+                        create_directories_asynchronously=False
+                    ),
                 ),
                 item_handlers={
                     "model": ocp.StandardCheckpointHandler(),
@@ -179,6 +204,12 @@ class Checkpoints:
         except OSError as error:
             raise VaaniError(
                 f"can't use {directory} for checkpoints: {error.strerror or error}"
+            ) from None
+        except Exception as error:  # of a damaged file that orbax reads first
+            raise VaaniError(
+                f"the _CHECKPOINT_METADATA of a checkpoint in {directory} is damaged"
+                f" ({first_line(error, 200)}): delete files of that name, checkpoints"
+                " are read without them"
             ) from None
 
     def _remove_unfinished(self) -> None:
@@ -227,7 +258,13 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        """Ends what is going on; raises its errors unless another is on its way."""
+        failing = sys.exc_info()[0] is not None
+        try:
+            self._manager.close()
+        except Exception:
+            if not failing:
+                raise
 
     def meta(self, step: int) -> Meta:
         """The metadata of a step; raises anything where it is damaged."""
@@ -247,7 +284,7 @@ class Checkpoints:
                 loss = self.meta(step)["loss"]
             except Exception:  # damaged: not the best, whatever it was
                 continue
-            if loss is not None:
+            if isinstance(loss, int | float) and math.isfinite(loss):
                 losses[step] = loss
         return min(losses, key=lambda s: (losses[s], s)) if losses else None
 
@@ -315,19 +352,17 @@ class Checkpoints:
         target = make_target(meta)
         if make_take is not None:
             take = make_take(meta)
-            with _without_stragglers():
-                items = {
-                    name: self._read_parts(step, name, tree, meta, take)
-                    for name, tree in target.items()
-                }
+            items = {
+                name: self._read_parts(step, name, tree, meta, take)
+                for name, tree in target.items()
+            }
             return Restored(step, items, meta)
-        with _without_stragglers():
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    **{name: ocp.args.StandardRestore(t) for name, t in target.items()}
-                ),
-            )
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                **{name: ocp.args.StandardRestore(t) for name, t in target.items()}
+            ),
+        )
         items = {name: restored[name] for name in target}
         for name, tree in items.items():
             _check(name, fingerprints(tree), meta)

@@ -17,6 +17,11 @@ from vaani_jax.settings import build
 Json = dict[str, Any]
 
 
+LARGEST = 2**31 - 1  # what int32 indices can count
+DEEPEST = 1000  # layers
+LARGEST_TABLE = 2**27  # context times head dimension: a million positions of 128
+
+
 @dataclasses.dataclass(frozen=True)
 class Metadata:
     """Of a checkpoint or a packed folder.
@@ -92,7 +97,7 @@ class Metadata:
 
         Raises:
           VaaniError: a key of the model's config that is unknown or of another type.
-          KeyError, TypeError: damage.
+          KeyError, TypeError, ValueError: damage.
         """
         found = dict(values)
         if "config" in found:
@@ -107,11 +112,38 @@ class Metadata:
             Quantization, known["quantization"], "quantization."
         )
         known["window"] = tuple(known.get("window", ()))
+        _check_size(known["architecture"], known.get("stacked") is True, found)
         result = cls(**known)
         for name, kind in _KINDS.items():
             if not isinstance(getattr(result, name), kind):
                 raise TypeError(f"{name} is {getattr(result, name)!r}")
         return result
+
+
+def _check_size(architecture: Architecture, stacked: bool, found: Json) -> None:
+    """Refuses sizes that no array bears out, but that a model would take room for.
+
+    The shapes of arrays are compared when they are read. By then all layers have been
+    traced, with their table of rotary angles.
+    """
+    for field in dataclasses.fields(architecture):
+        value = getattr(architecture, field.name)
+        if isinstance(value, int) and value > LARGEST:
+            raise ValueError(f"model.{field.name} is {value:,}")
+    listed = found.get("fingerprints", {}).get("model") or found.get("packed")
+    # Stacked, the arrays of all layers are one: their number says nothing.
+    deepest = DEEPEST if stacked or listed is None else len(listed)
+    if architecture.n_layers > deepest:
+        raise ValueError(
+            f"model.n_layers is {architecture.n_layers:,}, and the arrays allow for"
+            f" {deepest:,} at most"
+        )
+    if architecture.max_seq_len * architecture.head_dim > LARGEST_TABLE:
+        raise ValueError(
+            f"model.max_seq_len is {architecture.max_seq_len:,}, and heads have"
+            f" {architecture.head_dim:,} dimensions: more than {LARGEST_TABLE:,} rotary"
+            " angles"
+        )
 
 
 def _parted(model: Json, run: Json) -> Json:

@@ -6,13 +6,13 @@ Rows are JSON lines, TensorBoard event files and a history.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from vaani_jax.files import write_atomically
+from vaani_jax.runs.events import Events
 from vaani_jax.runs.workdir import Workdir
 
 Row = dict[str, float]
@@ -106,18 +106,29 @@ def flatten(metrics: Mapping[str, Any], prefix: str = "") -> Row:
     return row
 
 
-def read_rows(path: pathlib.Path) -> list[Row]:
-    """Rows of a metrics.jsonl; a last line cut short by a kill is left out."""
-    rows = []
+def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Objects of a file with one a line, each of a step.
+
+    What is none is left out: a last line cut short by a kill, or damage.
+    """
+    records = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(row, dict) and "step" in row:
-                rows.append(row)
-    return rows
+            if isinstance(record, dict) and type(record.get("step")) is int:
+                records.append(record)
+    return records
+
+
+def read_rows(path: pathlib.Path) -> list[Row]:
+    """Rows of a metrics.jsonl, as `read_records` has them; only what is a number."""
+    return [
+        {key: value for key, value in record.items() if isinstance(value, int | float)}
+        for record in read_records(path)
+    ]
 
 
 def history(rows: list[Row]) -> dict[str, dict[str, list[float]]]:
@@ -139,7 +150,12 @@ class MetricWriter:
       rows: every row so far, those of earlier sessions of the run included.
     """
 
-    def __init__(self, workdir: pathlib.Path, start_step: int) -> None:
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        start_step: int,
+        say: Callable[[str], None] = print,
+    ) -> None:
         paths = Workdir(workdir)
         self._history = paths.history
         path = paths.metrics
@@ -148,7 +164,7 @@ class MetricWriter:
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_atomically(path, lines.encode())
         self._file = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(paths.tensorboard), purge_step=start_step + 1)
+        self._events = Events(paths.tensorboard, start_step, say)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> Row:
         """Writes scalars; returns them flattened."""
@@ -157,14 +173,11 @@ class MetricWriter:
         self.rows.append(row)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        for key, value in values.items():
-            self._events.add_scalar(
-                key, value, step, summary_description=metric(key).title
-            )
+        self._events.add_scalars(step, values, {k: metric(k).title for k in values})
         return values
 
     def write_text(self, step: int, tag: str, text: str) -> None:
-        self._events.add_text(tag, text, step)
+        self._events.add_text(step, tag, text)
 
     def write_history(self) -> None:
         content = json.dumps(history(self.rows)) + "\n"

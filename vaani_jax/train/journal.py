@@ -12,15 +12,16 @@ from collections.abc import Callable
 from typing import Any
 
 from vaani_jax.files import write_atomically
-from vaani_jax.runs.metrics import read_rows
+from vaani_jax.runs.metrics import read_records
 from vaani_jax.runs.workdir import Workdir
 
 Event = dict[str, Any]
 
 
 def read_events(path: pathlib.Path) -> list[Event]:
-    """Events of a tuner.jsonl; a last line cut short by a kill is left out."""
-    return list(read_rows(path))
+    """Events of a tuner.jsonl; what is none, such as a line cut short, is left out."""
+    keys = {"setting", "cause", "old", "new"}
+    return [event for event in read_records(path) if keys <= event.keys()]
 
 
 class Journal:

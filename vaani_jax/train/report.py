@@ -72,7 +72,7 @@ class Report:
         self._clock = clock
         self._guard = guard
         self._due: _Due | None = None
-        self._writer = MetricWriter(output, start.progress.step)
+        self._writer = MetricWriter(output, start.progress.step, display.say)
 
     def announce(self) -> None:
         """Says what is about to be trained, on what."""

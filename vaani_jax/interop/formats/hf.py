@@ -162,13 +162,19 @@ def _converted(
 def _write_weights(
     folder: pathlib.Path, items: Iterable[tuple[str, np.ndarray]], shard_bytes: int
 ) -> None:
-    save = _safetensors().numpy.save_file
+    library = _safetensors()
     shards: list[list[str]] = []
     pending: dict[str, np.ndarray] = {}
     total = 0
 
     def flush() -> None:
-        save(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        path = folder / f"shard-{len(shards)}"
+        try:
+            library.numpy.save_file(pending, path, metadata={"format": "pt"})
+        except library.SafetensorError as error:  # what a full disk becomes there
+            raise VaaniError(
+                f"can't write {folder.name}: {first_line(error, 200)}"
+            ) from None
         shards.append(list(pending))
         pending.clear()
 
