@@ -276,7 +276,7 @@ def test_a_sparsity_band(read):
         ("--config.learning_rate=0", "learning_rate is 0"),
         ("--config.target_sparsity_min=0.3", "set both"),
         ("--config.target_sparsity_max=much", "target_sparsity_max"),
-        ("--config.tuner.skip_ratio=0.5", "tuner: it must be that skip_ratio >= 1"),
+        ("--config.tuner.skip_ratio=0.5", "tuner.skip_ratio is 0.5: it must be at least 1"),
         ("--config.tuner.trust=0.5", "tuner.trust is no key any more"),
         ("--config.tuner.patience=3", "explosion.PATIENCE, 30, and can't be 3"),
         ("--wrokdir=x", "wrokdir"),
