@@ -20,7 +20,6 @@ from vaani_jax.train.config import from_dict
 from vaani_jax.train.loop import train
 
 # ml_collections loads config files in a way that Python means to drop.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [

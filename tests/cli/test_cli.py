@@ -16,8 +16,6 @@ from vaani_jax.model.cache import KVCache
 from vaani_jax.train.config import from_dict
 from vaani_jax.train.loop import train
 
-# ml_collections still imports files in the way of Python 3.11.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
