@@ -2,12 +2,11 @@
 
 import argparse
 import json
-import os
-import pathlib
 from typing import Any
 
 from vaani_jax.cli.output import notify
 from vaani_jax.errors import VaaniError
+from vaani_jax.paths import cache_folder, local, read_text
 
 HELP = "Continue a prompt."
 
@@ -22,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt",
         action="append",
         default=[],
-        help="text to continue, a line break if not given; repeat it for a batch",
+        help="text to continue; repeat it for a batch; a line break, or how the text"
+        " of the training begins, if not given",
     )
     given.add_argument("--prompts-file", default="", help="one prompt a line")
     option = parser.add_argument
@@ -61,9 +61,10 @@ def run(options: argparse.Namespace) -> int:
         options.temperature = 0.0
     sampler = SamplerConfig(**{name: getattr(options, name) for name in NUMBERS})
     prompts = _read_prompts(options)
+    model = load(options.workdir, checkpoint=options.checkpoint, notify=notify)
+    prompts = prompts or [_default_prompt(model)]
     # A file holds several prompts, however many lines it has today.
     several = len(prompts) > 1 or bool(options.prompts_file)
-    model = load(options.workdir, checkpoint=options.checkpoint, notify=notify)
     segments = generate.stream(
         model,
         _encode_prompts(model.tokenizer, prompts, model.architecture.max_seq_len),
@@ -109,15 +110,20 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _read_prompts(options: argparse.Namespace) -> list[str]:
-    """What to continue: the prompts given, the lines of a file, or a line break."""
+    """What to continue: the prompts given, or the lines of a file; may be none."""
     if not options.prompts_file:
-        return options.prompt or ["\n"]
-    path = pathlib.Path(options.prompts_file)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise VaaniError(f"{path} is no UTF-8 text: {error.reason}") from error
-    return text.removesuffix("\n").split("\n")
+        return list(options.prompt)
+    text = read_text(local(options.prompts_file, "--prompts-file"))
+    lines = text.removesuffix("\n").split("\n")
+    return [line.removesuffix("\r") for line in lines]
+
+
+def _default_prompt(model: Any) -> str:
+    from vaani_jax.text.prompts import default_prompt
+
+    corpus = model.metadata.corpus if model.metadata else None
+    opening = (corpus or {}).get("opening", "")
+    return default_prompt(model.tokenizer, opening)
 
 
 def _encode_prompts(tokenizer: Any, prompts: list[str], context: int) -> list[Any]:
@@ -143,8 +149,8 @@ def _keep_compiled() -> None:
     import jax
 
     if not jax.config.values["jax_compilation_cache_dir"]:  # the user chooses first
-        root = os.environ.get("XDG_CACHE_HOME", "") or "~/.cache"
-        folder = pathlib.Path(root).expanduser() / "vaani" / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        if (folder := cache_folder()) is None:
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -110,7 +110,7 @@ def read_rows(path: pathlib.Path) -> list[Row]:
     """Rows of a metrics.jsonl; a last line cut short by a kill is left out."""
     rows = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:

@@ -33,8 +33,10 @@ class SampleConfig:
     """The samples that a training run shows."""
 
     prompts: tuple[str, ...] = key(
-        ("\n",),
-        "one sample each; a prompt outside the vocabulary is skipped with a line",
+        (),
+        "one sample each; a prompt outside the vocabulary is skipped with a line. "
+        "Without any, a line break, or how the text begins where the tokenizer has no "
+        "ids for that",
     )
     max_new_tokens: int = key(200, "length of a sample", at_least=1)
     temperature: float = as_in(SamplerConfig, "temperature")
