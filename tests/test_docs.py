@@ -19,8 +19,6 @@ from vaani_jax.cli.flags import config_from_flags
 from vaani_jax.train.config import from_dict
 from vaani_jax.train.loop import train
 
-# ml_collections loads config files in a way that Python means to drop.
-
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",

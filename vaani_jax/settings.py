@@ -147,7 +147,7 @@ def build(cls: type[T], values: Any, prefix: str = "") -> T:
     arguments = {}
     for key, value in values.items():
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
+            near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"; did you mean {prefix}{near[0]}?" if near else ""
             raise VaaniError(f"unknown config key {prefix}{key}{hint}")
         if dataclasses.is_dataclass(fields[key]):

@@ -11,6 +11,7 @@ import sys
 import traceback
 import types
 import typing
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -187,8 +188,10 @@ def config_from_flags(arguments: Sequence[str]) -> Invocation:
     flags.DEFINE_boolean("distributed", False, "join other processes", **define)
     try:
         # Finds overrides among the arguments, and sets them, before all other flags.
-        config_flags.DEFINE_config_dict("config", file, sys_argv=given, **define)
-        extra = values(given)[1:]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Python, about what a value looks like
+            config_flags.DEFINE_config_dict("config", file, sys_argv=given, **define)
+            extra = values(given)[1:]
     except flags.Error as error:
         raise VaaniError(_one_line(error)) from None
     except Exception as error:  # the parsers of values raise many types
@@ -265,6 +268,6 @@ def _explain(path: pathlib.Path, arguments: Sequence[str], error: Exception) -> 
     return f"config file {path}: {_one_line(error)}"
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

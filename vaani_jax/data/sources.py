@@ -118,14 +118,13 @@ def _tiny_shakespeare(config: DataConfig, notify: Notify) -> Corpus:
             f" ({len(corpus.text):,} characters)."
         )
         return corpus
+    if cached is None:
+        notify("the download is not kept, without a home: set --config.data.data_dir")
+        return Corpus.of(content.decode("ascii"), name)
     try:
-        if cached is None:
-            raise OSError("there is no home folder; set --config.data.data_dir")
         write_atomically(cached, content)
     except OSError as error:
-        notify(
-            f"could not keep the download{f' at {cached}' if cached else ''}: {error}"
-        )
+        notify(f"could not keep the download at {cached}: {error}")
     return Corpus.of(content.decode("ascii"), name)
 
 

@@ -284,7 +284,10 @@ def import_model(
       VaaniError: anything wrong with the folder, or a workdir that is taken.
     """
     return_freed_memory()
-    source, workdir = local(source, "the folder"), local(workdir, "the workdir")
+    source, workdir = (
+        local(source, "the folder to import"),
+        local(workdir, "the workdir"),
+    )
     with appearing(workdir, folder=True) as temporary:
         folder = hf.Folder(source)
         architecture = folder.module.architecture

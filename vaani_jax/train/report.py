@@ -276,8 +276,8 @@ def announcement(start: Start) -> list[str]:
     ]
     if not config.sample.prompts and (prompt := _prompts(start)[0]) != USUAL:
         lines.append(
-            "samples with this tokenizer, a line break has no ids: they continue"
-            f" {prompt!r}, as the text begins"
+            "sample  a line break, the usual prompt, has no ids with this tokenizer:"
+            f" they continue {prompt!r}, as the text begins"
         )
     idle = len(jax.devices()) - mesh.size
     if mesh.size > 1 or idle:
