@@ -284,10 +284,8 @@ def import_model(
       VaaniError: anything wrong with the folder, or a workdir that is taken.
     """
     return_freed_memory()
-    source, workdir = (
-        local(source, "the folder to import"),
-        local(workdir, "the workdir"),
-    )
+    source = local(source, "the folder to import")
+    workdir = local(workdir, "the workdir")
     with appearing(workdir, folder=True) as temporary:
         folder = hf.Folder(source)
         architecture = folder.module.architecture
