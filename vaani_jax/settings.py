@@ -20,6 +20,7 @@ from vaani_jax.words import shown
 T = TypeVar("T")
 
 LARGEST_INT = 2**31 - 1  # steps, sizes and ids are int32
+LARGEST_SEED = 2**32 - 1
 LARGEST_FLOAT = 3.4e38  # numbers become float32
 
 

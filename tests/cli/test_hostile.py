@@ -177,6 +177,29 @@ def test_no_number_of_a_sampler_may_be_none(flag, word):
     assert "must be" in said
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "generate --max-new-tokens=0",
+        "generate --num-samples=1000000000",
+        "generate --segment=-1",
+        "generate --seed=-1",
+        "generate --seed=99999999999999999999",
+        "import --max-seq-len=-1",
+        "plan --devices=0",
+        "plan --devices=1000000000",
+        "plan --utilization=nan",
+        "plan --utilization=1.5",
+    ],
+)
+def test_numbers_are_within_their_limits(words):
+    command, given = words.split()
+    flag, _, value = given.partition("=")
+    said = run_command(line(command, flag, value))
+    assert f"argument {flag}" in said
+    assert f"{value} must be " in said
+
+
 WORD = st.one_of(
     st.sampled_from(WORDS),
     st.text(max_size=20),

@@ -26,6 +26,8 @@ from vaani_jax.paths import check_path, local
 from vaani_jax.settings import described
 from vaani_jax.train.config import RETIRED, Config, from_dict
 
+MOST_PROCESSES = 2**20
+
 
 def default_config() -> ConfigDict:
     """Every key with its default, for config files to change; locked.
@@ -183,8 +185,9 @@ def config_from_flags(arguments: Sequence[str]) -> Invocation:
     define: dict[str, Any] = {"flag_values": values}
     flags.DEFINE_string("workdir", "", "where the run is kept", **define)
     flags.DEFINE_string("coordinator", "", "host:port of process 0", **define)
-    flags.DEFINE_integer("num_processes", None, "of this job", lower_bound=1, **define)
-    flags.DEFINE_integer("process_id", None, "from 0", lower_bound=0, **define)
+    whole: dict[str, Any] = {**define, "upper_bound": MOST_PROCESSES}
+    flags.DEFINE_integer("num_processes", None, "of this job", lower_bound=1, **whole)
+    flags.DEFINE_integer("process_id", None, "from 0", lower_bound=0, **whole)
     flags.DEFINE_boolean("distributed", False, "join other processes", **define)
     try:
         # Finds overrides among the arguments, and sets them, before all other flags.

@@ -4,10 +4,13 @@ import argparse
 import json
 from typing import Any
 
+from vaani_jax.cli.numbers import number
 from vaani_jax.cli.output import notify
 from vaani_jax.errors import VaaniError
 from vaani_jax.paths import cache_folder, local, read_text
+from vaani_jax.settings import LARGEST_SEED
 
+MOST_SAMPLES = 65_536  # all are drawn at once
 HELP = "Continue a prompt."
 
 
@@ -26,16 +29,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     given.add_argument("--prompts-file", default="", help="one prompt a line")
     option = parser.add_argument
-    option("--max-new-tokens", type=int, default=200, help="tokens to draw")
+    count = number(int, at_least=1)
+    option("--max-new-tokens", type=count, default=200, help="tokens to draw")
     option("--greedy", action="store_true", help="same as --temperature 0")
     numbers = {name: (value, text) for name, value, text in described(SamplerConfig())}
     for name in NUMBERS:
         value, text = numbers[name]
         flag = f"--{name.replace('_', '-')}"
         option(flag, type=type(value), default=value, help=text)
-    parser.add_argument("--seed", type=int, default=0, help="equal seeds, equal text")
-    parser.add_argument(
-        "--num-samples", type=int, default=1, help="continuations of each prompt"
+    seed = number(int, at_least=0, at_most=LARGEST_SEED)
+    option("--seed", type=seed, default=0, help="equal seeds, equal text")
+    option(
+        "--num-samples",
+        type=number(int, at_least=1, at_most=MOST_SAMPLES),
+        default=1,
+        help="continuations of each prompt",
     )
     parser.add_argument(
         "--kv-dtype",
@@ -44,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of cached keys and values; auto is the compute dtype",
     )
     parser.add_argument(
-        "--segment", type=int, default=16, help="tokens decoded, and shown, at a time"
+        "--segment", type=count, default=16, help="tokens decoded, and shown, at a time"
     )
     parser.add_argument("--checkpoint", default="best", help="best, last or a step")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

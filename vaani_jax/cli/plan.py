@@ -2,9 +2,8 @@
 
 import argparse
 import json
-from collections.abc import Callable
-from typing import Any
 
+from vaani_jax.cli.numbers import number
 from vaani_jax.cli.output import notify
 from vaani_jax.errors import VaaniError
 
@@ -17,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "--config=FILE and --config.KEY=VALUE are those of train.py."
     parser.add_argument(
         "--devices",
-        type=_up_to(MOST_DEVICES, int),
+        type=number(int, at_least=1, at_most=MOST_DEVICES),
         default=1,
         help="that the run would have",
     )
@@ -27,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--utilization",
         "--utilisation",  # as it was spelled in version 0.1
-        type=_up_to(1.0, float),
+        type=number(float, above=0, at_most=1),
         default=0.5,
         help="assumed, of a chip's bfloat16 peak, by executed FLOPs",
     )
@@ -69,14 +68,3 @@ def run(options: argparse.Namespace) -> int:
     else:
         print(as_text(plan, chips, options.utilization))
     return 0
-
-
-def _up_to(most: Any, kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not 0 < value <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not in (0, {most}]")
-        return value
-
-    parse.__name__ = kind.__name__  # what argparse says of text that is no number
-    return parse

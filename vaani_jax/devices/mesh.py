@@ -101,7 +101,7 @@ def parse_rules(rules: Sequence[str]) -> list[tuple[re.Pattern[str], PartitionSp
             entries.append(names[0] if len(names) == 1 else names)
         try:
             compiled = re.compile(pattern.strip())
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise VaaniError(f"mesh rule {rule!r}: {error}") from None
         parsed.append((compiled, PartitionSpec(*entries)))
     return parsed

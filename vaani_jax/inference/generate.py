@@ -25,6 +25,7 @@ from vaani_jax.inference.model import Model
 from vaani_jax.inference.sampling import SamplerConfig, sample_token
 from vaani_jax.model.cache import KVCache
 from vaani_jax.model.transformer import Vaani
+from vaani_jax.settings import LARGEST_SEED
 
 Array = jax.Array
 
@@ -181,6 +182,8 @@ def stream(
     prompts = _split(prompt)
     if max_new_tokens < 1 or num_samples < 1:
         raise VaaniError("ask for at least one token and one sample")
+    if not 0 <= seed <= LARGEST_SEED:
+        raise VaaniError(f"seed is {seed}: it must be in [0, {LARGEST_SEED}]")
     if segment < 1:
         raise VaaniError("a segment has at least one token")
     module, variables = model.module, model.variables

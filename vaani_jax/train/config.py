@@ -11,7 +11,16 @@ from vaani_jax.inference.sampling import NUMBERS, SamplerConfig
 from vaani_jax.model.config import RENAMED, Architecture, Execution, Quantization
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.runs.metadata import Metadata
-from vaani_jax.settings import as_in, build, check, key, named, renamed, without
+from vaani_jax.settings import (
+    LARGEST_SEED,
+    as_in,
+    build,
+    check,
+    key,
+    named,
+    renamed,
+    without,
+)
 from vaani_jax.train.optimizers import OptimConfig
 from vaani_jax.train.schedules import SCHEDULES
 from vaani_jax.train.tuner import (
@@ -61,7 +70,7 @@ class Config:
         0,
         "of initial weights, dropout and the order of the data",
         at_least=0,
-        at_most=2**32 - 1,
+        at_most=LARGEST_SEED,
     )
     batch_size: int = key(
         12, "sequences per step, all micro-batches together", at_least=1
