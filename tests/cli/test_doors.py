@@ -1,5 +1,6 @@
 """What people hand in: paths, texts and tokenizers of every kind, taken or refused."""
 
+import argparse
 import json
 import math
 import os
@@ -219,7 +220,7 @@ def test_a_byte_order_mark_is_no_character(tmp_path):
     assert load_corpus(DataConfig(path=str(folder))).text == "some text\n\nsome text\n"
     prompts = tmp_path / "prompts.txt"
     prompts.write_bytes(MARK + b"one\r\ntwo\r\n")
-    options = SimpleNamespace(prompts_file=str(prompts), prompt=[])
+    options = argparse.Namespace(prompts_file=str(prompts), prompt=[])
     assert _read_prompts(options) == ["one", "two"]
     path = spelled(tmp_path)
     plain = make_tokenizer(DataConfig(tokenizer_file=str(path)), None)
@@ -255,7 +256,7 @@ def test_pipes_are_read_like_files(tmp_path):
 
     text = DataConfig(path=str(piped(b"a text")))
     assert load_corpus(text).text == "a text"
-    options = SimpleNamespace(prompts_file=str(piped(b"one\n")), prompt=[])
+    options = argparse.Namespace(prompts_file=str(piped(b"one\n")), prompt=[])
     assert _read_prompts(options) == ["one"]
     content = spelled(tmp_path).read_bytes()
     assert make_tokenizer(DataConfig(tokenizer_file=str(piped(content))), None)

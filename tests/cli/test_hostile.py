@@ -30,7 +30,7 @@ WORDS = (
     *("\0", "\udc80", "gs://bucket/x", "~nobody-here/x", "/dev/null", "(1,", "{1: 2}"),
     *("[" * 300, "%s {0}", "--json"),
 )
-VALUES = (
+VALUES: tuple[Any, ...] = (
     *(None, True, -1, 0, 10**400, float("nan"), float("-inf"), 1e39, 0.5j, b"bytes"),
     *("", "\0", "\ud800", "s3://bucket/x", [], ["a", 1], {"a": {}}, {1: 2}, object()),
 )
