@@ -73,6 +73,15 @@ def cache_folder() -> pathlib.Path | None:
         return None
 
 
+def is_writable(folder: pathlib.Path) -> bool:
+    """Whether files can be put into a folder, which is made if need be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
 def new_file(path: str | os.PathLike[str], what: str) -> pathlib.Path:
     """A file to write, or to write again.
 

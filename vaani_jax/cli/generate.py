@@ -7,7 +7,7 @@ from typing import Any
 from vaani_jax.cli.numbers import number
 from vaani_jax.cli.output import notify
 from vaani_jax.errors import VaaniError
-from vaani_jax.paths import cache_folder, local, read_text
+from vaani_jax.paths import cache_folder, is_writable, local, read_text
 from vaani_jax.settings import LARGEST_SEED
 
 MOST_SAMPLES = 65_536  # all are drawn at once
@@ -157,8 +157,9 @@ def _keep_compiled() -> None:
     import jax
 
     if not jax.config.values["jax_compilation_cache_dir"]:  # the user chooses first
-        if (folder := cache_folder()) is None:
+        root = cache_folder()
+        if root is None or not is_writable(root / "compiled"):
             return
-        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
