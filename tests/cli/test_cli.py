@@ -147,7 +147,7 @@ def test_prompt_files_that_cannot_be_read(workdir, tmp_path, capsys):
         (b"abc\n\nab\n", "prompt 2 is empty"),
         (b"", "the prompt is empty"),
         (b"abc\nxyz\n", "prompt 2: character 'x'"),
-        (b"abc\n\xff\n", "is no UTF-8 text"),
+        (b"abc\n\xff\n", "is not UTF-8 text (byte 4)"),
         (None, "prompts.txt"),
     ):
         file.unlink(missing_ok=True)
