@@ -15,6 +15,7 @@ FLOORS = (
     "__init__",
     "errors",
     "files",
+    "paths",
     "words",
     "settings",
     "leaves",

@@ -5,7 +5,7 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from vaani_jax.errors import VaaniError
 
@@ -45,13 +45,31 @@ def appearing(target: pathlib.Path, *, folder: bool) -> Iterator[pathlib.Path]:
     if taken:
         raise VaaniError(f"{target} is there already: choose another name")
     parent = target.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    room = pathlib.Path(tempfile.mkdtemp(dir=parent, prefix=f".{target.name}."))
+    with without_trace(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        room = pathlib.Path(tempfile.mkdtemp(dir=parent, prefix=f".{target.name}."))
+        try:
+            temporary = room / target.name
+            if folder:
+                temporary.mkdir()
+            yield temporary
+            os.replace(temporary, target)
+        finally:
+            shutil.rmtree(room, ignore_errors=True)
+
+
+@contextmanager
+def without_trace(folder: pathlib.Path) -> Iterator[None]:
+    """Where an error ends the block, removes a folder that it made and left empty.
+
+    Args:
+      folder: that the block may make; with it go those above that it made for it.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        temporary = room / target.name
-        if folder:
-            temporary.mkdir()
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(room, ignore_errors=True)
+        yield
+    except BaseException:
+        for path in made:
+            with suppress(OSError):  # not there, or in use
+                path.rmdir()
+        raise

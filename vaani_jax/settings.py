@@ -1,37 +1,121 @@
 """Settings: frozen dataclasses from nested plain values, checked key by key.
 
-A key is written once, as a field made by `key`: its type, its default, and what it says
-with its unit. Where it names something that people may add to, a table decides
-(`named`).
+A key is written once, as a field made by `key`: its type, its default, what it says
+with its unit, and the values that make sense (`check`). Where it names something that
+people may add to, a table decides (`named`).
 """
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 from vaani_jax.errors import VaaniError
+from vaani_jax.paths import check_path
+from vaani_jax.words import shown
 
 T = TypeVar("T")
 
+LARGEST_INT = 2**31 - 1  # steps, sizes and ids are int32
+LARGEST_SEED = 2**32 - 1
+LARGEST_FLOAT = 3.4e38  # numbers become float32
 
-def key(default: T, text: str) -> T:
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """The numbers that make sense for a key; None is no limit of that kind."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    def allow(self, value: float) -> bool:
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        """What they demand: "at least 1", "in [0, 1)"."""
+        low = self.at_least if self.above is None else self.above
+        high = self.at_most if self.below is None else self.below
+        if low is None or high is None:
+            words = {
+                "at least": self.at_least,
+                "above": self.above,
+                "at most": self.at_most,
+                "below": self.below,
+            }
+            return " and ".join(f"{w} {x}" for w, x in words.items() if x is not None)
+        left, right = "[("[self.above is not None], "])"[self.below is not None]
+        return f"in {left}{low}, {high}{right}"
+
+
+def key(default: T, text: str, *, path: bool = False, **limits: float) -> T:
     """A field of a settings dataclass.
 
     Args:
       default: an immutable value, or a frozen dataclass for a section.
       text: what it is, with its unit; shown by ``vaani config`` and in the docs.
+      path: whether it names a file or a folder.
+      limits: of a number, see `Limits`.
     """
-    field: Any = dataclasses.field(default=default, metadata={"text": text})
+    metadata = {"text": text, "path": path, "limits": Limits(**limits)}
+    field: Any = dataclasses.field(default=default, metadata=metadata)
     return field
 
 
 def as_in(settings: type, name: str) -> Any:
-    """A field as it is in another settings dataclass: its default, and what it says."""
+    """A field as it is in another settings dataclass: default, text and limits."""
     found = {field.name: field for field in dataclasses.fields(settings)}[name]
-    return key(found.default, found.metadata["text"])
+    field: Any = dataclasses.field(default=found.default, metadata=found.metadata)
+    return field
+
+
+def check(settings: Any, prefix: str = "") -> None:
+    """Raises VaaniError for values that the keys of a settings dataclass don't allow.
+
+    For its ``__post_init__``, so that Python meets the same refusals as a config.
+
+    Args:
+      settings: an instance.
+      prefix: of its keys, such as ``model.``.
+    """
+    for field in dataclasses.fields(settings):
+        if not field.metadata:
+            continue
+        name, value = prefix + field.name, getattr(settings, field.name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            _check_number(name, value, field.metadata["limits"])
+        elif isinstance(value, str) and field.metadata["path"]:
+            check_path(value, name)
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and not _is_unicode(text):
+                raise VaaniError(
+                    f"{name} is {shown(value)}, which holds bytes that are no UTF-8:"
+                    " write it in UTF-8"
+                )
+
+
+def _check_number(name: str, value: float, limits: Limits) -> None:
+    if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:
+        finite = "a finite number" if limits == Limits() else f"finite and {limits}"
+        beyond = " (float32 ends at 3.4e38)" if math.isfinite(value) else ""
+        raise VaaniError(f"{name} is {value}: it must be {finite}{beyond}")
+    if not limits.allow(value):
+        raise VaaniError(f"{name} is {shown(value)}: it must be {limits}")
+    if abs(value) > LARGEST_INT and isinstance(value, int) and limits.at_most is None:
+        raise VaaniError(f"{name} is {shown(value)}: it must be at most {LARGEST_INT}")
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def named(table: Mapping[str, T], name: str, what: str) -> T:
@@ -44,7 +128,7 @@ def named(table: Mapping[str, T], name: str, what: str) -> T:
     """
     if name not in table:
         known = ", ".join(map(str, table))
-        raise VaaniError(f"{what} is {name!r}: it must be one of {known}")
+        raise VaaniError(f"{what} is {shown(name)}: it must be one of {known}")
     return table[name]
 
 
@@ -64,7 +148,7 @@ def build(cls: type[T], values: Any, prefix: str = "") -> T:
     arguments = {}
     for key, value in values.items():
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
+            near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"; did you mean {prefix}{near[0]}?" if near else ""
             raise VaaniError(f"unknown config key {prefix}{key}{hint}")
         if dataclasses.is_dataclass(fields[key]):
@@ -90,14 +174,14 @@ def _checked(kind: Any, value: Any, key: str) -> Any:
             others = "".join(f" or {w!r}" for w in words)
             others += " or None" if types.NoneType in choices else ""
             raise VaaniError(
-                f"config key {key} is {value!r}: it must be a number{others}"
+                f"config key {key} is {shown(value)}: it must be a number{others}"
             ) from None
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         if value not in choices:
             known = ", ".join(map(str, choices))
             raise VaaniError(
-                f"config key {key} is {value!r}: it must be one of {known}"
+                f"config key {key} is {shown(value)}: it must be one of {known}"
             )
         return value
     if typing.get_origin(kind) is tuple:
@@ -107,10 +191,11 @@ def _checked(kind: Any, value: Any, key: str) -> Any:
             raise VaaniError(f"config key {key} must be a tuple of strings")
         return tuple(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        # One that no float holds stays for `check` to refuse.
+        return float(value) if abs(value) <= LARGEST_FLOAT else value
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise VaaniError(
-            f"config key {key} is {value!r}: it must be of type {kind.__name__}"
+            f"config key {key} is {shown(value)}: it must be of type {kind.__name__}"
         )
     return value
 

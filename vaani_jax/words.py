@@ -1,5 +1,7 @@
 """Words for people: durations, sizes, counts, the gist of an error."""
 
+from typing import Any
+
 
 def duration(seconds: float) -> str:
     """ "1 h 02 min", "3 min 05 s", "4.2 s"."""
@@ -34,3 +36,17 @@ def first_line(error: BaseException, limit: int = 300) -> str:
     """The first line of what an error says, cut; its type where it says nothing."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:limit]
+
+
+def one_line(text: str) -> str:
+    """The text, with escapes for what is no printable character of a line."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def shown(value: Any, limit: int = 100) -> str:
+    """A value as Python writes it, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -19,8 +19,6 @@ from vaani_jax.text.tokenizers import ByteTokenizer
 from vaani_jax.train.config import from_dict
 from vaani_jax.train.loop import train
 
-# ml_collections still imports files in the way of Python 3.11.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -190,7 +188,7 @@ def test_prompt_files_that_cannot_be_read(workdir, tmp_path, capsys):
         (b"abc\n\nab\n", "prompt 2 is empty"),
         (b"", "the prompt is empty"),
         (b"abc\nxyz\n", "prompt 2: character 'x'"),
-        (b"abc\n\xff\n", "is no UTF-8 text"),
+        (b"abc\n\xff\n", "is not UTF-8 text (byte 4)"),
         (None, "prompts.txt"),
     ):
         file.unlink(missing_ok=True)

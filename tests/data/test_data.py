@@ -100,11 +100,12 @@ def test_file(tmp_path):
 def test_folder_and_glob(tmp_path):
     for name in ("b.txt", "a.md", "sub/c.txt", ".hidden.txt", ".git/config"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(f"[{name}]")
+        (tmp_path / name).write_text(f"[{name}]\n")
     folder = load_corpus(DataConfig(path=str(tmp_path)))
-    assert folder.text == "[a.md]\n[b.txt]\n[sub/c.txt]"
+    assert folder.text == "[a.md]\n\n[b.txt]\n\n[sub/c.txt]\n"
     assert "3 files" in folder.source
-    for pattern, text in (("*.txt", "[b.txt]"), ("**/*.txt", "[b.txt]\n[sub/c.txt]")):
+    two = "[b.txt]\n\n[sub/c.txt]\n"
+    for pattern, text in (("*.txt", "[b.txt]\n"), ("**/*.txt", two)):
         assert load_corpus(DataConfig(path=f"{tmp_path}/{pattern}")).text == text
 
 

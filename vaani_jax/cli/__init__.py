@@ -9,9 +9,10 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from vaani_jax.errors import VaaniError
+from vaani_jax.words import first_line, one_line, shown
 
 # A further command is a module and a row. A module has HELP (a sentence),
 # ``add_arguments(parser)`` and ``run(options) -> status``. Where it has FLAGS, a word,
@@ -39,19 +40,53 @@ def run_guarded(main: Callable[[Any], int], argument: Any) -> int:
         sys.stdout.flush()  # here, what is not written is an error like any other
         return status
     except VaaniError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _said(str(error))
     except BrokenPipeError:
         _drop_output()  # whoever read it has left
         return 141
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
+        status = _said(f"{error.strerror or error}{where}")
         _drop_output()
-        return 1
+        return status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except MemoryError as error:
+        return _said(_too_large(error))
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):  # as XLA spells it
+            raise
+        return _said(_too_large(error))
+
+
+def _said(message: str) -> int:
+    print(f"error: {one_line(message)}", file=sys.stderr)
+    return 1
+
+
+def _too_large(error: BaseException) -> str:
+    return (
+        f"not enough memory: {first_line(error)}; ask for less at a time (a smaller"
+        " batch, context or model): vaani plan says what a step takes"
+    )
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose refusals are one line, like any other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise VaaniError(f"{message}; {self.prog} --help lists what there is")
+
+
+def _check_text(arguments: Sequence[str]) -> None:
+    """Raises VaaniError for an argument of bytes that are no UTF-8."""
+    for argument in arguments:
+        if any("\ud800" <= character <= "\udfff" for character in argument):
+            raise VaaniError(
+                f"the argument {shown(argument)} holds bytes that are no UTF-8: write"
+                " it in UTF-8"
+            )
 
 
 def _drop_output() -> None:
@@ -68,9 +103,7 @@ def make_parser(wanted: Sequence[str] | None = None) -> argparse.ArgumentParser:
     Args:
       wanted: those whose flags are read, which may mean to import much; all for None.
     """
-    parser = argparse.ArgumentParser(
-        prog="vaani", description="Ternary language models in JAX."
-    )
+    parser = Parser(prog="vaani", description="Ternary language models in JAX.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, path in COMMANDS.items():
         module = importlib.import_module(path)
@@ -88,8 +121,16 @@ def make_parser(wanted: Sequence[str] | None = None) -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns its exit status."""
-    given = sys.argv[1:] if arguments is None else arguments
-    parser = make_parser([name for name in COMMANDS if name in given])
+    status = run_guarded(_run, sys.argv[1:] if arguments is None else arguments)
+    processes = sys.modules.get("vaani_jax.devices.processes")
+    if status and processes is not None:
+        processes.leave(status)  # the others would wait for us
+    return status
+
+
+def _run(arguments: Sequence[str]) -> int:
+    _check_text(arguments)
+    parser = make_parser([name for name in COMMANDS if name in arguments])
     options, flags = parser.parse_known_args(arguments)
     taken = getattr(options.module, "FLAGS", None)
     unknown = flags
@@ -97,10 +138,10 @@ def main(arguments: list[str] | None = None) -> int:
         unknown = [flag for flag in flags if flag.startswith("-")]
         unknown = [flag for flag in unknown if not flag.lstrip("-").startswith(taken)]
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        raise VaaniError(
+            f"{options.command} has no argument {unknown[0]}:"
+            f" vaani {options.command} --help lists what there is"
+        )
     options.flags = flags
-    status = run_guarded(options.module.run, options)
-    processes = sys.modules.get("vaani_jax.devices.processes")
-    if status and processes is not None:
-        processes.leave(status)  # the others would wait for us
+    status: int = options.module.run(options)
     return status

@@ -3,14 +3,16 @@
 import argparse
 import itertools
 import json
-import os
-import pathlib
 from collections.abc import Iterable
 from typing import Any
 
+from vaani_jax.cli.numbers import number
 from vaani_jax.cli.output import notify
 from vaani_jax.errors import VaaniError
+from vaani_jax.paths import cache_folder, is_writable, local, read_text
+from vaani_jax.settings import LARGEST_SEED
 
+MOST_SAMPLES = 65_536  # all are drawn at once
 HELP = "Continue a prompt."
 
 NOTICES = 3  # of prompts that are cut; then they are counted
@@ -26,26 +28,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt",
         action="append",
         default=[],
-        help="text to continue, a line break if not given; repeat it for a batch",
+        help="text to continue; repeat it for a batch; a line break, or how the text"
+        " of the training begins, if not given",
     )
     given.add_argument("--prompts-file", default="", help="one prompt a line")
     option = parser.add_argument
     option(
         "--batch-size",
-        type=int,
+        type=number(int, at_least=0),
         default=0,
         help="most texts to continue together; 0: as many as 256 MiB of caches hold",
     )
-    option("--max-new-tokens", type=int, default=200, help="tokens to draw")
+    count = number(int, at_least=1)
+    option("--max-new-tokens", type=count, default=200, help="tokens to draw")
     option("--greedy", action="store_true", help="same as --temperature 0")
     numbers = {name: (value, text) for name, value, text in described(SamplerConfig())}
     for name in NUMBERS:
         value, text = numbers[name]
         flag = f"--{name.replace('_', '-')}"
         option(flag, type=type(value), default=value, help=text)
-    parser.add_argument("--seed", type=int, default=0, help="equal seeds, equal text")
-    parser.add_argument(
-        "--num-samples", type=int, default=1, help="continuations of each prompt"
+    seed = number(int, at_least=0, at_most=LARGEST_SEED)
+    option("--seed", type=seed, default=0, help="equal seeds, equal text")
+    option(
+        "--num-samples",
+        type=number(int, at_least=1, at_most=MOST_SAMPLES),
+        default=1,
+        help="continuations of each prompt",
     )
     parser.add_argument(
         "--kv-dtype",
@@ -54,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of cached keys and values; auto is the compute dtype",
     )
     parser.add_argument(
-        "--segment", type=int, default=16, help="tokens decoded, and shown, at a time"
+        "--segment", type=count, default=16, help="tokens decoded, and shown, at a time"
     )
     parser.add_argument("--checkpoint", default="best", help="best, last or a step")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -75,11 +83,12 @@ def run(options: argparse.Namespace) -> int:
         options.temperature = 0.0
     sampler = SamplerConfig(**{name: getattr(options, name) for name in NUMBERS})
     prompts = _read_prompts(options)
-    # A file holds several prompts, however many lines it has today.
-    several = len(prompts) > 1 or bool(options.prompts_file)
     model = load(
         options.workdir, checkpoint=options.checkpoint, packed=True, notify=notify
     )
+    prompts = prompts or [_default_prompt(model)]
+    # A file holds several prompts, however many lines it has today.
+    several = len(prompts) > 1 or bool(options.prompts_file)
     encoded = _encode_prompts(model.tokenizer, prompts, model.architecture.max_seq_len)
     chosen: dict[str, Any] = {
         "max_new_tokens": options.max_new_tokens,
@@ -140,15 +149,20 @@ def _print(place: int | None, prompt: str, samples: list[str]) -> None:
 
 
 def _read_prompts(options: argparse.Namespace) -> list[str]:
-    """What to continue: the prompts given, the lines of a file, or a line break."""
+    """What to continue: the prompts given, or the lines of a file; may be none."""
     if not options.prompts_file:
-        return options.prompt or ["\n"]
-    path = pathlib.Path(options.prompts_file)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise VaaniError(f"{path} is no UTF-8 text: {error.reason}") from error
-    return text.removesuffix("\n").split("\n")
+        return list(options.prompt)
+    text = read_text(local(options.prompts_file, "--prompts-file"))
+    lines = text.removesuffix("\n").split("\n")
+    return [line.removesuffix("\r") for line in lines]
+
+
+def _default_prompt(model: Any) -> str:
+    from vaani_jax.text.prompts import default_prompt
+
+    corpus = model.metadata.corpus if model.metadata else None
+    opening = (corpus or {}).get("opening", "")
+    return default_prompt(model.tokenizer, opening)
 
 
 def _encode_prompts(tokenizer: Any, prompts: list[str], context: int) -> list[Any]:
@@ -179,8 +193,9 @@ def _keep_compiled() -> None:
     import jax
 
     if not jax.config.values["jax_compilation_cache_dir"]:  # the user chooses first
-        root = os.environ.get("XDG_CACHE_HOME", "") or "~/.cache"
-        folder = pathlib.Path(root).expanduser() / "vaani" / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        root = cache_folder()
+        if root is None or not is_writable(root / "compiled"):
+            return
+        jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -4,6 +4,7 @@ from typing import Any
 
 from vaani_jax.cli.output import notify
 from vaani_jax.errors import VaaniError
+from vaani_jax.paths import local
 
 
 def held_out(model: Any, data: str = "") -> Any:
@@ -14,26 +15,38 @@ def held_out(model: Any, data: str = "") -> Any:
     from vaani_jax.settings import build
 
     seq_len = model.architecture.max_seq_len
+    metadata = model.metadata
+    trained_on = metadata and metadata.corpus
     if data:
-        ids = model.tokenizer.encode(load_corpus(DataConfig(path=data)).text)
+        corpus = load_corpus(DataConfig(path=str(local(data, "--data"))), notify)
+        if trained_on and corpus.sha256 == trained_on["sha256"]:
+            notify(f"{data} is the text of the training: its held-out part is measured")
+            config = build(DataConfig, metadata.run["data"], "data.")
+            return split_tokens(config, corpus, model.tokenizer, seq_len)
+        ids = model.tokenizer.encode(corpus.text)
         if len(ids) < seq_len + 1:
             raise VaaniError(
                 f"{data} has {len(ids):,} tokens, fewer than one window of"
                 f" max_seq_len + 1 = {seq_len + 1}: take a longer text"
             )
         return Split(ids[:0], ids)
-    metadata = model.metadata
-    trained_on = metadata and metadata.corpus
     if trained_on is None:
         raise VaaniError(
             "an imported model has no text of its own: name one with --data FILE"
         )
     config = build(DataConfig, metadata.run["data"], "data.")
-    corpus = load_corpus(config, notify)
+    moved = (
+        "bring the text back, or say with --data where it is now: it is known by its"
+        " content, and its held-out part is measured"
+    )
+    try:
+        corpus = load_corpus(config, notify)
+    except VaaniError as error:
+        raise VaaniError(f"{error}; {moved}") from None
     if corpus.sha256 != trained_on["sha256"]:
         raise VaaniError(
             f"the run was trained on {trained_on['source']}, which is not"
-            f" {corpus.source} as it is now: bring the text back"
+            f" {corpus.source} as it is now: {moved}"
         )
     return split_tokens(config, corpus, model.tokenizer, seq_len)
 

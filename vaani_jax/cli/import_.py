@@ -2,6 +2,7 @@
 
 import argparse
 
+from vaani_jax.cli.numbers import number
 from vaani_jax.cli.output import notify
 
 HELP = "Make a run of a Hugging Face folder."
@@ -11,7 +12,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="of the run, or packed")
     parser.add_argument("--from", required=True, dest="source", help="the folder")
     parser.add_argument(
-        "--max-seq-len", type=int, default=0, help="context; 0: the model's, up to 4096"
+        "--max-seq-len",
+        type=number(int, at_least=0),
+        default=0,
+        help="context; 0: the model's, up to 4096",
     )
     parser.add_argument(
         "--packed",

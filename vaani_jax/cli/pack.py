@@ -1,11 +1,11 @@
 """Writes a model in two bits a weight."""
 
 import argparse
-import pathlib
 
 from vaani_jax.cli.held_out import held_out, measured
 from vaani_jax.cli.output import notify
 from vaani_jax.errors import VaaniError
+from vaani_jax.paths import local
 
 HELP = "Write a model in 2 bits a weight."
 
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     ]
     weights = sum(k.shape[0] * k.shape[1] for k in kernels)
     taken = packed_bytes(kernels)
-    bytes_ = (pathlib.Path(options.output) / PACKED_ARRAYS).stat().st_size
+    bytes_ = (local(options.output, "--output") / PACKED_ARRAYS).stat().st_size
     fp16 = model_size(model.module).bytes_fp16
     print(f"checkpoint       {model.step:,}")
     print(f"ternary weights  {weights:,} in {8 * taken / weights:.3f} bits each")

@@ -2,20 +2,23 @@
 
 import argparse
 import json
-from collections.abc import Callable
-from typing import Any
 
+from vaani_jax.cli.numbers import number
 from vaani_jax.cli.output import notify
 from vaani_jax.errors import VaaniError
 
 FLAGS = "config"  # --config, --config.KEY=VALUE
+MOST_DEVICES = 16_384  # each costs memory here, and no run is so large
 HELP = "Say what a run will take, before it runs."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "--config=FILE and --config.KEY=VALUE are those of train.py."
     parser.add_argument(
-        "--devices", type=_positive(int), default=1, help="that the run would have"
+        "--devices",
+        type=number(int, at_least=1, at_most=MOST_DEVICES),
+        default=1,
+        help="that the run would have",
     )
     parser.add_argument(
         "--chip", action="append", default=[], help="to estimate; all if not given"
@@ -23,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--utilization",
         "--utilisation",  # as it was spelled in version 0.1
-        type=_positive(float),
+        type=number(float, above=0, at_most=1),
         default=0.5,
         help="assumed, of a chip's bfloat16 peak, by executed FLOPs",
     )
@@ -34,10 +37,6 @@ def run(options: argparse.Namespace) -> int:
     import dataclasses
 
     import jax
-
-    # Before anything asks for devices: no accelerator is touched.
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", options.devices)
 
     from vaani_jax.cli.flags import config_from_flags
     from vaani_jax.data.corpus import make_tokenizer
@@ -53,6 +52,9 @@ def run(options: argparse.Namespace) -> int:
         )
     chips = [CHIPS[name] for name in options.chip or CHIPS]
     config = config_from_flags(options.flags).config
+    # Before anything asks for devices: no accelerator is touched.
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", options.devices)
     if not config.model.vocab_size:
         data = config.data
         wanted = not data.tokenizer_file and maker(data.tokenizer).needs_text
@@ -66,14 +68,3 @@ def run(options: argparse.Namespace) -> int:
     else:
         print(as_text(plan, chips, options.utilization))
     return 0
-
-
-def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text} is not above 0")
-        return value
-
-    parse.__name__ = kind.__name__  # what argparse says of text that is no number
-    return parse

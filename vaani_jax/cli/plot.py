@@ -5,6 +5,7 @@ import json
 import pathlib
 
 from vaani_jax.errors import VaaniError
+from vaani_jax.paths import local, new_file
 
 HELP = "Draw the training curves of a run."
 
@@ -20,12 +21,12 @@ def run(options: argparse.Namespace) -> int:
     from vaani_jax.runs.workdir import Workdir
     from vaani_jax.train.journal import read_events
 
-    workdir = pathlib.Path(options.workdir)
+    workdir = local(options.workdir, "--workdir")
     paths = Workdir(workdir)
     rows = read_rows(paths.metrics)
     if not rows:
         raise VaaniError(f"{workdir} holds no {paths.metrics.name} with rows to plot")
-    output = pathlib.Path(options.output or paths.curves)
+    output = new_file(options.output or paths.curves, "--output")
     plot_curves(
         rows,
         output,

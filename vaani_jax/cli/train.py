@@ -5,6 +5,8 @@ import pathlib
 import shlex
 import sys
 
+from vaani_jax.errors import VaaniError
+
 FLAGS = ""  # whatever it is: those of the config, of workdir and processes
 HELP = "Train a ternary language model."
 
@@ -47,7 +49,10 @@ def run(options: argparse.Namespace) -> int:
         given.process_id,
         expected=given.distributed,
     )
-    workdir = given.workdir or str(pathlib.Path("runs") / pathlib.Path(given.path).stem)
+    file = pathlib.Path(given.path)
+    if not given.workdir and not file.is_file():
+        raise VaaniError(f"{file} is a pipe, which names no run: say --workdir=DIR too")
+    workdir = given.workdir or str(pathlib.Path("runs") / file.stem)
     train(given.config, workdir, command=_command(options.flags))
     return 0
 

@@ -2,8 +2,7 @@
 
 import dataclasses
 
-from vaani_jax.errors import VaaniError
-from vaani_jax.settings import key
+from vaani_jax.settings import check, key
 from vaani_jax.text.tokenizers import maker
 
 
@@ -20,34 +19,30 @@ class DataConfig:
         "",
         "a text file, a folder (every file below it, sorted) or a glob; empty for "
         "Tiny Shakespeare",
+        path=True,
     )
     data_dir: str = key(
-        "", "cache for downloads; empty for $VAANI_DATA_DIR, else ``~/.cache/vaani``"
+        "",
+        "cache for downloads; empty for $VAANI_DATA_DIR, else ``~/.cache/vaani``",
+        path=True,
     )
     fallback: bool = key(
         True,
         "whether a failed download falls back to the sources of Python's standard "
         "library; False makes it an error",
     )
-    download_timeout: float = key(10.0, "seconds to wait for the network, each time")
-    download_attempts: int = key(3, "how often to try")
+    download_timeout: float = key(
+        10.0, "seconds to wait for the network, each time", above=0, at_most=86_400
+    )
+    download_attempts: int = key(3, "how often to try", at_least=1, at_most=20)
     tokenizer: str = key("char", '"char" or "byte"')
     tokenizer_file: str = key(
-        "", "a ``tokenizer.json`` of Hugging Face to use in its place"
+        "", "a ``tokenizer.json`` of Hugging Face to use in its place", path=True
     )
     validation_fraction: float = key(
-        0.1, "share of the corpus, at its end, that is held out"
+        0.1, "share of the corpus, at its end, that is held out", above=0, below=1
     )
 
     def __post_init__(self) -> None:
+        check(self, "data.")
         maker(self.tokenizer)
-        if not 0 < self.validation_fraction < 1:
-            raise VaaniError(
-                f"data.validation_fraction is {self.validation_fraction}: it must be"
-                " between 0 and 1"
-            )
-        if self.download_attempts < 1 or self.download_timeout <= 0:
-            raise VaaniError(
-                "data.download_attempts must be at least 1 and data.download_timeout"
-                " above 0 seconds"
-            )

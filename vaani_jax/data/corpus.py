@@ -1,13 +1,13 @@
 """A corpus as token ids, cut once: the first part trains, the rest validates."""
 
 import dataclasses
-import pathlib
 
 import numpy as np
 
 from vaani_jax.data.config import DataConfig
-from vaani_jax.data.sources import Corpus, read_bytes
+from vaani_jax.data.sources import Corpus
 from vaani_jax.errors import VaaniError
+from vaani_jax.paths import local, read_text
 from vaani_jax.text.tokenizers import HFTokenizer, Tokenizer, maker
 
 
@@ -17,11 +17,13 @@ def make_tokenizer(config: DataConfig, corpus: Corpus | None) -> Tokenizer:
     None will do for one that does not look at the text (`Kind.needs_text`).
     """
     if config.tokenizer_file:
-        path = pathlib.Path(config.tokenizer_file).expanduser()
-        try:
-            return HFTokenizer(read_bytes(path).decode("utf-8"))
-        except UnicodeDecodeError:
-            raise VaaniError(f"{path} is not UTF-8 text") from None
+        path = local(config.tokenizer_file, "data.tokenizer_file")
+        if path.is_dir():
+            raise VaaniError(
+                f"data.tokenizer_file is {path}, a folder: name the tokenizer.json"
+                " in it"
+            )
+        return HFTokenizer(read_text(path))
     make = maker(config.tokenizer).make
     assert make is not None
     return make("" if corpus is None else corpus.text)

@@ -16,6 +16,7 @@ from typing import Any
 from vaani_jax.data.config import DataConfig
 from vaani_jax.errors import VaaniError
 from vaani_jax.files import write_atomically
+from vaani_jax.paths import cache_folder, local, read_bytes, read_text
 from vaani_jax.settings import named
 
 TINY_SHAKESPEARE_URL = (
@@ -34,6 +35,9 @@ TINY_SHAKESPEARE_SHA256 = (
 
 # The fallback corpus stops at the file that passes this size: a few MB are plenty.
 STDLIB_BYTES = 2_000_000
+
+
+OPENING = 16  # characters of a text that begins with a long word, or has no spaces
 
 
 Notify = Callable[[str], None]
@@ -58,6 +62,12 @@ class Corpus:
         digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
         return cls(text, source, digest)
 
+    @property
+    def opening(self) -> str:
+        """How the text begins: its first word, or as much of it as makes a prompt."""
+        words = self.text[:1000].split(maxsplit=1)
+        return (words or [self.text])[0][:OPENING]
+
 
 def load_corpus(config: DataConfig, notify: Notify = print) -> Corpus:
     """The corpus that a config names.
@@ -76,9 +86,10 @@ def load_corpus(config: DataConfig, notify: Notify = print) -> Corpus:
 
 
 def _tiny_shakespeare(config: DataConfig, notify: Notify) -> Corpus:
-    cached = data_dir(config) / "tinyshakespeare.txt"
+    folder = data_dir(config)
+    cached = None if folder is None else folder / "tinyshakespeare.txt"
     name = "Tiny Shakespeare"
-    if cached.exists():
+    if cached is not None and cached.exists():
         content = read_bytes(cached)
         if _is_tiny_shakespeare(content):
             return Corpus.of(content.decode("ascii"), name)
@@ -94,9 +105,10 @@ def _tiny_shakespeare(config: DataConfig, notify: Notify) -> Corpus:
         if not _is_tiny_shakespeare(content):
             raise OSError("what was downloaded is not Tiny Shakespeare (wrong sha256)")
     except OSError as error:
+        where = "" if cached is None else f"Put the file at {cached}, or choose"
         hint = (
-            f"could not download Tiny Shakespeare: {error}. Put the file at {cached},"
-            " or choose a text of yours with --config.data.path=FILE"
+            f"could not download Tiny Shakespeare: {error}. {where or 'Choose'} a text"
+            " of yours with --config.data.path=FILE"
         )
         if not config.fallback:
             raise VaaniError(hint) from None
@@ -106,6 +118,9 @@ def _tiny_shakespeare(config: DataConfig, notify: Notify) -> Corpus:
             f" ({len(corpus.text):,} characters)."
         )
         return corpus
+    if cached is None:
+        notify("the download is not kept, without a home: set --config.data.data_dir")
+        return Corpus.of(content.decode("ascii"), name)
     try:
         write_atomically(cached, content)
     except OSError as error:
@@ -119,16 +134,17 @@ def as_json(corpus: Corpus) -> dict[str, Any]:
         "source": corpus.source,
         "sha256": corpus.sha256,
         "characters": len(corpus.text),
+        "opening": corpus.opening,
     }
 
 
-def data_dir(config: DataConfig) -> pathlib.Path:
-    """The folder that downloads are kept in."""
-    chosen = config.data_dir or os.environ.get("VAANI_DATA_DIR", "")
-    if chosen:
-        return pathlib.Path(chosen).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME", "") or "~/.cache"
-    return pathlib.Path(cache).expanduser() / "vaani"
+def data_dir(config: DataConfig) -> pathlib.Path | None:
+    """The folder that downloads are kept in; None where there is no home for it."""
+    if config.data_dir:
+        return local(config.data_dir, "data.data_dir")
+    if chosen := os.environ.get("VAANI_DATA_DIR", ""):
+        return local(chosen, "VAANI_DATA_DIR")
+    return cache_folder()
 
 
 def download(
@@ -177,20 +193,13 @@ def _is_tiny_shakespeare(content: bytes) -> bool:
     return hashlib.sha256(content).hexdigest() == TINY_SHAKESPEARE_SHA256
 
 
-def read_bytes(path: pathlib.Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise VaaniError(f"can't read {path}: {error.strerror or error}") from None
-
-
 def _files(config: DataConfig, notify: Notify) -> Corpus:
     del notify
     pattern = config.path
     if not pattern:
         raise VaaniError("data.source is 'path': say which with --config.data.path")
-    path = pathlib.Path(pattern).expanduser()
-    if path.is_file():
+    path = local(pattern, "data.path")
+    if path.exists() and not path.is_dir():  # a pipe will do as well
         files = [path]
     elif path.is_dir():
         files = sorted(
@@ -204,16 +213,10 @@ def _files(config: DataConfig, notify: Notify) -> Corpus:
         files = [f for f in files if f.is_file()]
     if not files:
         raise VaaniError(f"no file at --config.data.path={pattern}")
-    texts = []
-    for file in files:
-        try:
-            texts.append(read_bytes(file).decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise VaaniError(
-                f"{file} is not UTF-8 text (byte {error.start:,}); convert it, or name"
-                " only text files with a glob"
-            ) from None
-    text = "\n".join(texts)
+    advice = "convert it, or name only text files with a glob"
+    texts = [read_text(file, advice) for file in files]
+    # A vocabulary gets no character that no text has.
+    text = ("\n" if any("\n" in text for text in texts) else "").join(texts)
     if not text:
         raise VaaniError(f"the text at --config.data.path={pattern} is empty")
     return Corpus.of(

@@ -28,7 +28,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vaani_jax import leaves
 from vaani_jax.errors import VaaniError
-from vaani_jax.settings import key
+from vaani_jax.settings import check, key
 
 Array = jax.Array
 Tree = Any
@@ -55,12 +55,19 @@ RULES = (
 class MeshConfig:
     """How the devices of a run are arranged."""
 
-    data: int = key(-1, "copies of the model; -1: as many as there are devices for")
-    fsdp: int = key(1, "parts that parameters and the optimizer's state are cut into")
-    tensor: int = key(1, "parts that heads, feed-forward and vocabulary are cut into")
+    data: int = key(
+        -1, "copies of the model; -1: as many as there are devices for", at_least=-1
+    )
+    fsdp: int = key(
+        1, "parts that parameters and the optimizer's state are cut into", at_least=-1
+    )
+    tensor: int = key(
+        1, "parts that heads, feed-forward and vocabulary are cut into", at_least=-1
+    )
     rules: tuple[str, ...] = key((), "tried before `RULES`")
 
     def __post_init__(self) -> None:
+        check(self, "mesh.")
         sizes = [getattr(self, axis) for axis in AXES]
         if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
             raise VaaniError(
@@ -94,7 +101,7 @@ def parse_rules(rules: Sequence[str]) -> list[tuple[re.Pattern[str], PartitionSp
             entries.append(names[0] if len(names) == 1 else names)
         try:
             compiled = re.compile(pattern.strip())
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise VaaniError(f"mesh rule {rule!r}: {error}") from None
         parsed.append((compiled, PartitionSpec(*entries)))
     return parsed

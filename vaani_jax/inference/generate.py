@@ -26,6 +26,7 @@ from vaani_jax.inference.model import Model
 from vaani_jax.inference.sampling import SamplerConfig, sample_token
 from vaani_jax.model.cache import KVCache
 from vaani_jax.model.transformer import Vaani
+from vaani_jax.settings import LARGEST_SEED
 
 Array = jax.Array
 
@@ -287,6 +288,8 @@ def stream(
     """
     prompts = _split(prompt)
     _check_counts(max_new_tokens, num_samples, segment)
+    if not 0 <= seed <= LARGEST_SEED:
+        raise VaaniError(f"seed is {seed}: it must be in [0, {LARGEST_SEED}]")
     module, variables = model.module, model.variables
     context = module.architecture.max_seq_len
     if context < 2:

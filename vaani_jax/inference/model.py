@@ -30,6 +30,7 @@ from vaani_jax.model.packing import (
     round_embedding,
 )
 from vaani_jax.model.transformer import Vaani, init_variables, unrolled
+from vaani_jax.paths import local
 from vaani_jax.quant.packed import PackedRows, PackedTernary, relayout
 from vaani_jax.runs.metadata import Metadata
 from vaani_jax.runs.workdir import Workdir
@@ -114,7 +115,7 @@ def load(
     Raises:
       VaaniError: no run there, or nothing in it that can be read.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = local(workdir, "the workdir")
     if is_packed_folder(workdir):
         if checkpoint not in ("best", "last"):
             raise VaaniError(f"{workdir} holds a packed model: it has no checkpoints")
@@ -128,7 +129,7 @@ def load(
             step = checkpoints.best_step()
         elif checkpoint == "last":
             step = None
-        elif checkpoint.isdecimal():
+        elif checkpoint.isdecimal() and len(checkpoint) < 20:
             step = int(checkpoint)
         else:
             raise VaaniError(
@@ -258,7 +259,7 @@ def save_packed(model: Model, folder: str | pathlib.Path) -> None:
     metadata = model.metadata or Metadata.of(model.module, model.tokenizer.to_json())
     metadata = dataclasses.replace(metadata, stacked=False)
     description = {**metadata.to_json(), "format": FORMAT, "packed": kinds}
-    with appearing(pathlib.Path(folder), folder=True) as building:
+    with appearing(local(folder, "the output"), folder=True) as building:
         write_tensors(building / PACKED_ARRAYS, arrays)
         text = json.dumps(description, indent=1)
         (building / PACKED_CONFIG).write_text(text, encoding="utf-8")
@@ -270,7 +271,7 @@ def load_packed(folder: str | pathlib.Path) -> Model:
     Raises:
       VaaniError: files are missing, damaged, or do not fit each other.
     """
-    folder = pathlib.Path(folder)
+    folder = local(folder, "the packed folder")
     try:
         description = json.loads((folder / PACKED_CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from vaani_jax.errors import VaaniError
 from vaani_jax.kernels.floats import log_sum_exp
-from vaani_jax.settings import key, named
+from vaani_jax.settings import check, key, named
 
 Array = jax.Array
 
@@ -74,7 +74,9 @@ class SamplerConfig:
     ``others`` holds values of further rows of `FILTERS`, as pairs of name and value.
     """
 
-    temperature: float = key(0.8, "divides the logits; 0 takes the likeliest token")
+    temperature: float = key(
+        0.8, "divides the logits; 0 takes the likeliest token", at_least=0
+    )
     top_k: int = key(0, "keep the k likeliest; 0 keeps all")
     top_p: float = key(
         1.0, "keep the smallest set whose probability reaches it; 1 keeps all"
@@ -85,10 +87,7 @@ class SamplerConfig:
     others: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise VaaniError(
-                f"temperature is {self.temperature}: it must be at least 0"
-            )
+        check(self)
         for name, _ in self.others:
             named(FILTERS, name, "a sampler's filter")
         for name, kept in FILTERS.items():

@@ -26,6 +26,7 @@ from vaani_jax.interop.formats import FORMATS, Options, gguf, hf
 from vaani_jax.interop.names import ACTIVATIONS, Tensor, family_of, tensors
 from vaani_jax.model.names import ternary_kernels
 from vaani_jax.model.transformer import Vaani
+from vaani_jax.paths import local
 from vaani_jax.quant.weights import ternarize
 from vaani_jax.runs.checkpoints import Checkpoints
 from vaani_jax.runs.metadata import Metadata
@@ -156,14 +157,14 @@ def export_model(
     """
     form = named(FORMATS, target, "the format")
     return_freed_memory()
-    output = pathlib.Path(output)
+    output = local(output, "the output")
     model = load(workdir, checkpoint=checkpoint, notify=notify)
     if model.packed:
         raise VaaniError(
             f"{workdir} holds a packed model: export the run that it was packed from"
         )
     tokenizer = model.tokenizer
-    name = pathlib.Path(workdir).resolve().name
+    name = local(workdir, "the workdir").resolve().name
     options = Options(gguf_type, embedding, shard_bytes, name)
     # As other tools compute it: in float32.
     module = model.module.changed(dtype="float32")
@@ -288,7 +289,8 @@ def import_model(
       VaaniError: anything wrong with the folder, or a workdir that is taken.
     """
     return_freed_memory()
-    source, workdir = pathlib.Path(source), pathlib.Path(workdir)
+    source = local(source, "the folder to import")
+    workdir = local(workdir, "the workdir")
     with appearing(workdir, folder=True) as temporary:
         folder = hf.Folder(source)
         architecture = folder.module.architecture

@@ -4,6 +4,7 @@ import json
 import pathlib
 from typing import Any
 
+from vaani_jax import paths
 from vaani_jax.errors import VaaniError
 from vaani_jax.words import first_line
 
@@ -15,11 +16,9 @@ def read_text(path: pathlib.Path) -> str:
     try:
         if path.stat().st_size > LARGEST_TEXT:
             raise VaaniError(f"{path} is too large for what it should hold")
-        return path.read_bytes().decode("utf-8")
     except OSError as error:
         raise VaaniError(f"can't read {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise VaaniError(f"{path} is not UTF-8 text") from None
+    return paths.read_text(path)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -11,31 +11,42 @@ from vaani_jax.errors import VaaniError
 from vaani_jax.model.activations import ACTIVATIONS
 from vaani_jax.model.norm import NORMS
 from vaani_jax.quant.spec import TernarySpec, Wire
-from vaani_jax.settings import key, named
+from vaani_jax.settings import check, key, named
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
     """What a model is: what decides which parameters there are, and what they mean."""
 
-    vocab_size: int = key(0, 'V. 0 in a config file stands for "as the tokenizer has"')
-    dim: int = key(128, "D, width of the residual stream")
-    n_layers: int = key(4, "number of blocks")
-    n_heads: int = key(4, "N, query heads; D must be a multiple of 2 N")
-    n_kv_heads: int = key(0, "K, key-value heads, a divisor of N; 0 stands for N")
-    ffn_dim: int = key(0, "F; 0 stands for 8/3 D rounded to a multiple of 64")
-    max_seq_len: int = key(
-        64, "longest sequence, in tokens; the capacity of the KV cache"
+    vocab_size: int = key(
+        0, 'V. 0 in a config file stands for "as the tokenizer has"', at_least=0
     )
-    dropout: float = key(0.0, "rate on embeddings and on both branches of a block")
+    dim: int = key(128, "D, width of the residual stream", at_least=1)
+    n_layers: int = key(4, "number of blocks", at_least=1)
+    n_heads: int = key(4, "N, query heads; D must be a multiple of 2 N", at_least=1)
+    n_kv_heads: int = key(
+        0, "K, key-value heads, a divisor of N; 0 stands for N", at_least=0
+    )
+    ffn_dim: int = key(
+        0, "F; 0 stands for 8/3 D rounded to a multiple of 64", at_least=0
+    )
+    max_seq_len: int = key(
+        64, "longest sequence, in tokens; the capacity of the KV cache", at_least=1
+    )
+    dropout: float = key(
+        0.0, "rate on embeddings and on both branches of a block", at_least=0, below=1
+    )
     activation: str = key("swiglu", '"swiglu" or "relu2" (squared ReLU, gated alike)')
-    rope_theta: float = key(500_000.0, "base of the rotary embedding")
+    rope_theta: float = key(500_000.0, "base of the rotary embedding", above=0)
     norm: str = key("rms_norm", '"rms_norm", or "layer_norm" (without a bias)')
-    norm_eps: float = key(1e-5, "added to the mean square, or the variance, in a norm")
+    norm_eps: float = key(
+        1e-5, "added to the mean square, or the variance, in a norm", above=0
+    )
     init_std: float = key(
         0.02,
         "standard deviation of initial weights; ``o_proj`` and ``down_proj`` start "
         "with ``init_std / sqrt(2 n_layers)``",
+        at_least=0,
     )
     sub_norms: bool = key(
         True,
@@ -45,19 +56,9 @@ class Architecture:
     tie_embeddings: bool = key(True, "whether the head reuses the embedding")
 
     def __post_init__(self) -> None:
+        check(self, "model.")
         named(ACTIVATIONS, self.activation, "model.activation")
         named(NORMS, self.norm, "model.norm")
-        for name in ("dim", "n_layers", "n_heads", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise VaaniError(
-                    f"model.{name} is {getattr(self, name)}: it must be at least 1"
-                )
-        for name in ("vocab_size", "n_kv_heads", "ffn_dim"):
-            if getattr(self, name) < 0:
-                raise VaaniError(
-                    f"model.{name} is {getattr(self, name)}: it must be 0 (choose for"
-                    " me) or positive"
-                )
         if self.dim % (2 * self.n_heads):
             raise VaaniError(
                 f"model.dim = {self.dim} is no multiple of 2 x n_heads ="
@@ -68,8 +69,6 @@ class Architecture:
                 f"model.n_kv_heads = {self.n_kv_heads} does not divide"
                 f" n_heads = {self.n_heads}"
             )
-        if not 0 <= self.dropout < 1:
-            raise VaaniError(f"model.dropout is {self.dropout}: it must be in [0, 1)")
 
     @property
     def kv_heads(self) -> int:
@@ -103,7 +102,7 @@ class Quantization:
         False, "whether the head is ternary too (b1.58 keeps it in full precision)"
     )
     threshold: float = key(
-        0.5, "tau of every BitLinear at the start, in units of mean|W|"
+        0.5, "tau of every BitLinear at the start, in units of mean|W|", at_least=0
     )
     weight_scale: Literal["absmean", "least_squares", "stored"] = key(
         "absmean",
@@ -116,21 +115,15 @@ class Quantization:
     activation_tracking: Literal["token", "ema"] = key(
         "token", '"token" (b1.58), or "ema" for a tracked range'
     )
-    activation_momentum: float = key(0.99, "momentum of the tracked range")
+    activation_momentum: float = key(
+        0.99, "momentum of the tracked range", at_least=0, below=1
+    )
     dtype: Literal["float32", "bfloat16"] = key(
         "float32", 'compute dtype, "float32" or "bfloat16"; parameters stay float32'
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.activation_momentum < 1:
-            raise VaaniError(
-                f"quantization.activation_momentum is {self.activation_momentum}: it"
-                " must be in [0, 1)"
-            )
-        if self.threshold < 0:
-            raise VaaniError(
-                f"quantization.threshold is {self.threshold}: it can't be < 0"
-            )
+        check(self, "quantization.")
         if self.weight_scale == "stored" and self.weight_granularity != "tensor":
             raise VaaniError(
                 "quantization.weight_scale = stored has one scale per tensor"

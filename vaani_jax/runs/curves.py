@@ -100,7 +100,7 @@ def _draw(axis: Any, name: str, panel: Panel, columns: Columns) -> None:
             style = {**panel.line, **STYLES.get(key.partition("/")[0], {})}
             label = metric.legend or metric.label
             axis.plot(column["step"], values, label=label, **style)
-            if panel.log:
+            if panel.log and np.any(np.asarray(values) > 0):
                 axis.set_yscale("log")
 
 

@@ -89,7 +89,7 @@ class ByteTokenizer:
     vocab_size = 256
 
     def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+        return np.frombuffer(_encoded(text, "utf-8"), np.uint8).astype(np.int32)
 
     def decode(self, ids: Any) -> str:
         """The text; bytes that are not UTF-8 become U+FFFD."""
@@ -241,6 +241,17 @@ def from_json(description: Any) -> Tokenizer:
     raise VaaniError(f"unknown tokenizer description (type {kind!r})")
 
 
+def same_tokenizer(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two descriptions, as `to_json` gives them, spell alike.
+
+    Two texts of one ``tokenizer.json`` may differ in their white space.
+    """
+    if one.get("type") != "huggingface" or other.get("type") != "huggingface":
+        return one == other
+    first, second = one["tokenizer"], other["tokenizer"]
+    return bool(first == second or json.loads(first) == json.loads(second))
+
+
 def maker(name: str) -> Kind:
     """The kind of that name, if one can be made for a text.
 
@@ -251,8 +262,12 @@ def maker(name: str) -> Kind:
 
 
 def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(_encoded(text, "utf-32-le"), "<u4").astype(np.int64)
+
+
+def _encoded(text: str, encoding: str) -> bytes:
     try:
-        return np.frombuffer(text.encode("utf-32-le"), "<u4").astype(np.int64)
+        return text.encode(encoding)
     except UnicodeEncodeError as error:
         raise VaaniError(f"the text is not valid Unicode: {error}") from None
 

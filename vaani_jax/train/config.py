@@ -11,7 +11,16 @@ from vaani_jax.inference.sampling import NUMBERS, SamplerConfig
 from vaani_jax.model.config import RENAMED, Architecture, Execution, Quantization
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.runs.metadata import Metadata
-from vaani_jax.settings import as_in, build, key, named, renamed, without
+from vaani_jax.settings import (
+    LARGEST_SEED,
+    as_in,
+    build,
+    check,
+    key,
+    named,
+    renamed,
+    without,
+)
 from vaani_jax.train.optimizers import OptimConfig
 from vaani_jax.train.schedules import SCHEDULES
 from vaani_jax.train.tuner import (
@@ -33,10 +42,12 @@ class SampleConfig:
     """The samples that a training run shows."""
 
     prompts: tuple[str, ...] = key(
-        ("\n",),
-        "one sample each; a prompt outside the vocabulary is skipped with a line",
+        (),
+        "one sample each; a prompt outside the vocabulary is skipped with a line. "
+        "Without any, a line break, or how the text begins where the tokenizer has no "
+        "ids for that",
     )
-    max_new_tokens: int = key(200, "length of a sample")
+    max_new_tokens: int = key(200, "length of a sample", at_least=1)
     temperature: float = as_in(SamplerConfig, "temperature")
     top_k: int = as_in(SamplerConfig, "top_k")
     top_p: float = as_in(SamplerConfig, "top_p")
@@ -47,8 +58,7 @@ class SampleConfig:
         return SamplerConfig(**{name: getattr(self, name) for name in NUMBERS})
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise VaaniError("sample.max_new_tokens must be at least 1")
+        check(self, "sample.")
         _ = self.sampler
 
 
@@ -56,14 +66,26 @@ class SampleConfig:
 class Config:
     """A run."""
 
-    seed: int = key(0, "of initial weights, dropout and the order of the data")
-    batch_size: int = key(12, "sequences per step, all micro-batches together")
-    num_steps: int = key(0, "length of the run; 0 takes ``num_epochs`` instead")
-    num_epochs: int = key(1, "passes over the training part, where ``num_steps`` is 0")
+    seed: int = key(
+        0,
+        "of initial weights, dropout and the order of the data",
+        at_least=0,
+        at_most=LARGEST_SEED,
+    )
+    batch_size: int = key(
+        12, "sequences per step, all micro-batches together", at_least=1
+    )
+    num_steps: int = key(
+        0, "length of the run; 0 takes ``num_epochs`` instead", at_least=0
+    )
+    num_epochs: int = key(
+        1, "passes over the training part, where ``num_steps`` is 0", at_least=0
+    )
     learning_rate: float | Literal["auto"] = key(
         "auto",
         'peak of the schedule; for muon that of the matrices. "auto" lets the tuner '
         "find it",
+        above=0,
     )
     use_tuner: bool = key(
         True,
@@ -78,24 +100,31 @@ class Config:
         None, "highest share of zeros of every ternary kernel; None: unconstrained"
     )
     quantize_steps: int = key(
-        0, "steps over which quantization is phased in (0: from the start)"
+        0, "steps over which quantization is phased in (0: from the start)", at_least=0
     )
-    eval_interval: int = key(250, "steps between evaluations on the held-out part")
+    eval_interval: int = key(
+        250, "steps between evaluations on the held-out part", at_least=1
+    )
     eval_windows: int = key(
         2048,
         "most windows of the held-out part, spread evenly, that an evaluation within "
         "the run takes; the one at its end takes all, as do all with 0",
+        at_least=0,
     )
     save_interval: int = key(
-        250, "steps between checkpoints; the best evaluation is kept besides"
+        250,
+        "steps between checkpoints; the best evaluation is kept besides",
+        at_least=1,
     )
-    log_interval: int = key(10, "steps between reports of metrics")
-    sample_interval: int = key(500, "steps between samples; 0 leaves them to the end")
+    log_interval: int = key(10, "steps between reports of metrics", at_least=1)
+    sample_interval: int = key(
+        500, "steps between samples; 0 leaves them to the end", at_least=0
+    )
     keep_checkpoints: int = key(
-        2, "how many of the last checkpoints to keep, besides the best"
+        2, "how many of the last checkpoints to keep, besides the best", at_least=1
     )
     init_from: str = key(
-        "", "workdir of a run whose weights to start from; empty for none"
+        "", "workdir of a run whose weights to start from; empty for none", path=True
     )
     mesh: MeshConfig = key(MeshConfig(), "how the devices are arranged")
     model: Architecture = key(Architecture(), "what the model is")
@@ -107,24 +136,7 @@ class Config:
     sample: SampleConfig = key(SampleConfig(), "the samples that the run shows")
 
     def __post_init__(self) -> None:
-        for name in (
-            "batch_size",
-            "eval_interval",
-            "save_interval",
-            "log_interval",
-            "keep_checkpoints",
-        ):
-            if getattr(self, name) < 1:
-                raise VaaniError(f"{name} is {getattr(self, name)}: it must be >= 1")
-        for name in (
-            "seed",
-            "num_steps",
-            "quantize_steps",
-            "sample_interval",
-            "eval_windows",
-        ):
-            if getattr(self, name) < 0:
-                raise VaaniError(f"{name} is {getattr(self, name)}: it must be >= 0")
+        check(self)
         named(SCHEDULES, self.optim.schedule, "optim.schedule")
         if not self.num_steps and self.num_epochs < 1:
             raise VaaniError("set num_steps or num_epochs to at least 1")
@@ -138,10 +150,6 @@ class Config:
             raise VaaniError(
                 "learning_rate = 'auto' is found by the tuner: give a number, or set"
                 " use_tuner"
-            )
-        if self.learning_rate != "auto" and self.learning_rate <= 0:
-            raise VaaniError(
-                f"learning_rate is {self.learning_rate}: it must be above 0"
             )
         low, high = self.target_sparsity_min, self.target_sparsity_max
         if (low is None) != (high is None):

@@ -20,8 +20,11 @@ from vaani_jax.devices.memory import keep_freed_memory
 from vaani_jax.devices.mesh import make_mesh, place, place_parts
 from vaani_jax.errors import VaaniError
 from vaani_jax.evaluate.loss import Evaluation
+from vaani_jax.files import without_trace
+from vaani_jax.paths import local
 from vaani_jax.runs.checkpoints import Checkpoints
 from vaani_jax.runs.metadata import Metadata
+from vaani_jax.runs.workdir import Workdir
 from vaani_jax.train.clock import Clock
 from vaani_jax.train.config import Config
 from vaani_jax.train.display import Display
@@ -123,7 +126,7 @@ def train(
     """
     console = console or Console()
     keep_freed_memory()
-    workdir = pathlib.Path(workdir)
+    workdir = local(workdir, "the workdir")
     mesh = make_mesh(config.mesh)
     if not processes.is_first():
         # The same program everywhere; what it tells is kept and shown once.
@@ -133,6 +136,7 @@ def train(
         console.print(message, highlight=False, soft_wrap=True, markup=False)
 
     with (
+        without_trace(Workdir(workdir).checkpoints),
         _stop_signals() as signalled,
         jax.set_mesh(mesh),
         _output(workdir) as output,
@@ -309,8 +313,8 @@ class Loop:
         if result is None:
             return None
         # Far worse than guessing, or not a number: the weights are at fault, whatever
-        # the guard has seen of it so far.
-        if not result.loss < 10 * math.log(self._start.config.model.vocab_size):
+        # the guard has seen of it so far. A single token is guessed with a loss of 0.
+        if not result.loss < 10 * math.log(max(2, self._start.config.model.vocab_size)):
             self.state = self._guard.see_lost_evaluation(step, self.state, result.loss)
             return self._evaluate(step)
         self.state = self._guard.see_evaluation(step, self.state, result.comparable)

@@ -6,6 +6,7 @@ schedule (and whatever adjusts it), so that what was applied can be read back.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from optax import contrib
 
 from vaani_jax import leaves
 from vaani_jax.errors import VaaniError
-from vaani_jax.settings import key, named
+from vaani_jax.settings import check, key, named
 
 Array = jax.Array
 Tree = Any
@@ -31,51 +32,53 @@ class OptimConfig:
         '"adamw", or "muon" for the matrices of the blocks with AdamW for the rest',
     )
     adam_lr_ratio: float = key(
-        0.15, "for muon, the rest's learning rate over that of the matrices"
+        0.15, "for muon, the rest's learning rate over that of the matrices", at_least=0
     )
     weight_decay: float = key(
         0.1,
         "decoupled, times the learning rate, on matrices only (kernels, embedding, "
         "head; not on norms)",
+        at_least=0,
     )
-    beta1: float = key(0.9, "decay of Adam's first moment")
-    beta2: float = key(0.95, "decay of Adam's second moment")
-    eps: float = key(1e-8, "added to the root of Adam's second moment")
-    momentum: float = key(0.95, "of Muon")
+    beta1: float = key(0.9, "decay of Adam's first moment", at_least=0, below=1)
+    beta2: float = key(0.95, "decay of Adam's second moment", at_least=0, below=1)
+    eps: float = key(1e-8, "added to the root of Adam's second moment", above=0)
+    momentum: float = key(0.95, "of Muon", at_least=0, below=1)
     moment_dtype: Literal["float32", "bfloat16"] = key(
         "float32",
         "in which the first moment (Muon's momentum) is kept between steps; "
         '"bfloat16" saves two bytes a parameter. Updates are computed in float32, and '
         "Adam's second moment stays there",
     )
-    clip_norm: float = key(1.0, "largest global gradient norm")
-    warmup_steps: int = key(100, "linear ramp from 0 to the peak")
+    clip_norm: float = key(
+        1.0, "largest global gradient norm; 1e9 is as good as none", above=0
+    )
+    warmup_steps: int = key(100, "linear ramp from 0 to the peak", at_least=0)
     schedule: str = key(
         "linear",
         'after it, "linear" or "cosine" to ``final_ratio`` of the peak, "constant", '
         'or "two_stage" (b1.58): a linear decay to ``final_ratio`` whose peak drops '
         "to ``second_stage_ratio`` at half of the run, where weight decay goes to 0",
     )
-    final_ratio: float = key(0.0, "learning rate at the end over the peak")
-    second_stage_ratio: float = key(2 / 3, "two_stage: peak of the second half / first")
+    final_ratio: float = key(
+        0.0, "learning rate at the end over the peak", at_least=0, at_most=1
+    )
+    second_stage_ratio: float = key(
+        2 / 3, "two_stage: peak of the second half / first", at_least=0, at_most=1
+    )
     accumulation_steps: int = key(
-        1, "micro-batches per step; the result is the large batch's"
+        1, "micro-batches per step; the result is the large batch's", at_least=1
     )
 
     def __post_init__(self) -> None:
+        if self.clip_norm in (0, math.inf):
+            raise VaaniError(
+                f"optim.clip_norm is {self.clip_norm}: it must be finite and above 0."
+                " To switch clipping off, set it so high that no gradient gets there:"
+                " --config.optim.clip_norm=1e9"
+            )
+        check(self, "optim.")
         named(OPTIMIZERS, self.name, "optim.name")
-        if self.warmup_steps < 0 or self.accumulation_steps < 1:
-            raise VaaniError(
-                "optim.warmup_steps must be at least 0 and optim.accumulation_steps at"
-                " least 1"
-            )
-        if self.clip_norm <= 0 or self.weight_decay < 0:
-            raise VaaniError(
-                "optim.clip_norm must be above 0 and optim.weight_decay at least 0"
-            )
-        for name in ("beta1", "beta2", "momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise VaaniError(f"optim.{name} must be in [0, 1)")
 
 
 def decay_mask(params: Tree) -> Tree:

@@ -20,6 +20,7 @@ from vaani_jax.model.transformer import unrolled
 from vaani_jax.runs.curves import plot_curves
 from vaani_jax.runs.metrics import METRICS, MetricWriter, Row
 from vaani_jax.runs.workdir import Workdir
+from vaani_jax.text.prompts import USUAL, default_prompt
 from vaani_jax.train.clock import Clock
 from vaani_jax.train.display import Display
 from vaani_jax.train.guard import Guard
@@ -161,7 +162,7 @@ class Report:
     def _sampled(self, state: TrainState) -> str:
         config, tokenizer = self._start.config, self._start.data.tokenizer
         parts = []
-        for prompt in config.sample.prompts:
+        for prompt in _prompts(self._start):
             try:
                 ids = tokenizer.encode(prompt)
             except VaaniError as error:
@@ -281,6 +282,11 @@ def announcement(start: Start) -> list[str]:
         f" {model.max_seq_len} tokens, {config.optim.name}, on {mesh.size}"
         f" x {name}, in {start.workdir}",
     ]
+    if not config.sample.prompts and (prompt := _prompts(start)[0]) != USUAL:
+        lines.append(
+            "sample  a line break, the usual prompt, has no ids with this tokenizer:"
+            f" they continue {prompt!r}, as the text begins"
+        )
     idle = len(jax.devices()) - mesh.size
     if mesh.size > 1 or idle:
         cut = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
@@ -294,6 +300,13 @@ def announcement(start: Start) -> list[str]:
         if progress.step < start.num_steps:
             lines += progress.consequences
     return lines
+
+
+def _prompts(start: Start) -> tuple[str, ...]:
+    """What samples continue."""
+    data = start.data
+    usual = default_prompt(data.tokenizer, data.corpus.opening)
+    return start.config.sample.prompts or (usual,)
 
 
 def _indented(text: str) -> str:

@@ -20,11 +20,12 @@ from vaani_jax.errors import VaaniError
 from vaani_jax.evaluate.loss import ValidationSet, validation_set
 from vaani_jax.inference.model import Model, load
 from vaani_jax.model.transformer import stack_layers, unrolled
+from vaani_jax.paths import local
 from vaani_jax.runs.checkpoints import FLAT_TUNER, Checkpoints
 from vaani_jax.runs.metadata import Metadata
 from vaani_jax.runs.workdir import Workdir
 from vaani_jax.settings import differences
-from vaani_jax.text.tokenizers import Tokenizer, from_json
+from vaani_jax.text.tokenizers import Tokenizer, from_json, same_tokenizer
 from vaani_jax.train.config import Config, config_of
 from vaani_jax.train.program import Program, make_program
 from vaani_jax.train.state import TrainState, from_items, to_items
@@ -47,6 +48,7 @@ FREE_KEYS = (
     "keep_checkpoints",
     "data.source",
     "data.path",  # the corpus itself is compared instead
+    "data.tokenizer_file",  # and the tokenizer itself
     "data.data_dir",
     "data.fallback",
     "data.download_timeout",
@@ -187,6 +189,7 @@ def _start(
     config = _with_vocabulary(config, tokenizer)
     if found is not None:
         _check_fit(found, config, corpus, workdir)
+        _check_tokenizer(found, config, workdir, say)
     data = _data(config, mesh, corpus, tokenizer)
     num_steps = _length(config, data)
     program = make_program(config, mesh, num_steps)
@@ -299,6 +302,30 @@ def _check_fit(
             f" ({meta.corpus['characters']:,} characters), this is another text:"
             f" {corpus.source} ({len(corpus.text):,} characters). Give it the same"
             " text, or use another --workdir"
+        )
+
+
+def _check_tokenizer(
+    meta: Metadata, config: Config, workdir: pathlib.Path, say: Notify
+) -> None:
+    """Refuses another tokenizer than the run's; where its file lies is free."""
+    before, now = config_of(meta).data.tokenizer_file, config.data.tokenizer_file
+    if not now:
+        if before:
+            raise VaaniError(
+                f"the run in {workdir} was trained with the tokenizer in {before}, and"
+                " this config names none: set --config.data.tokenizer_file, or use"
+                " another --workdir"
+            )
+        return
+    path = local(now, "data.tokenizer_file")
+    if before and not path.exists():
+        say(f"{path} is not there: going on with the tokenizer that the run has saved")
+        return
+    if not same_tokenizer(make_tokenizer(config.data, None).to_json(), meta.tokenizer):
+        raise VaaniError(
+            f"the run in {workdir} was trained with another tokenizer than that in"
+            f" {path}: give it the same one, or use another --workdir"
         )
 
 
