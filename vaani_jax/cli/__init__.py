@@ -4,7 +4,9 @@ Results go to standard output, everything else to standard error.
 """
 
 import argparse
+import errno
 import importlib
+import io
 import logging
 import os
 import sys
@@ -30,10 +32,18 @@ COMMANDS = {
 }
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+ROOM = ": make room there, or choose another place, and run the same command again"
+
+
 def run_guarded(main: Callable[[Any], int], argument: Any) -> int:
     """Runs a command; what a user can mend becomes one line and status 1."""
     # Orbax logs verbosely through absl; people get our lines.
     logging.getLogger("absl").setLevel(logging.ERROR)
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal has no character for is replaced there, and nowhere else.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
     try:
         return main(argument)
     except VaaniError as error:
@@ -45,7 +55,8 @@ def run_guarded(main: Callable[[Any], int], argument: Any) -> int:
         return 141
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
+        hint = ROOM if error.errno in NO_ROOM else ""
+        print(f"error: {error.strerror or error}{where}{hint}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

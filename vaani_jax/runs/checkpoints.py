@@ -100,6 +100,10 @@ class Restored:
     meta: Meta
 
 
+class GoneError(Exception):
+    """A checkpoint has been removed while it was read: a newer one is there."""
+
+
 class Checkpoints:
     """The checkpoints of one run: the last few and the best.
 
@@ -212,7 +216,9 @@ class Checkpoints:
         for step in self.steps():
             try:
                 loss = self.meta(step)["loss"]
-            except Exception:  # damaged: not the best, whatever it was
+            except Exception as error:  # damaged: not the best, whatever it was
+                if not self._folder(step).exists():
+                    raise GoneError(step) from error
                 continue
             if loss is not None:
                 losses[step] = loss
@@ -241,6 +247,7 @@ class Checkpoints:
 
         Raises:
           VaaniError: nothing whole to read.
+          GoneError: the run has replaced the checkpoint while it was read.
         """
         steps = self.steps()
         if step is not None:
@@ -256,6 +263,8 @@ class Checkpoints:
             except VaaniError:
                 raise
             except Exception as error:  # damage shows itself in any type
+                if not self._folder(candidate).exists():
+                    raise GoneError(candidate) from error
                 reason = first_line(error, 200)
                 notify(f"checkpoint {candidate} is damaged ({reason})")
                 if set_aside:
@@ -286,9 +295,16 @@ class Checkpoints:
                 raise ValueError(f"{name}{wrong[0]} is not what was saved")
         return Restored(step, items, meta)
 
+    def _folder(self, step: int) -> pathlib.Path:
+        return self.directory / f"step_{step}"
+
+    def reload(self) -> None:
+        """Looks again at what is on disk."""
+        self._manager.reload()
+
     def _set_aside(self, step: int) -> None:
         if is_first():
-            folder = self.directory / f"step_{step}"
+            folder = self._folder(step)
             number = 0
             while (target := self.directory / f"damaged-{step}-{number}").exists():
                 number += 1

@@ -1,18 +1,18 @@
 """Metrics: what they are called, and their rows on disk.
 
-Rows are JSON lines, TensorBoard event files and a history.
+Rows are JSON lines, and a history by column. Numbers that aren't finite are null there.
 """
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
-from vaani_jax.files import write_atomically
+from vaani_jax.files import naming, to_json, write_atomically
 from vaani_jax.runs.workdir import Workdir
 
 Row = dict[str, float]
@@ -115,7 +115,7 @@ def read_rows(path: pathlib.Path) -> list[Row]:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if isinstance(row, dict) and "step" in row:
+            if isinstance(row, dict) and isinstance(row.get("step"), int | float):
                 rows.append(row)
     return rows
 
@@ -128,12 +128,14 @@ def history(rows: list[Row]) -> dict[str, dict[str, list[float]]]:
             if key != "step":
                 column = columns.setdefault(key, {"step": [], "value": []})
                 column["step"].append(row["step"])
-                column["value"].append(value)
+                column["value"].append(math.nan if value is None else value)
     return columns
 
 
 class MetricWriter:
-    """``metrics.jsonl``, TensorBoard events and ``training_history.json``.
+    """``metrics.jsonl`` and ``training_history.json``.
+
+    A row that can't be written is kept, and written with the next history that can.
 
     Attributes:
       rows: every row so far, those of earlier sessions of the run included.
@@ -141,35 +143,36 @@ class MetricWriter:
 
     def __init__(self, workdir: pathlib.Path, start_step: int) -> None:
         paths = Workdir(workdir)
-        self._history = paths.history
-        path = paths.metrics
+        self._history, self._path = paths.history, paths.metrics
         # A resumed run repeats the steps after its checkpoint: their rows go.
-        self.rows = [row for row in read_rows(path) if row["step"] <= start_step]
-        lines = "".join(json.dumps(row) + "\n" for row in self.rows)
-        write_atomically(path, lines.encode())
-        self._file = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(paths.tensorboard), purge_step=start_step + 1)
+        self.rows = [row for row in read_rows(self._path) if row["step"] <= start_step]
+        self._rewrite()
+        self._whole = True
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> Row:
-        """Writes scalars; returns them flattened."""
+    def _rewrite(self) -> None:
+        lines = "".join(to_json(row) + "\n" for row in self.rows)
+        write_atomically(self._path, lines.encode())
+
+    def add(self, step: int, metrics: Mapping[str, Any]) -> Row:
+        """Keeps scalars, and returns them flattened; `write` puts them on disk."""
         values = flatten(metrics)
-        row = {"step": step, **values}
-        self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        for key, value in values.items():
-            self._events.add_scalar(
-                key, value, step, summary_description=metric(key).title
-            )
+        self.rows.append({"step": step, **values})
         return values
 
-    def write_text(self, step: int, tag: str, text: str) -> None:
-        self._events.add_text(tag, text, step)
+    def write(self) -> None:
+        """Writes the last row; raises OSError."""
+        line = to_json(self.rows[-1]) + "\n"
+        try:
+            with naming(self._path), self._path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError:
+            self._whole = False  # perhaps half a line
+            raise
 
     def write_history(self) -> None:
-        content = json.dumps(history(self.rows)) + "\n"
+        """Writes all rows by column, and again what could not be; raises OSError."""
+        if not self._whole:
+            self._rewrite()
+            self._whole = True
+        content = to_json(history(self.rows)) + "\n"
         write_atomically(self._history, content.encode())
-
-    def close(self) -> None:
-        self._file.close()
-        self._events.close()
