@@ -4,7 +4,6 @@ Results go to standard output, everything else to standard error.
 """
 
 import argparse
-import errno
 import importlib
 import io
 import logging
@@ -14,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vaani_jax.errors import VaaniError
+from vaani_jax.words import NO_ROOM
 
 # A further command is a module and a row. A module has HELP (a sentence),
 # ``add_arguments(parser)`` and ``run(options) -> status``. Where it has FLAGS, a word,
@@ -32,14 +32,15 @@ COMMANDS = {
 }
 
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 ROOM = ": make room there, or choose another place, and run the same command again"
 
 
 def run_guarded(main: Callable[[Any], int], argument: Any) -> int:
     """Runs a command; what a user can mend becomes one line and status 1."""
-    # Orbax logs verbosely through absl; people get our lines.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax logs verbosely through absl, with traces of all its threads where a disk is
+    # full; people get our lines.
+    for library in ("absl", "asyncio"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     for stream in (sys.stdout, sys.stderr):
         # What a terminal has no character for is replaced there, and nowhere else.
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":

@@ -9,11 +9,11 @@ This module knows pytrees and JSON only.
 """
 
 import dataclasses
+import functools
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -68,21 +68,26 @@ def fingerprints(tree: Tree) -> dict[str, int]:
     }
 
 
-@contextmanager
-def _without_stragglers() -> Iterator[None]:
-    """Keeps the reads that orbax abandons when one fails from printing tracebacks.
+@functools.cache
+def _silence_stragglers() -> None:
+    """Keeps reads and writes that orbax abandons when one fails from printing traces.
 
-    They end whenever they end, so after a failure the filter stays.
+    They end whenever they end, so this holds for the rest of the process.
     """
-    previous = sys.unraisablehook
+    hooks = sys.unraisablehook, sys.excepthook
 
-    def hook(event: Any) -> None:
-        if str(event.exc_value) != "Event loop is closed":
-            previous(event)
+    def is_straggler(error: BaseException | None) -> bool:
+        return str(error) == "Event loop is closed"
 
-    sys.unraisablehook = hook
-    yield
-    sys.unraisablehook = previous
+    def unraisable(event: Any) -> None:
+        if not is_straggler(event.exc_value):
+            hooks[0](event)
+
+    def uncaught(kind: Any, error: BaseException, trace: Any) -> None:
+        if not is_straggler(error):
+            hooks[1](kind, error, trace)
+
+    sys.unraisablehook, sys.excepthook = unraisable, uncaught
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +119,7 @@ class Checkpoints:
     def __init__(
         self, directory: pathlib.Path, *, keep: int = 2, read_only: bool = False
     ) -> None:
+        _silence_stragglers()
         self.directory = directory.absolute()
         if read_only and not self.directory.is_dir():
             raise VaaniError(f"{directory.parent} holds no run: {directory} is missing")
@@ -279,13 +285,12 @@ class Checkpoints:
     def _read(self, step: int, make_target: Callable[[Meta], Any]) -> Restored:
         meta = self.meta(step)
         target = make_target(meta)
-        with _without_stragglers():
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    **{name: ocp.args.StandardRestore(t) for name, t in target.items()}
-                ),
-            )
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                **{name: ocp.args.StandardRestore(t) for name, t in target.items()}
+            ),
+        )
         items = {name: restored[name] for name in target}
         for name, tree in items.items():
             expected = meta["fingerprints"][name]

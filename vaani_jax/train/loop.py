@@ -29,7 +29,7 @@ from vaani_jax.train.report import Report
 from vaani_jax.train.start import Start, starting
 from vaani_jax.train.state import TrainState, to_items
 from vaani_jax.train.watch import Watch
-from vaani_jax.words import duration, first_line
+from vaani_jax.words import cause_on_disk, duration, first_line
 
 
 class Callback:
@@ -358,7 +358,7 @@ def _writing(checkpoints: Checkpoints) -> Iterator[None]:
     except Exception as error:  # orbax and tensorstore raise many types
         if processes.is_peer_error(error):
             raise
-        reason = first_line(error)
+        reason = cause_on_disk(error) or first_line(error)
         raise VaaniError(
             f"can't write a checkpoint to {checkpoints.directory}: {reason}. The"
             " checkpoints before it are whole: make room, and run the same command"
