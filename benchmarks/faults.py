@@ -781,7 +781,6 @@ class Readers:
         shutil.copy(file, folder)
         writer = MetricWriter(folder, 2)
         writer.write_history()
-        writer.close()
         Journal(folder, 2, print).close()
 
     @staticmethod

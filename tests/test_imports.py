@@ -41,7 +41,7 @@ CONFINED = {
     "absl": {"cli.flags"},
     "orbax": {"runs.checkpoints"},
     "grain": {"data.batches"},
-    "tensorboardX": {"runs.events"},
+    "tensorboardX": {"runs.tensorboard"},
     "matplotlib": {"runs.curves"},
     "safetensors": {"interop.formats.hf"},
     "gguf": {"interop.formats.gguf"},

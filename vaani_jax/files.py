@@ -1,13 +1,42 @@
 """Files and folders that are written whole or not at all."""
 
+import json
+import math
 import os
 import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from vaani_jax.errors import VaaniError
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON as the standard has it: null stands for numbers that aren't finite."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, float):
+            return value if math.isfinite(value) else None
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return value
+
+    return json.dumps(plain(value), indent=indent, allow_nan=False)
+
+
+@contextmanager
+def naming(path: pathlib.Path) -> Iterator[None]:
+    """Has an OSError from inside name what was written: failing writes don't."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
@@ -18,7 +47,7 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with naming(path), os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -52,8 +81,9 @@ def appearing(target: pathlib.Path, *, folder: bool) -> Iterator[pathlib.Path]:
             temporary = room / target.name
             if folder:
                 temporary.mkdir()
-            yield temporary
-            os.replace(temporary, target)
+            with naming(target):
+                yield temporary
+                os.replace(temporary, target)
         finally:
             shutil.rmtree(room, ignore_errors=True)
 

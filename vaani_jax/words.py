@@ -1,6 +1,11 @@
 """Words for people: durations, sizes, counts, the gist of an error."""
 
+import errno
+import os
 from typing import Any
+
+# What keeps a disk from being written, however well the program does.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def duration(seconds: float) -> str:
@@ -36,6 +41,20 @@ def first_line(error: BaseException, limit: int = 300) -> str:
     """The first line of what an error says, cut; its type where it says nothing."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:limit]
+
+
+def cause_on_disk(error: BaseException) -> str:
+    """What is wrong with a disk, as the system calls it, in whatever form; or nothing.
+
+    Libraries of other languages hide it in long messages of types of their own.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        for number in NO_ROOM:
+            if os.strerror(number) in str(cause):
+                return os.strerror(number)
+        cause = cause.__cause__ or cause.__context__
+    return ""
 
 
 def one_line(text: str) -> str:

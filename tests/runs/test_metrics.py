@@ -1,8 +1,10 @@
 """Rows that survive a kill, event files that others can read, lines for people."""
 
+import contextlib
 import io
 import json
 import math
+import resource
 import struct
 
 import numpy as np
@@ -11,6 +13,7 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from vaani_jax.runs.metrics import MetricWriter, flatten, history, read_rows
+from vaani_jax.runs.tensorboard import EventWriter
 from vaani_jax.train import display as display_module
 from vaani_jax.train.display import Display
 from vaani_jax.words import duration, size
@@ -97,7 +100,9 @@ def _write(workdir, start, steps):
     writer = MetricWriter(workdir, start)
     for step in steps:
         values = {"train/loss": 1 / step, "quant/scale": {"a": [step, -step]}}
-        assert writer.write(step, values)["quant/scale/a[1]"] == -step
+        row = writer.add(step, values)
+        writer.write()
+        assert row["quant/scale/a[1]"] == -step
     return writer
 
 
@@ -106,9 +111,7 @@ def test_a_run_is_written_in_every_form(tmp_path):
     folder = tmp_path / "new" / "run"
     # On disk at once, not when the run ends.
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    writer.write_text(10, "samples", "वाणी")
     writer.write_history()
-    writer.close()
     assert [json.loads(line) for line in lines] == [
         {"step": 5, "train/loss": 0.2, "quant/scale/a[0]": 5, "quant/scale/a[1]": -5},
         {
@@ -121,71 +124,102 @@ def test_a_run_is_written_in_every_form(tmp_path):
     assert writer.rows == read_rows(folder / "metrics.jsonl")
     columns = json.loads((folder / "training_history.json").read_text())
     assert columns["train/loss"] == {"step": [5, 10], "value": [0.2, 0.1]}
-    scalars = _scalars(folder / "tensorboard")
-    losses = [(step, value) for step, tag, value in scalars if tag == "train/loss"]
-    assert losses == [(5, pytest.approx(0.2)), (10, pytest.approx(0.1))]
-    assert len(scalars) == 6
+
+
+def test_tensorboard_gets_numbers_and_texts(tmp_path):
+    events = EventWriter(tmp_path / "tensorboard", 0)
+    assert not (tmp_path / "tensorboard").exists()  # nothing written, no file
+    events.scalars(5, {"train/loss": 0.2, "quant/sparsity": 0.4})
+    events.scalars(10, {"train/loss": 0.1})
+    events.text(10, "samples", "वाणी")
+    # On disk at once, not when the run ends.
+    scalars = _scalars(tmp_path)
     texts = [
         (event.step, value.tag, value.tensor.string_val[0].decode())
-        for event in _events(folder / "tensorboard")
+        for event in _events(tmp_path)
         for value in event.summary.value
         if value.tensor.string_val
     ]
+    events.close()
+    losses = [(step, value) for step, tag, value in scalars if tag == "train/loss"]
+    assert losses == [(5, pytest.approx(0.2)), (10, pytest.approx(0.1))]
+    assert len(scalars) == 3
     assert len(texts) == 1
     assert texts[0][0] == 10
     assert texts[0][1].startswith("samples")
     assert texts[0][2] == "वाणी"
 
 
+def test_tensorboard_is_told_to_forget_what_a_resumed_run_repeats(tmp_path):
+    for start in (0, 20):
+        events = EventWriter(tmp_path, start)
+        events.scalars(start + 5, {"train/loss": 0.2})
+        events.close()
+    session = [e for e in _events(tmp_path) if e.HasField("session_log")]
+    assert session[-1].session_log.status == 1  # START
+    assert session[-1].step == 21
+
+
+@contextlib.contextmanager
+def _no_room():
+    """No file may become longer than it is, or than a byte."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_without_room_raises_and_blocks_nothing(tmp_path):
+    events = EventWriter(tmp_path, 0)
+    events.scalars(1, {"train/loss": 3.0})
+    with _no_room():
+        for step in range(2, 100):
+            with pytest.raises(OSError, match=r"too large|No space"):
+                events.scalars(step, {"train/loss": 2.0})
+    events.scalars(100, {"train/loss": 1.0})
+    events.close()
+    assert _scalars(tmp_path)[0] == (1, "train/loss", 3.0)
+    assert _scalars(tmp_path)[-1] == (100, "train/loss", 1.0)
+
+
+def test_rows_that_find_no_room_are_written_when_there_is(tmp_path):
+    writer = _write(tmp_path, 0, [1, 2])
+    with _no_room():
+        writer.add(3, {"train/loss": 0.5})
+        with pytest.raises(OSError, match="too large") as caught:
+            writer.write()
+        assert caught.value.filename == str(tmp_path / "metrics.jsonl")
+        with pytest.raises(OSError, match="too large"):
+            writer.write_history()
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
+    writer.write_history()
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("lost", [1, 5, 30])
 def test_a_last_line_cut_by_a_kill_is_left_out(tmp_path, lost):
-    _write(tmp_path, 0, [1, 2, 3]).close()
+    _write(tmp_path, 0, [1, 2, 3])
     path = tmp_path / "metrics.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole[: -1 - lost])
     assert [row["step"] for row in read_rows(path)] == [1, 2]
     # What is written next starts on a line of its own.
-    _write(tmp_path, 2, [3, 4]).close()
+    _write(tmp_path, 2, [3, 4])
     assert [row["step"] for row in read_rows(path)] == [1, 2, 3, 4]
     assert path.read_bytes().startswith(whole)
 
 
 def test_rows_after_the_resume_step_are_dropped(tmp_path):
-    _write(tmp_path, 0, [10, 20, 30, 40]).close()
+    _write(tmp_path, 0, [10, 20, 30, 40])
     writer = _write(tmp_path, 20, [25])
     writer.write_history()
-    writer.close()
     steps = [10, 20, 25]
     assert [row["step"] for row in writer.rows] == steps
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == steps
     columns = json.loads((tmp_path / "training_history.json").read_text())
     assert columns["train/loss"]["step"] == steps
-    # TensorBoard is told to forget what comes after step 20.
-    session = [
-        e for e in _events(tmp_path / "tensorboard") if e.HasField("session_log")
-    ]
-    assert session[-1].session_log.status == 1  # START
-    assert session[-1].step == 21
-
-
-def test_a_dead_disk_under_tensorboard_ends_it_and_not_the_run(tmp_path, monkeypatch):
-    said: list[str] = []
-    writer = MetricWriter(tmp_path, 0, said.append)
-    assert not (tmp_path / "tensorboard").exists()  # no row, no file
-    writer.write(1, {"train/loss": 3.0})
-    before = _scalars(tmp_path / "tensorboard")
-    with open("/dev/full", "wb", buffering=0) as full:
-        writer._events.close()
-        monkeypatch.setattr(writer._events, "_file", full)
-        for step in range(2, 100):
-            writer.write(step, {"train/loss": 2.0})
-            writer.write_text(step, "samples", "to be")
-    writer.close()
-    assert _scalars(tmp_path / "tensorboard") == before
-    assert len(writer.rows) == 99
-    (line,) = said
-    assert "left out from step 2 on" in line
-    assert "No space left on device" in line
 
 
 def test_nothing_written_yet(tmp_path):
@@ -211,16 +245,20 @@ def test_damaged_rows_are_passed_over(tmp_path, line):
     assert read_rows(path) == [{"step": 2, "train/loss": 1.5}]
     writer = MetricWriter(tmp_path, 2)
     writer.write_history()
-    writer.close()
 
 
 def test_a_loss_that_is_no_number_can_be_read_back(tmp_path):
     writer = MetricWriter(tmp_path, 0)
-    writer.write(1, {"train/loss": np.float32("nan"), "b": np.float32("inf")})
-    writer.close()
+    writer.add(1, {"train/loss": np.float32("nan"), "b": np.float32("inf")})
+    writer.write()
+    writer.write_history()
+    for name in ("metrics.jsonl", "training_history.json"):
+        text = (tmp_path / name).read_text()
+        assert "NaN" not in text  # which is no JSON
+        assert "Infinity" not in text
     (row,) = read_rows(tmp_path / "metrics.jsonl")
     assert math.isnan(row["train/loss"])
-    assert row["b"] == math.inf
+    assert math.isnan(row["b"])
 
 
 @pytest.mark.parametrize(

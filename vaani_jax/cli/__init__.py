@@ -5,6 +5,7 @@ Results go to standard output, everything else to standard error.
 
 import argparse
 import importlib
+import io
 import logging
 import os
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from vaani_jax.errors import VaaniError
-from vaani_jax.words import first_line, one_line, shown
+from vaani_jax.words import NO_ROOM, first_line, one_line, shown
 
 # A further command is a module and a row. A module has HELP (a sentence),
 # ``add_arguments(parser)`` and ``run(options) -> status``. Where it has FLAGS, a word,
@@ -31,10 +32,19 @@ COMMANDS = {
 }
 
 
+ROOM = ": make room there, or choose another place, and run the same command again"
+
+
 def run_guarded(main: Callable[[Any], int], argument: Any) -> int:
     """Runs a command; what a user can mend becomes one line and status 1."""
-    # Orbax logs through absl, with a traceback, what it then raises: we say it once.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Orbax logs through absl, with traces of all its threads, what it then raises: we
+    # say it once.
+    for library in ("absl", "asyncio"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal has no character for is replaced there, and nowhere else.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
     try:
         status = main(argument)
         sys.stdout.flush()  # here, what is not written is an error like any other
@@ -46,7 +56,8 @@ def run_guarded(main: Callable[[Any], int], argument: Any) -> int:
         return 141
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        status = _said(f"{error.strerror or error}{where}")
+        hint = ROOM if error.errno in NO_ROOM else ""
+        status = _said(f"{error.strerror or error}{where}{hint}")
         _drop_output()
         return status
     except KeyboardInterrupt:

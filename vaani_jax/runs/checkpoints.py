@@ -152,6 +152,10 @@ def _parts(sizes: Sequence[int]) -> Iterator[list[int]]:
         yield part
 
 
+class GoneError(Exception):
+    """A checkpoint has been removed while it was read: a newer one is there."""
+
+
 class Checkpoints:
     """The checkpoints of one run: the last few and the best.
 
@@ -282,7 +286,9 @@ class Checkpoints:
         for step in self.steps():
             try:
                 loss = self.meta(step)["loss"]
-            except Exception:  # damaged: not the best, whatever it was
+            except Exception as error:  # damaged: not the best, whatever it was
+                if not self._folder(step).exists():
+                    raise GoneError(step) from error
                 continue
             if isinstance(loss, int | float) and math.isfinite(loss):
                 losses[step] = loss
@@ -316,6 +322,7 @@ class Checkpoints:
 
         Raises:
           VaaniError: nothing whole to read.
+          GoneError: the run has replaced the checkpoint while it was read.
         """
         steps = self.steps()
         if step is not None:
@@ -331,6 +338,8 @@ class Checkpoints:
             except VaaniError:
                 raise
             except Exception as error:  # damage shows itself in any type
+                if not self._folder(candidate).exists():
+                    raise GoneError(candidate) from error
                 reason = first_line(error, 200)
                 notify(f"checkpoint {candidate} is damaged ({reason})")
                 if set_aside:
@@ -372,7 +381,7 @@ class Checkpoints:
         self, step: int, name: str, target: Tree, meta: Meta, take: Take
     ) -> Tree:
         """An item of a checkpoint, a few arrays at a time, each passed to ``take``."""
-        folder = self.directory / f"step_{step}" / name
+        folder = self._folder(step) / name
         structure: Any
         found, structure = jax.tree_util.tree_flatten_with_path(target)
         paths, shapes = zip(*found, strict=True)
@@ -408,9 +417,16 @@ class Checkpoints:
                     read[i] = None
         return structure.unflatten(taken)
 
+    def _folder(self, step: int) -> pathlib.Path:
+        return self.directory / f"step_{step}"
+
+    def reload(self) -> None:
+        """Looks again at what is on disk."""
+        self._manager.reload()
+
     def _set_aside(self, step: int) -> None:
         if is_first():
-            folder = self.directory / f"step_{step}"
+            folder = self._folder(step)
             number = 0
             while (target := self.directory / f"damaged-{step}-{number}").exists():
                 number += 1

@@ -1,18 +1,18 @@
 """Metrics: what they are called, and their rows on disk.
 
-Rows are JSON lines, TensorBoard event files and a history.
+Rows are JSON lines, and a history by column. Numbers that aren't finite are null there.
 """
 
 import dataclasses
 import json
+import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from vaani_jax.files import write_atomically
-from vaani_jax.runs.events import Events
+from vaani_jax.files import naming, to_json, write_atomically
 from vaani_jax.runs.workdir import Workdir
 
 Row = dict[str, float]
@@ -124,9 +124,16 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def read_rows(path: pathlib.Path) -> list[Row]:
-    """Rows of a metrics.jsonl, as `read_records` has them; only what is a number."""
+    """Rows of a metrics.jsonl, as `read_records` has them; only what is a number.
+
+    NaN in the place of null, by which a file says that a number is not finite.
+    """
     return [
-        {key: value for key, value in record.items() if isinstance(value, int | float)}
+        {
+            key: math.nan if value is None else value
+            for key, value in record.items()
+            if value is None or isinstance(value, int | float)
+        }
         for record in read_records(path)
     ]
 
@@ -144,7 +151,9 @@ def history(rows: list[Row]) -> dict[str, dict[str, list[float]]]:
 
 
 class MetricWriter:
-    """``metrics.jsonl``, TensorBoard events and ``training_history.json``.
+    """``metrics.jsonl`` and ``training_history.json``.
+
+    A row that can't be written is kept, and written with the next history that can.
 
     Attributes:
       rows: every row so far, those of earlier sessions of the run included.
@@ -154,35 +163,38 @@ class MetricWriter:
         self,
         workdir: pathlib.Path,
         start_step: int,
-        say: Callable[[str], None] = print,
     ) -> None:
         paths = Workdir(workdir)
-        self._history = paths.history
-        path = paths.metrics
+        self._history, self._path = paths.history, paths.metrics
         # A resumed run repeats the steps after its checkpoint: their rows go.
-        self.rows = [row for row in read_rows(path) if row["step"] <= start_step]
-        lines = "".join(json.dumps(row) + "\n" for row in self.rows)
-        write_atomically(path, lines.encode())
-        self._file = path.open("a", encoding="utf-8")
-        self._events = Events(paths.tensorboard, start_step, say)
+        self.rows = [row for row in read_rows(self._path) if row["step"] <= start_step]
+        self._rewrite()
+        self._whole = True
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> Row:
-        """Writes scalars; returns them flattened."""
+    def _rewrite(self) -> None:
+        lines = "".join(to_json(row) + "\n" for row in self.rows)
+        write_atomically(self._path, lines.encode())
+
+    def add(self, step: int, metrics: Mapping[str, Any]) -> Row:
+        """Keeps scalars, and returns them flattened; `write` puts them on disk."""
         values = flatten(metrics)
-        row = {"step": step, **values}
-        self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        self._events.add_scalars(step, values, {k: metric(k).title for k in values})
+        self.rows.append({"step": step, **values})
         return values
 
-    def write_text(self, step: int, tag: str, text: str) -> None:
-        self._events.add_text(step, tag, text)
+    def write(self) -> None:
+        """Writes the last row; raises OSError."""
+        line = to_json(self.rows[-1]) + "\n"
+        try:
+            with naming(self._path), self._path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError:
+            self._whole = False  # perhaps half a line
+            raise
 
     def write_history(self) -> None:
-        content = json.dumps(history(self.rows)) + "\n"
+        """Writes all rows by column, and again what could not be; raises OSError."""
+        if not self._whole:
+            self._rewrite()
+            self._whole = True
+        content = to_json(history(self.rows)) + "\n"
         write_atomically(self._history, content.encode())
-
-    def close(self) -> None:
-        self._file.close()
-        self._events.close()

@@ -49,6 +49,11 @@ class Workdir:
         """Config and results, JSON; written when a session ends."""
         return self.folder / "run.json"
 
+    @property
+    def lock(self) -> pathlib.Path:
+        """Who trains here, JSON; only while somebody does."""
+        return self.folder / "training.lock"
+
     def sample(self, step: int) -> pathlib.Path:
         """The texts that the model wrote after ``step`` steps."""
         return self.folder / "samples" / f"step_{step:06d}.txt"

@@ -1,6 +1,10 @@
 """Progress for people: a live bar on a terminal, plain lines elsewhere."""
 
+import contextlib
+import functools
+import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -15,7 +19,7 @@ from rich.progress import (
 from rich.table import Table
 
 from vaani_jax.runs.metrics import METRICS, Row
-from vaani_jax.words import duration
+from vaani_jax.words import duration, first_line
 
 LINE_SECONDS = 5.0  # between plain lines, where there is no terminal
 
@@ -35,6 +39,7 @@ class Display:
         self._note = ""
         self.eta = 0.0
         self._live: Live | None = None
+        self._lost = False
         # A dumb terminal can't move its cursor: it gets the plain lines.
         if console.is_terminal and not console.is_dumb_terminal:
             self._progress = Progress(
@@ -53,12 +58,27 @@ class Display:
 
     def __enter__(self) -> "Display":
         if self._live:
-            self._live.__enter__()
+            self._show(self._live.__enter__)
         return self
 
     def __exit__(self, *details: Any) -> None:
         if self._live:
-            self._live.__exit__(*details)
+            self._show(functools.partial(self._live.__exit__, *details))
+
+    def _show(self, action: Callable[[], Any]) -> None:
+        """Shows something; where nobody can see it any more, shows no more."""
+        if self._lost:
+            return
+        try:
+            action()
+        # Rich leaves with status 1 where the reader of a pipe has left.
+        except (OSError, ValueError, SystemExit) as error:
+            self._lost = True
+            self._console.quiet = True
+            self._live = None
+            with contextlib.suppress(OSError, ValueError):
+                reason = first_line(error) or "nobody reads it"
+                print(f"nothing more is shown: {reason}", file=sys.stderr, flush=True)
 
     def update(self, step: int, values: Row, eta_seconds: float) -> None:
         """Shows the state of a run after ``step`` steps."""
@@ -66,28 +86,35 @@ class Display:
         self.eta = eta_seconds
         if self._live:
             self._progress.update(self._task, completed=step)
-            self._live.update(self._render())
+            self._refresh()
         elif time.monotonic() - self._last_line >= LINE_SECONDS:
             self._last_line = time.monotonic()
-            self._console.print(
-                f"step {step:>6,}/{self._num_steps:,}  {self._summary()}",
-                highlight=False,
-                soft_wrap=True,
-            )
+            self._line(f"step {step:>6,}/{self._num_steps:,}  {self._summary()}")
 
     def say(self, message: str) -> None:
         """Prints a line above the bar."""
-        self._console.print(message, highlight=False, soft_wrap=True, markup=False)
+        self._line(message)
 
     def print(self, table: Table) -> None:
         """Prints a table."""
-        self._console.print(table)
+        self._show(lambda: self._console.print(table))
+
+    def _line(self, message: str) -> None:
+        self._show(
+            lambda: self._console.print(
+                message, highlight=False, soft_wrap=True, markup=False
+            )
+        )
+
+    def _refresh(self) -> None:
+        if self._live:
+            self._show(functools.partial(self._live.update, self._render()))
 
     def note(self, message: str) -> None:
         """What is going on besides training; empty for nothing."""
         self._note = message
         if self._live:
-            self._live.update(self._render())
+            self._refresh()
         elif message and time.monotonic() - self._last_line >= LINE_SECONDS:
             self._last_line = time.monotonic()
             self.say(message)

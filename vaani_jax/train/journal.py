@@ -5,15 +5,16 @@
 kernel's.
 """
 
-import json
+import contextlib
 import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from vaani_jax.files import write_atomically
+from vaani_jax.files import to_json, write_atomically
 from vaani_jax.runs.metrics import read_records
 from vaani_jax.runs.workdir import Workdir
+from vaani_jax.words import first_line
 
 Event = dict[str, Any]
 
@@ -40,22 +41,34 @@ class Journal:
         # A resumed run repeats the steps after its checkpoint: their events go. One
         # that begins again repeats the range test too, whose event is of step 0.
         self.events = [e for e in read_events(path) if e["step"] <= start_step > 0]
-        lines = "".join(json.dumps(event) + "\n" for event in self.events)
-        write_atomically(path, lines.encode())
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._rewrite()
+        self._whole = True
+
+    def _rewrite(self) -> None:
+        lines = "".join(to_json(event) + "\n" for event in self.events)
+        write_atomically(self._path, lines.encode())
 
     def record(
         self, step: int, setting: str, cause: str, old: Any, new: Any, **more: Any
     ) -> None:
-        """Writes one decision."""
+        """Writes one decision; where that fails, once more at the end."""
         event = {"step": step, "setting": setting, "cause": cause, **more}
         event |= {"old": _plain(old), "new": _plain(new)}
         self.events.append(event)
-        self._file.write(json.dumps(event) + "\n")
-        self._file.flush()
+        if not self._whole:
+            return
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(to_json(event) + "\n")
+        except OSError as error:
+            self._whole = False
+            self.say(f"no line in {self._path.name}: {first_line(error)}")
 
     def close(self) -> None:
-        self._file.close()
+        if not self._whole:
+            with contextlib.suppress(OSError):
+                self._rewrite()
 
 
 def _plain(value: Any) -> Any:

@@ -3,12 +3,10 @@
 import contextlib
 import math
 import pathlib
-import signal
 import tempfile
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 from rich.console import Console
@@ -23,6 +21,7 @@ from vaani_jax.evaluate.loss import Evaluation
 from vaani_jax.files import without_trace
 from vaani_jax.paths import local
 from vaani_jax.runs.checkpoints import Checkpoints
+from vaani_jax.runs.lock import locked
 from vaani_jax.runs.metadata import Metadata
 from vaani_jax.runs.workdir import Workdir
 from vaani_jax.train.clock import Clock
@@ -32,7 +31,8 @@ from vaani_jax.train.guard import Guard, Metrics, make_guard
 from vaani_jax.train.report import Report
 from vaani_jax.train.start import Start, starting
 from vaani_jax.train.state import TrainState, to_items
-from vaani_jax.words import duration, first_line
+from vaani_jax.train.watch import Watch
+from vaani_jax.words import cause_on_disk, duration, first_line
 
 
 class Callback:
@@ -60,33 +60,6 @@ class Callback:
           step: steps done.
           evaluation: None where none was due, or the run was stopped within it.
         """
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turns SIGINT and SIGTERM into a question that the loop asks.
-
-    A second Ctrl-C interrupts at once.
-    """
-    caught: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        del frame
-        if caught and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    old = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            old[number] = signal.signal(number, handle)
-    except ValueError:  # not the main thread: whoever runs us handles signals
-        pass
-    try:
-        yield lambda: bool(caught)
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -133,14 +106,16 @@ def train(
         console = Console(quiet=True)
 
     def say(message: str) -> None:
-        console.print(message, highlight=False, soft_wrap=True, markup=False)
+        with contextlib.suppress(OSError, ValueError):
+            console.print(message, highlight=False, soft_wrap=True, markup=False)
 
     with (
         without_trace(Workdir(workdir).checkpoints),
-        _stop_signals() as signalled,
         jax.set_mesh(mesh),
         _output(workdir) as output,
         processes.peers(),
+        _owned(workdir, say) as alive,
+        Watch(say, alive).watching() as watch,
         starting(config, workdir, mesh, say) as start,
     ):
         step = start.progress.step
@@ -152,13 +127,14 @@ def train(
         ):
             report.announce()
             if step >= start.num_steps:
+                report.completed()
                 say(
                     f"this run is done ({step:,} of {start.num_steps:,} steps): raise"
                     " --config.num_steps to go on, or choose another --workdir"
                 )
                 return None
-            ask = processes.Agreement(lambda: signalled() or stop())
-            loop = Loop(start, display, clock, guard, report, ask, callbacks)
+            ask = processes.Agreement(lambda: watch() or stop())
+            loop = Loop(start, display, clock, guard, report, ask, callbacks, watch)
             with display, jax.transfer_guard("disallow"):
                 step = loop.run()
                 if step < start.num_steps:
@@ -166,6 +142,28 @@ def train(
                     return None
             report.finished(loop.final)
             return loop.final
+
+
+@contextlib.contextmanager
+def _owned(
+    workdir: pathlib.Path, say: Callable[[str], None]
+) -> Iterator[Callable[[], None]]:
+    """Owns the workdir, as the first process does for all; gives the sign of life."""
+    if not processes.is_first():
+        yield lambda: None
+        return
+    try:
+        owned = locked(workdir, say)
+        lock = owned.__enter__()
+    except OSError as error:
+        raise VaaniError(
+            f"can't write to {workdir}: {error.strerror or error}. Make room there, or"
+            " choose another --workdir"
+        ) from None
+    try:
+        yield lock.touch
+    finally:
+        owned.__exit__(None, None, None)
 
 
 class Loop:
@@ -188,6 +186,7 @@ class Loop:
         report: Report,
         stop: processes.Agreement,
         callbacks: Sequence[Callback],
+        watch: Watch,
     ) -> None:
         self.state = start.state
         self.final: Evaluation | None = None
@@ -198,6 +197,7 @@ class Loop:
         self._report = report
         self._stop = stop
         self._callbacks = callbacks
+        self._watch = watch
         self._compiled = False
 
     def run(self) -> int:
@@ -207,9 +207,11 @@ class Loop:
         running: Metrics | None = None
         self._clock.restart()
         if step == 0:
-            self.state = guard.begin(self.state, self._take_step, self._stop)
+            with self._watch.during("the range test of the tuner"):
+                self.state = guard.begin(self.state, self._take_step, self._stop)
         while step < end and not self._stop():
-            self.state, metrics = self._take_step(step, self.state)
+            with self._watch.during(self._stage):
+                self.state, metrics = self._take_step(step, self.state)
             step += 1
             self.state = guard.dispatched(step, self.state, metrics)
             report.window.append(metrics)
@@ -233,9 +235,13 @@ class Loop:
             if running is not None:
                 self._look_at(step, running)
             self._save(step, None)
-        with _writing(start.checkpoints):
+        with self._watch.during("a checkpoint"), _writing(start.checkpoints):
             start.checkpoints.wait()
         return step
+
+    @property
+    def _stage(self) -> str:
+        return "a step" if self._compiled else "the compilation of the first step"
 
     def _take_step(self, step: int, state: TrainState) -> tuple[TrainState, Metrics]:
         """Dispatches the step after ``step``; its metrics are on the device."""
@@ -292,7 +298,8 @@ class Loop:
         ):
             self._save(step, result)
         if self._is_due(step, config.sample_interval) and not self._stop():
-            report.sample(step, self.state)
+            with self._watch.during("samples"):
+                report.sample(step, self.state)
         report.write_history()
         if step == self._start.num_steps:
             self.final = result
@@ -303,13 +310,14 @@ class Loop:
     def _evaluate(self, step: int) -> Evaluation | None:
         """Evaluates the state, rescued if need be; None where told to stop."""
         program = self._start.program
-        result = self._start.data.validation.evaluate(
-            program.eval_step,
-            self.state.variables,
-            self._stop,
-            lambda array: place(array, program.batch),
-            whole=step == self._start.num_steps,
-        )
+        with self._watch.during("an evaluation"):
+            result = self._start.data.validation.evaluate(
+                program.eval_step,
+                self.state.variables,
+                self._stop,
+                lambda array: place(array, program.batch),
+                whole=step == self._start.num_steps,
+            )
         if result is None:
             return None
         # Far worse than guessing, or not a number: the weights are at fault, whatever
@@ -342,7 +350,7 @@ class Loop:
             ),
         )
         loss = None if result is None else result.comparable
-        with _writing(start.checkpoints):
+        with self._watch.during("a checkpoint"), _writing(start.checkpoints):
             items = to_items(self.state)
             start.checkpoints.save(step, items, metadata.to_json(), loss=loss)
 
@@ -355,7 +363,7 @@ def _writing(checkpoints: Checkpoints) -> Iterator[None]:
     except Exception as error:  # orbax and tensorstore raise many types
         if processes.is_peer_error(error):
             raise
-        reason = first_line(error)
+        reason = cause_on_disk(error) or first_line(error)
         raise VaaniError(
             f"can't write a checkpoint to {checkpoints.directory}: {reason}. The"
             " checkpoints before it are whole: make room, and run the same command"

@@ -1,8 +1,10 @@
 """What a run tells: what it is, how it comes along, and what came of it."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,17 +14,19 @@ from rich.table import Table
 from vaani_jax.data.sources import as_json
 from vaani_jax.errors import VaaniError
 from vaani_jax.evaluate.loss import Evaluation
-from vaani_jax.files import write_atomically
+from vaani_jax.files import to_json, write_atomically
 from vaani_jax.inference.generate import generate
 from vaani_jax.inference.model import Model
 from vaani_jax.model.size import model_size
 from vaani_jax.model.transformer import unrolled
 from vaani_jax.runs.curves import plot_curves
 from vaani_jax.runs.metrics import METRICS, MetricWriter, Row
+from vaani_jax.runs.tensorboard import EventWriter
 from vaani_jax.runs.workdir import Workdir
 from vaani_jax.text.prompts import USUAL, default_prompt
 from vaani_jax.train.clock import Clock
 from vaani_jax.train.display import Display
+from vaani_jax.train.extras import Extras
 from vaani_jax.train.guard import Guard
 from vaani_jax.train.start import Start
 from vaani_jax.train.state import TrainState
@@ -73,7 +77,9 @@ class Report:
         self._clock = clock
         self._guard = guard
         self._due: _Due | None = None
-        self._writer = MetricWriter(output, start.progress.step, display.say)
+        self._extras = Extras(display.say)
+        self._writer = MetricWriter(output, start.progress.step)
+        self._events = EventWriter(self._paths.tensorboard, start.progress.step)
 
     def announce(self) -> None:
         """Says what is about to be trained, on what."""
@@ -101,10 +107,21 @@ class Report:
             for name in ("sparsity", "scale", "flipped"):
                 layers = [np.mean(v) for v in stats[f"quant/{name}"].values()]
                 values[f"quant/mean_{name}"] = np.mean(layers)
-        row = self._writer.write(due.step, values)
+        row = self._write(due.step, values)
         left = self._start.num_steps - due.step
         self._display.update(due.step, row, left * self._clock.seconds_per_step)
         self._guard.check_loss(due.step, row.get("train/loss", float("nan")))
+
+    def _write(self, step: int, values: Metrics) -> Row:
+        """Writes a row wherever rows go; returns it flattened."""
+        row = self._writer.add(step, values)
+        with self._extras.trying(
+            f"row in {self._paths.metrics.name}", way_on="it is kept for later"
+        ):
+            self._writer.write()
+        with self._extras.trying("events for TensorBoard"):
+            self._events.scalars(step, row)
+        return row
 
     def _means(self, fetched: list[Metrics]) -> Metrics:
         """The last of the metrics, with means where they say more."""
@@ -132,7 +149,7 @@ class Report:
             "eval/perplexity": result.perplexity,
             "eval/bits_per_byte": result.bits_per_byte,
         }
-        self._writer.write(step, row)
+        self._write(step, row)
         self._display.update(step, row, self._display.eta)
         # Compared over the same windows: the last evaluation takes more of them.
         best = self.best
@@ -153,38 +170,40 @@ class Report:
 
     def sample(self, step: int, state: TrainState) -> None:
         """Lets the model write, and shows it."""
-        text = self._sampled(state)
-        if text:
-            self._display.say(f"sample at step {step:,}:\n{_indented(text)}")
-            write_atomically(self._paths.sample(step), (text + "\n").encode("utf-8"))
-            self._writer.write_text(step, "samples", text)
-
-    def _sampled(self, state: TrainState) -> str:
-        config, tokenizer = self._start.config, self._start.data.tokenizer
         parts = []
         for prompt in _prompts(self._start):
-            try:
-                ids = tokenizer.encode(prompt)
-            except VaaniError as error:
-                self._display.say(f"no sample for the prompt {prompt!r}: {error}")
-                continue
-            with jax.transfer_guard("allow"):
-                module, variables = unrolled(config.vaani, state.variables)
-                new = generate(
-                    Model(module, variables, tokenizer),
-                    ids,
-                    max_new_tokens=config.sample.max_new_tokens,
-                    sampler=config.sample.sampler,
-                    seed=config.seed,
-                )
-            parts.append(prompt + tokenizer.decode(new[0]))
-        return "\n\n--- \n".join(parts)
+            with self._extras.trying(f"sample for the prompt {prompt!r}"):
+                parts.append(self._continued(prompt, state))
+        if not parts:
+            return
+        text = "\n\n--- \n".join(parts)
+        self._display.say(f"sample at step {step:,}:\n{_indented(text)}")
+        with self._extras.trying("file of samples"):
+            content = (text + "\n").encode("utf-8", errors="replace")
+            write_atomically(self._paths.sample(step), content)
+        with self._extras.trying("events for TensorBoard"):
+            self._events.text(step, "samples", text)
+
+    def _continued(self, prompt: str, state: TrainState) -> str:
+        config, tokenizer = self._start.config, self._start.data.tokenizer
+        ids = tokenizer.encode(prompt)
+        with jax.transfer_guard("allow"):
+            module, variables = unrolled(config.vaani, state.variables)
+            new = generate(
+                Model(module, variables, tokenizer),
+                ids,
+                max_new_tokens=config.sample.max_new_tokens,
+                sampler=config.sample.sampler,
+                seed=config.seed,
+            )
+        return prompt + tokenizer.decode(new[0])
 
     # -- Endings -----------------------------------------------------------------------
 
     def write_history(self) -> None:
         """Writes every row so far by column."""
-        self._writer.write_history()
+        with self._extras.trying(f"{self._paths.history.name}"):
+            self._writer.write_history()
 
     def stopped(self, step: int, command: str) -> None:
         """Says how to go on from a checkpoint of this step."""
@@ -197,11 +216,35 @@ class Report:
 
     def finished(self, final: Evaluation | None) -> None:
         """Shows and writes what came of a run that is over."""
-        self._write_results(final)
+        self._write_results(None if final is None else final.as_dict())
         self._display.print(self._table(final))
         if summary := self._guard.summary():
             self._display.say(summary)
         self._display.say(f"curves, history and samples are in {self._start.workdir}")
+
+    def completed(self) -> None:
+        """Writes what a run that is over lacks, and says so."""
+        lacks = [
+            path
+            for path in (self._paths.history, self._paths.curves)
+            if not path.exists()
+        ]
+        if not _has_final(self._paths.summary):
+            lacks.append(self._paths.summary)
+        if not lacks:
+            return
+        end = self._start.num_steps
+        self._write_results(
+            next(
+                (
+                    _unprefixed(row)
+                    for row in reversed(self._writer.rows)
+                    if row["step"] == end and "eval/loss" in row
+                ),
+                None,
+            )
+        )
+        self._display.say(f"written now: {', '.join(path.name for path in lacks)}")
 
     def _table(self, final: Evaluation | None) -> Table:
         start = self._start
@@ -231,29 +274,51 @@ class Report:
         table.add_row("size with 2-bit codes", "", small)
         return table
 
-    def _write_results(self, final: Evaluation | None) -> None:
+    def _write_results(self, final: Mapping[str, Any] | None) -> None:
         config, best = self._start.config, self.best
         self.write_history()
-        plot_curves(
-            self._writer.rows,
-            self._paths.curves,
-            title=f"{self._start.workdir.name}: "
-            + (f"validation loss {best['loss']:.4f} at best" if best else ""),
-            sparsity_band=config.sparsity_band,
-            events=self._guard.events,
-        )
+        with self._extras.trying("picture of the curves"):
+            plot_curves(
+                self._writer.rows,
+                self._paths.curves,
+                title=f"{self._start.workdir.name}: "
+                + (f"validation loss {best['loss']:.4f} at best" if best else ""),
+                sparsity_band=config.sparsity_band,
+                events=self._guard.events,
+            )
         summary = {
             "best": best,
-            "final": None if final is None else final.as_dict(),
+            "final": final,
             "elapsed_seconds": self._clock.elapsed,
             "corpus": as_json(self._start.data.corpus),
             "config": config.to_dict(),
         }
-        content = json.dumps(summary, indent=2) + "\n"
-        write_atomically(self._paths.summary, content.encode())
+        content = to_json(summary, indent=2) + "\n"
+        try:
+            write_atomically(self._paths.summary, content.encode())
+        except OSError as error:
+            raise VaaniError(
+                f"can't write {self._paths.summary}: {error.strerror}. The checkpoints"
+                " are whole: make room, and the same command writes it"
+            ) from error
 
     def close(self) -> None:
-        self._writer.close()
+        with contextlib.suppress(OSError):
+            self._events.close()
+
+
+def _has_final(summary: pathlib.Path) -> bool:
+    """Whether a run.json holds the results of a run that is over."""
+    try:
+        return json.loads(summary.read_text(encoding="utf-8"))["final"] is not None
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _unprefixed(row: Row) -> dict[str, float]:
+    """The scores of an evaluation, as `Evaluation.as_dict` calls them."""
+    prefix = "eval/"
+    return {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)}
 
 
 def announcement(start: Start) -> list[str]:
