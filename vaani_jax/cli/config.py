@@ -1,7 +1,8 @@
 """Shows every key of a config."""
 
 import argparse
-import json
+
+from vaani_jax.files import to_json
 
 FLAGS = "config"  # --config, --config.KEY=VALUE
 HELP = "Show every key of a config, with its value and what it is."
@@ -22,7 +23,7 @@ def run(options: argparse.Namespace) -> int:
 
     config = config_from_flags(options.flags).config if options.flags else Config()
     if options.json:
-        print(json.dumps(config.to_dict(), indent=1))
+        print(to_json(config.to_dict(), indent=1))
         return 0
     table = Table(box=None, pad_edge=False)
     for title in ("key", "value", "what it is"):

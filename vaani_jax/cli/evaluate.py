@@ -1,10 +1,10 @@
 """Measures a model on its held-out text."""
 
 import argparse
-import json
 
 from vaani_jax.cli.held_out import held_out, measured
 from vaani_jax.cli.output import notify
+from vaani_jax.files import to_json
 
 HELP = "Measure a model on its held-out text."
 
@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
     )
     result = measured(model, held_out(model, options.data))
     if options.json:
-        print(json.dumps(result.as_dict()))
+        print(to_json(result.as_dict()))
     else:
         print(f"checkpoint     {model.step:,}")
         print(f"loss           {result.loss:.4f} nats per token")

@@ -2,13 +2,13 @@
 
 import argparse
 import itertools
-import json
 from collections.abc import Iterable
 from typing import Any
 
 from vaani_jax.cli.numbers import number
 from vaani_jax.cli.output import notify
 from vaani_jax.errors import VaaniError
+from vaani_jax.files import to_json
 from vaani_jax.paths import cache_folder, is_writable, local, read_text
 from vaani_jax.settings import LARGEST_SEED
 
@@ -121,7 +121,7 @@ def run(options: argparse.Namespace) -> int:
             notify(f"{batch.stop:,} of {len(prompts):,} prompts")
     if options.json:
         result = {"results": results} if several else results[0]
-        print(json.dumps({**result, "checkpoint": model.step, "seed": options.seed}))
+        print(to_json({**result, "checkpoint": model.step, "seed": options.seed}))
     return 0
 
 

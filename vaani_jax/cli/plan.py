@@ -1,11 +1,11 @@
 """Says what a run will take, before it runs."""
 
 import argparse
-import json
 
 from vaani_jax.cli.numbers import number
 from vaani_jax.cli.output import notify
 from vaani_jax.errors import VaaniError
+from vaani_jax.files import to_json
 
 FLAGS = "config"  # --config, --config.KEY=VALUE
 MOST_DEVICES = 16_384  # each costs memory here, and no run is so large
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
         config = dataclasses.replace(config, model=model)
     plan = make_plan(config, notify=notify)
     if options.json:
-        print(json.dumps(as_dict(plan, chips, options.utilization)))
+        print(to_json(as_dict(plan, chips, options.utilization)))
     else:
         print(as_text(plan, chips, options.utilization))
     return 0

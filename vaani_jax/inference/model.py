@@ -6,12 +6,13 @@ CPU the mapped pages are the weights. ``packed.json`` has the rest: config, toke
 and the kind and shape of each packed array.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ import numpy as np
 
 from vaani_jax import leaves
 from vaani_jax.errors import VaaniError
-from vaani_jax.files import appearing
+from vaani_jax.files import appearing, to_json
 from vaani_jax.inference.tensors import read_tensors, write_tensors
 from vaani_jax.kernels import layout
 from vaani_jax.model.config import Architecture, Quantization
@@ -36,12 +37,17 @@ from vaani_jax.runs.metadata import Metadata
 from vaani_jax.runs.workdir import Workdir
 from vaani_jax.text.tokenizers import Tokenizer, from_json
 
+if TYPE_CHECKING:
+    from vaani_jax.runs.checkpoints import Checkpoints, Restored
+
 Notify = Callable[[str], None]
 
 PACKED_CONFIG = "packed.json"
 PACKED_ARRAYS = "model.safetensors"
 FORMAT = "vaani-packed-2"
 FORMATS = (FORMAT, "vaani-packed-1")  # what is read
+
+ATTEMPTS = 5  # to read from a run that replaces its checkpoints meanwhile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,57 +126,79 @@ def load(
         if checkpoint not in ("best", "last"):
             raise VaaniError(f"{workdir} holds a packed model: it has no checkpoints")
         return load_packed(workdir)
-    # Orbax takes a second to import; packed models start without it.
-    from vaani_jax.runs.checkpoints import Checkpoints
-
-    checkpoints = Checkpoints(Workdir(workdir).checkpoints, read_only=True)
-    try:
-        if checkpoint == "best":
-            step = checkpoints.best_step()
-        elif checkpoint == "last":
-            step = None
-        elif checkpoint.isdecimal() and len(checkpoint) < 20:
-            step = int(checkpoint)
-        else:
-            raise VaaniError(
-                f"checkpoint {checkpoint!r}: choose best, last or a step number"
-            )
-
-        def target(meta: dict[str, Any]) -> dict[str, Any]:
-            module = Metadata.from_json(meta).module
-            # Onto one device, however many the run had.
-            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            variables = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(
-                    leaf.shape, leaf.dtype, sharding=device
-                ),
-                jax.eval_shape(lambda: init_variables(module, jax.random.key(0))),
-            )
-            return {"model": variables}
-
-        read = functools.partial(
-            checkpoints.restore,
-            target,
-            notify=notify,
-            make_take=_packing if packed else None,
-        )
-        if step is not None and checkpoint == "best":
-            try:
-                restored = read(step=step)
-            except VaaniError as error:
-                notify(f"{error}; taking the newest one")
-                restored = read()
-        else:
-            restored = read(step=step)
-        if restored is None:
-            raise VaaniError(f"{workdir} has no checkpoint yet")
-    finally:
-        checkpoints.close()
+    restored = _read(workdir, checkpoint, packed, notify)
     metadata = Metadata.from_json(restored.meta)
     module, variables = unrolled(metadata.module, restored.items["model"])
     if packed and module.quantization.quantize:
         variables = pack_variables(variables, module.spec, layout=layout())
     return Model(module, variables, from_json(metadata.tokenizer), metadata)
+
+
+def _read(
+    workdir: pathlib.Path, checkpoint: str, packed: bool, notify: Notify
+) -> "Restored":
+    """Reads a checkpoint; looks again where the run removes it meanwhile."""
+    # Orbax takes a second to import; packed models start without it.
+    from vaani_jax.runs.checkpoints import Checkpoints, GoneError
+
+    folder = Workdir(workdir).checkpoints
+    for _ in range(ATTEMPTS):
+        try:
+            with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
+                return _read_once(checkpoints, workdir, checkpoint, packed, notify)
+        except GoneError:
+            continue  # a step that was asked for is missing the next time
+    raise VaaniError(
+        f"{workdir} replaces its checkpoints faster than they can be read: try again"
+        " later, or raise --config.save_interval of its run"
+    )
+
+
+def _read_once(
+    checkpoints: "Checkpoints",
+    workdir: pathlib.Path,
+    checkpoint: str,
+    packed: bool,
+    notify: Notify,
+) -> "Restored":
+    if checkpoint == "best":
+        step = checkpoints.best_step()
+    elif checkpoint == "last":
+        step = None
+    elif checkpoint.isdecimal() and len(checkpoint) < 20:
+        step = int(checkpoint)
+    else:
+        raise VaaniError(
+            f"checkpoint {checkpoint!r}: choose best, last or a step number"
+        )
+
+    def target(meta: dict[str, Any]) -> dict[str, Any]:
+        module = Metadata.from_json(meta).module
+        # Onto one device, however many the run had.
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        variables = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+            jax.eval_shape(lambda: init_variables(module, jax.random.key(0))),
+        )
+        return {"model": variables}
+
+    read = functools.partial(
+        checkpoints.restore,
+        target,
+        notify=notify,
+        make_take=_packing if packed else None,
+    )
+    if step is not None and checkpoint == "best":
+        try:
+            restored = read(step=step)
+        except VaaniError as error:
+            notify(f"{error}; taking the newest one")
+            restored = read()
+    else:
+        restored = read(step=step)
+    if restored is None:
+        raise VaaniError(f"{workdir} has no checkpoint yet")
+    return restored
 
 
 def _packing(meta: dict[str, Any]) -> Callable[[tuple[str, ...], jax.Array], Any]:
@@ -261,7 +289,7 @@ def save_packed(model: Model, folder: str | pathlib.Path) -> None:
     description = {**metadata.to_json(), "format": FORMAT, "packed": kinds}
     with appearing(local(folder, "the output"), folder=True) as building:
         write_tensors(building / PACKED_ARRAYS, arrays)
-        text = json.dumps(description, indent=1)
+        text = to_json(description, indent=1)
         (building / PACKED_CONFIG).write_text(text, encoding="utf-8")
 
 

@@ -17,6 +17,7 @@ import math
 import pathlib
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -41,6 +42,9 @@ Take = Callable[[tuple[str, ...], jax.Array], Any]
 
 
 PART_BYTES = 2**25  # of arrays that are read together where each is taken at once
+
+
+REMOVAL = 2.0  # seconds that a checkpoint takes to go
 
 
 FORMAT = "vaani-checkpoint-3"
@@ -153,7 +157,7 @@ def _parts(sizes: Sequence[int]) -> Iterator[list[int]]:
 
 
 class GoneError(Exception):
-    """A checkpoint has been removed while it was read: a newer one is there."""
+    """A checkpoint has been removed while a reader was at it: a newer one is there."""
 
 
 class Checkpoints:
@@ -167,6 +171,7 @@ class Checkpoints:
         self, directory: pathlib.Path, *, keep: int = 2, read_only: bool = False
     ) -> None:
         _silence_stragglers()
+        self._read_only = read_only
         self.directory = directory.absolute()
         if read_only and not self.directory.is_dir():
             raise VaaniError(f"{directory.parent} holds no run: {directory} is missing")
@@ -206,6 +211,8 @@ class Checkpoints:
                 },
             )
         except OSError as error:
+            if read_only and isinstance(error, FileNotFoundError):
+                raise GoneError(str(error)) from None
             raise VaaniError(
                 f"can't use {directory} for checkpoints: {error.strerror or error}"
             ) from None
@@ -287,7 +294,7 @@ class Checkpoints:
             try:
                 loss = self.meta(step)["loss"]
             except Exception as error:  # damaged: not the best, whatever it was
-                if not self._folder(step).exists():
+                if self._is_gone(step):
                     raise GoneError(step) from error
                 continue
             if isinstance(loss, int | float) and math.isfinite(loss):
@@ -338,7 +345,7 @@ class Checkpoints:
             except VaaniError:
                 raise
             except Exception as error:  # damage shows itself in any type
-                if not self._folder(candidate).exists():
+                if self._is_gone(candidate):
                     raise GoneError(candidate) from error
                 reason = first_line(error, 200)
                 notify(f"checkpoint {candidate} is damaged ({reason})")
@@ -420,9 +427,17 @@ class Checkpoints:
     def _folder(self, step: int) -> pathlib.Path:
         return self.directory / f"step_{step}"
 
-    def reload(self) -> None:
-        """Looks again at what is on disk."""
-        self._manager.reload()
+    def _is_gone(self, step: int) -> bool:
+        """Whether a checkpoint that can't be read has been removed, or soon will be.
+
+        A reader may meet it half removed; damage stays.
+        """
+        folder, end = self._folder(step), time.monotonic() + REMOVAL
+        while folder.exists():
+            if not self._read_only or time.monotonic() > end:
+                return False
+            time.sleep(0.05)
+        return True
 
     def _set_aside(self, step: int) -> None:
         if is_first():

@@ -6,6 +6,7 @@ that of the run lies in it as plain values, for those who go on training.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,12 +80,15 @@ class Metadata:
         return Vaani(self.architecture, self.quantization, execution)
 
     def to_json(self) -> Json:
-        """Plain values."""
+        """Plain values; null stands for numbers of the window that aren't finite."""
         return {
             **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
             "architecture": dataclasses.asdict(self.architecture),
             "quantization": dataclasses.asdict(self.quantization),
-            "window": list(self.window),
+            "window": [
+                {k: v if math.isfinite(v) else None for k, v in row.items()}
+                for row in self.window
+            ],
         }
 
     @classmethod
@@ -111,7 +115,10 @@ class Metadata:
         known["quantization"] = build(
             Quantization, known["quantization"], "quantization."
         )
-        known["window"] = tuple(known.get("window", ()))
+        known["window"] = tuple(
+            {k: math.nan if v is None else v for k, v in row.items()}
+            for row in known.get("window", ())
+        )
         _check_size(known["architecture"], known.get("stacked") is True, found)
         result = cls(**known)
         for name, kind in _KINDS.items():
