@@ -5,11 +5,16 @@ Whatever reads or writes a path that came from a flag, a config or the environme
 no folder named ``gs:``.
 """
 
+import json
 import os
 import pathlib
 import re
+from typing import Any
 
 from vaani_jax.errors import VaaniError
+from vaani_jax.words import first_line
+
+LARGEST_SMALL = 256 * 2**20  # bytes; the largest tokenizer.json about has 35 MB
 
 # pathlib makes one slash of two. A single letter is a drive.
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
@@ -123,3 +128,26 @@ def read_text(path: pathlib.Path, advice: str = "convert it to UTF-8") -> str:
         raise VaaniError(
             f"{path} is not UTF-8 text (byte {error.start:,}); {advice}"
         ) from None
+
+
+def read_small(path: pathlib.Path) -> str:
+    """The text of a file that holds little, such as a config; raises VaaniError."""
+    try:
+        if path.stat().st_size > LARGEST_SMALL:
+            raise VaaniError(f"{path} is too large for what it should hold")
+    except OSError as error:
+        raise VaaniError(f"can't read {path}: {error.strerror or error}") from None
+    return read_text(path)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a small JSON file; raises VaaniError."""
+    text = read_small(path)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = first_line(error, 200)
+        raise VaaniError(f"{path} is not JSON: {reason}") from None
+    if not isinstance(content, dict):
+        raise VaaniError(f"{path} must hold a JSON object")
+    return content

@@ -35,6 +35,7 @@ from vaani_jax.model.config import Quantization
 from vaani_jax.model.names import ternary_codes
 from vaani_jax.model.transformer import init_variables
 from vaani_jax.runs.checkpoints import Checkpoints
+from vaani_jax.text.special import Special
 from vaani_jax.text.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
@@ -62,7 +63,7 @@ def bpe(eos=True):
             show_progress=False,
         ),
     )
-    special = {"eos_token": "<|end|>"} if eos else {}
+    special = Special({"eos_token": "<|end|>"} if eos else {})
     return HFTokenizer(made.to_str(), special=special)
 
 
@@ -543,7 +544,9 @@ def test_every_parameter_has_its_name():
 def test_settings_survive_the_trip():
     config = SMALL.changed(n_kv_heads=2, rope_theta=1e4, norm_eps=1e-6)
     for storage in ("masters", "multiply", "divide", "full"):
-        found, kept = names.model_from_hf(names.hf_config(config.architecture, storage))
+        found, kept, _ = names.model_from_hf(
+            names.hf_config(config.architecture, storage)
+        )
         assert kept == storage
         stored = storage in ("multiply", "divide")
         assert found == config.changed(

@@ -2,8 +2,8 @@
 
 import argparse
 import itertools
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 from vaani_jax.cli.numbers import number
 from vaani_jax.cli.output import notify
@@ -64,21 +64,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--segment", type=count, default=16, help="tokens decoded, and shown, at a time"
     )
+    option(
+        "--ignore-eos",
+        action="store_true",
+        help="go on where a token that ends a text is drawn",
+    )
+    option(
+        "--log-probabilities",
+        action="store_true",
+        help="with --json: ids and log-probabilities, in nats, of what is drawn",
+    )
     parser.add_argument("--checkpoint", default="best", help="best, last or a step")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(options: argparse.Namespace) -> int:
-    import numpy as np
-
     from vaani_jax.devices.memory import return_freed_memory
     from vaani_jax.inference import generate
     from vaani_jax.inference.model import load
     from vaani_jax.inference.sampling import NUMBERS, SamplerConfig
+    from vaani_jax.text.tokenizers import continuation
 
     _keep_compiled()
     return_freed_memory()  # masters, that are packed as they are read
 
+    if options.log_probabilities and not options.json:
+        raise VaaniError("--log-probabilities are part of the JSON: add --json")
     if options.greedy:
         options.temperature = 0.0
     sampler = SamplerConfig(**{name: getattr(options, name) for name in NUMBERS})
@@ -98,25 +109,37 @@ def run(options: argparse.Namespace) -> int:
     }
 
     def continued(part: list[Any]) -> Iterable[Any]:
-        return generate.stream(
-            model, part, sampler=sampler, seed=options.seed, **chosen
+        return generate.segments(
+            model,
+            part,
+            sampler=sampler,
+            seed=options.seed,
+            ignore_eos=options.ignore_eos,
+            scored=options.log_probabilities,
+            **chosen,
         )
 
     if options.num_samples == 1 and not several and not options.json:
-        _show(prompts[0], continued(encoded), model.tokenizer)
+        _show(prompts[0], encoded[0], continued(encoded), model, options.ignore_eos)
         return 0
     results = []
     for batch in generate.batches(
         model.module, encoded, rows=options.batch_size, **chosen
     ):
-        ids = np.concatenate(list(continued(encoded[batch])), axis=1)
-        texts = iter([model.tokenizer.decode(row) for row in ids])
+        rows = iter(_rows(continued(encoded[batch]), model, options.ignore_eos))
         for i, prompt in enumerate(prompts[batch], batch.start):
-            samples = list(itertools.islice(texts, options.num_samples))
-            if options.json:
-                results.append({"prompt": prompt, "samples": samples})
-            else:
+            drawn = list(itertools.islice(rows, options.num_samples))
+            samples = [
+                continuation(model.tokenizer, encoded[i], row.text) for row in drawn
+            ]
+            if not options.json:
                 _print(i if several else None, prompt, samples)
+                continue
+            result: dict[str, Any] = {"prompt": prompt, "samples": samples}
+            if options.log_probabilities:
+                result["ids"] = [row.ids.tolist() for row in drawn]
+                result["log_probabilities"] = [row.scores.tolist() for row in drawn]
+            results.append(result)
         if batch.stop - batch.start < len(prompts):
             notify(f"{batch.stop:,} of {len(prompts):,} prompts")
     if options.json:
@@ -125,18 +148,53 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _show(prompt: str, segments: Iterable[Any], tokenizer: Any) -> None:
+class _Row(NamedTuple):
+    """What was drawn: all of it, with its scores, and what of it is text."""
+
+    ids: Any
+    scores: Any
+    text: Any
+
+
+def _rows(segments: Iterable[Any], model: Any, ignore_eos: bool) -> Iterator[_Row]:
+    import numpy as np
+
+    from vaani_jax.inference.generate import until_end
+
+    parts = list(segments)
+    ids = np.concatenate([part.ids for part in parts], axis=1)
+    scores = None
+    if parts[0].scores is not None:
+        scores = np.concatenate([part.scores for part in parts], axis=1)
+    for i, row in enumerate(ids):
+        text = row if ignore_eos else until_end(row, model.tokenizer)
+        count = min(len(row), len(text) + 1)  # with the token that ends it
+        yield _Row(row[:count], None if scores is None else scores[i, :count], text)
+
+
+def _show(
+    prompt: str,
+    prompt_ids: Any,
+    segments: Iterable[Any],
+    model: Any,
+    ignore_eos: bool,
+) -> None:
     """Prints a prompt and its continuation, as it comes."""
+    from vaani_jax.inference.generate import until_end
+    from vaani_jax.text.tokenizers import UNFINISHED, continuation
+
     ids: list[int] = []
-    shown = ""
+    text = shown = ""
     print(prompt, end="", flush=True)
     for segment in segments:
-        ids.extend(segment[0].tolist())
-        # Decoded as a whole: a character may span two segments of bytes.
-        ready = tokenizer.decode(ids).rstrip("\ufffd")
+        new = segment.ids[0]
+        ids.extend((new if ignore_eos else until_end(new, model.tokenizer)).tolist())
+        # A character may span two segments: it is shown when it is whole.
+        text = continuation(model.tokenizer, prompt_ids, ids)
+        ready = text.rstrip(UNFINISHED)
         print(ready[len(shown) :], end="", flush=True)
         shown = ready
-    print(tokenizer.decode(ids)[len(shown) :])
+    print(text[len(shown) :])
 
 
 def _print(place: int | None, prompt: str, samples: list[str]) -> None:

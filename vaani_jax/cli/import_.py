@@ -22,6 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write a packed folder, to generate from and not to train from",
     )
+    parser.add_argument(
+        "--weights",
+        choices=["auto", "ternary", "full"],
+        default="auto",
+        help="what the weights are, where the folder doesn't say; auto: full precision",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -32,6 +38,7 @@ def run(options: argparse.Namespace) -> int:
         options.workdir,
         max_seq_len=options.max_seq_len,
         packed=options.packed,
+        weights=options.weights,
         notify=notify,
     )
     if not options.packed:

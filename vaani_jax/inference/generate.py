@@ -9,6 +9,9 @@ Prompts of one batch end together: shorter ones are padded on the left, and the 
 knows where each row starts. So the padding to the bucket, on the right, is overwritten
 by what is drawn. Where a row fills the context, its newest half becomes its prompt, as
 it would alone, and the batch is read again.
+
+Ids without a token, which pad some vocabularies, are never drawn. A row ends with the
+first id that ends a text; what the loop draws behind it is thrown away.
 """
 
 import dataclasses
@@ -24,9 +27,11 @@ import numpy as np
 from vaani_jax.errors import VaaniError
 from vaani_jax.inference.model import Model
 from vaani_jax.inference.sampling import SamplerConfig, sample_token
+from vaani_jax.kernels.floats import log_likelihood
 from vaani_jax.model.cache import KVCache
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.settings import LARGEST_SEED
+from vaani_jax.text.tokenizers import Tokenizer
 
 Array = jax.Array
 
@@ -74,7 +79,7 @@ def prefill(
 @functools.partial(
     jax.jit,
     static_argnums=(0, 1, 2),
-    static_argnames=("num_samples",),
+    static_argnames=("num_samples", "scored"),
     donate_argnums=(5,),
 )
 def decode(
@@ -86,8 +91,11 @@ def decode(
     cache: KVCache,
     key: Array,
     start: Array,
+    allowed: Array | None = None,
+    *,
     num_samples: int | None = None,
-) -> tuple[Array, Array, KVCache]:
+    scored: bool = False,
+) -> tuple[Array, Array | None, Array, KVCache]:
     """Draws ``steps`` tokens in one loop.
 
     Args:
@@ -99,23 +107,31 @@ def decode(
       key: of the whole generation.
       start: index of the first token drawn, int32 scalar; token i uses
         ``fold_in(key, i)``, so segments don't change what is drawn.
+      allowed: [V] bool, the ids that may be drawn; all where None.
       num_samples: static; see `sample_token`.
+      scored: static; whether log-likelihoods are asked for.
 
     Returns:
-      Ids [B, steps] int32, the logits after them, and the cache.
+      Ids [B, steps] int32; their log-likelihoods [B, steps] float32, in nats, given
+      what is before them, as the model has them before temperature and filters, or
+      None; the logits after them; and the cache.
     """
 
-    def body(carry: Any, index: Array) -> tuple[Any, Array]:
+    def body(carry: Any, index: Array) -> tuple[Any, Any]:
         logits, cache = carry
         token_key = jax.random.fold_in(key, index)
-        token = sample_token(logits, token_key, sampler, num_samples)
+        drawn_from = logits
+        if allowed is not None:
+            drawn_from = jnp.where(allowed, logits, -jnp.inf)
+        token = sample_token(drawn_from, token_key, sampler, num_samples)
+        score = log_likelihood(logits, token) if scored else None
         logits, cache = module.apply(variables, token[:, None], cache)
-        return (logits[:, -1], cache), token
+        return (logits[:, -1], cache), (token, score)
 
-    (logits, cache), tokens = jax.lax.scan(
+    (logits, cache), (tokens, scores) = jax.lax.scan(
         body, (logits, cache), start + jnp.arange(steps, dtype=jnp.int32)
     )
-    return tokens.T, logits, cache
+    return tokens.T, None if scores is None else scores.T, logits, cache
 
 
 def bucket(length: int, limit: int) -> int:
@@ -251,7 +267,32 @@ def batches(
         first += count
 
 
-def stream(
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Tokens drawn together.
+
+    Attributes:
+      ids: [P * num_samples, n], int32: the samples of the first prompt, then those of
+        the second. Where a row has ended before, its last id, which ended it, is
+        repeated.
+      scores: [P * num_samples, n], float32: log-likelihoods in nats of these tokens
+        given what is before them, as the model has them before temperature and filters;
+        None unless asked for. 0 where a row has ended before.
+    """
+
+    ids: np.ndarray
+    scores: np.ndarray | None = None
+
+
+def _allowed(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray | None:
+    """Which ids of a model its tokenizer has a token for, [V]; None for all."""
+    allowed = np.zeros(vocab_size, bool)
+    has_token = tokenizer.has_token()[:vocab_size]
+    allowed[: len(has_token)] = has_token
+    return None if allowed.all() else allowed
+
+
+def segments(
     model: Model,
     prompt: np.ndarray | Sequence[np.ndarray],
     *,
@@ -261,16 +302,19 @@ def stream(
     num_samples: int = 1,
     kv_dtype: str | None = None,
     segment: int = SEGMENT,
-) -> Iterator[np.ndarray]:
-    """Continues prompts, a segment at a time.
+    ignore_eos: bool = False,
+    scored: bool = False,
+) -> Iterator[Segment]:
+    """Continues prompts, a segment at a time, until all rows have ended.
 
-    Each prompt continues as it does alone, up to the order of float sums.
+    Each prompt continues as it does alone, to the bit on a CPU with native kernels,
+    elsewhere up to the order of float sums.
 
     Args:
       model: packed or not.
       prompt: ids [length], at least one; or a list of P such prompts, of any lengths.
         Of a prompt longer than the context, the end counts.
-      max_new_tokens: how many to draw.
+      max_new_tokens: how many to draw at most.
       sampler: how.
       seed: equal seeds draw equal tokens. Token i of sample s depends on the seed, i
         and s, not on which prompt it continues: equal prompts continue equally.
@@ -278,10 +322,11 @@ def stream(
       kv_dtype: of the cache: "float32", "bfloat16" or "int8"; the compute dtype where
         None.
       segment: tokens at a time.
+      ignore_eos: whether to go on where an id that ends a text is drawn.
+      scored: whether log-likelihoods are asked for.
 
     Yields:
-      Ids [P * num_samples, n], int32, n <= ``segment``: the samples of the first
-      prompt, then those of the second.
+      Segments of ``segment`` tokens or fewer.
 
     Raises:
       VaaniError: an empty prompt, nothing asked for, or a dtype that caches don't have.
@@ -298,10 +343,13 @@ def stream(
     windows = [ids for ids in prompts for _ in range(num_samples)]
     longest = max(map(len, prompts))
     capacity = capacity_for(longest, max_new_tokens, segment, context)
+    allowed = _allowed(model.tokenizer, module.architecture.vocab_size)
+    ends = np.asarray([] if ignore_eos else model.tokenizer.eos_ids, np.int32)
+    ended = np.full(len(windows), -1, np.int32)  # by which id; -1 for none
     drawn = 0
     room = 0
     logits = cache = None
-    while drawn < max_new_tokens:
+    while drawn < max_new_tokens and (ended < 0).any():
         if room == 0:
             half = max(1, context // 2)
             windows = [w if len(w) < context else w[-half:] for w in windows]
@@ -320,7 +368,7 @@ def stream(
         # and single tokens up to the end of the context.
         wanted = min(segment, max_new_tokens - drawn)
         steps = segment if room >= segment else 1
-        ids, logits, cache = decode(
+        ids, scores, logits, cache = decode(
             module,
             sampler,
             steps,
@@ -329,13 +377,66 @@ def stream(
             cache,
             key,
             jnp.asarray(drawn, jnp.int32),
+            None if allowed is None else jnp.asarray(allowed),
             num_samples=num_samples,
+            scored=scored,
         )
-        new = np.asarray(jax.device_get(ids))[:, :wanted]
-        windows = [np.concatenate(pair) for pair in zip(windows, new, strict=True)]
-        drawn += new.shape[1]
+        new = Segment(
+            _cut(ids, wanted), None if scores is None else _cut(scores, wanted)
+        )
+        new, ended = _ended(new, ended, ends)
+        windows = [np.concatenate(pair) for pair in zip(windows, new.ids, strict=True)]
+        drawn += new.ids.shape[1]
         room -= steps
         yield new
+
+
+def _cut(array: Array, wanted: int) -> np.ndarray:
+    return np.asarray(jax.device_get(array))[:, :wanted]
+
+
+def _ended(
+    new: Segment, before: np.ndarray, ends: np.ndarray
+) -> tuple[Segment, np.ndarray]:
+    """Overwrites what was drawn behind the end of a row, and cuts what all rows have.
+
+    Args:
+      new: as drawn.
+      before: [rows] the id that has ended each row, or -1.
+      ends: the ids that end a text.
+
+    Returns:
+      What counts, and the id that has ended each row by now.
+    """
+    if not len(ends):
+        return new, before
+    ids, count = new.ids.copy(), new.ids.shape[1]
+    hits = np.isin(ids, ends)
+    # Where the row ends: before this segment, at a token of it, or not.
+    first = np.where(hits.any(axis=1), hits.argmax(axis=1), count)
+    first = np.where(before >= 0, -1, first)
+    rows = np.arange(len(ids))
+    here = ids[rows, np.clip(first, 0, count - 1)]
+    ended = np.where(before >= 0, before, np.where(first < count, here, -1))
+    behind = np.arange(count) > first[:, None]
+    ids = np.where(behind, ended[:, None], ids).astype(np.int32)
+    scores = None if new.scores is None else np.where(behind, 0, new.scores)
+    kept = count if (first == count).any() else max(1, int(first.max()) + 1)
+    return Segment(ids[:, :kept], None if scores is None else scores[:, :kept]), ended
+
+
+def stream(
+    model: Model, prompt: np.ndarray | Sequence[np.ndarray], **options: Any
+) -> Iterator[np.ndarray]:
+    """The ids of `segments`, [P * num_samples, n], int32."""
+    for new in segments(model, prompt, **options):
+        yield new.ids
+
+
+def until_end(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """The part of a row of ids that comes before the first one that ends a text."""
+    hits = np.isin(ids, np.asarray(tokenizer.eos_ids, np.int32))
+    return ids[: int(hits.argmax())] if hits.any() else ids
 
 
 def generate(
@@ -346,6 +447,8 @@ def generate(
     """All that `stream` yields at once.
 
     Returns:
-      Ids [P * num_samples, max_new_tokens], int32; P = 1 for a single prompt.
+      Ids [P * num_samples, n], int32; P = 1 for a single prompt. n is
+      ``max_new_tokens``, or less where all rows have ended before; see `Segment` and
+      `until_end` for rows that end before others.
     """
     return np.concatenate(list(stream(model, prompt, **options)), axis=1)

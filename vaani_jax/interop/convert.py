@@ -23,7 +23,13 @@ from vaani_jax.errors import VaaniError
 from vaani_jax.files import appearing
 from vaani_jax.inference.model import Model, load, save_packed
 from vaani_jax.interop.formats import FORMATS, Options, gguf, hf
-from vaani_jax.interop.names import ACTIVATIONS, Tensor, family_of, tensors
+from vaani_jax.interop.names import (
+    ACTIVATIONS,
+    Tensor,
+    Weights,
+    family_of,
+    tensors,
+)
 from vaani_jax.model.names import ternary_kernels
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.paths import local
@@ -269,6 +275,7 @@ def import_model(
     *,
     max_seq_len: int = 0,
     packed: bool = False,
+    weights: Weights = "auto",
     notify: Notify = print,
 ) -> Vaani:
     """Makes a run, or a packed folder, out of a model in a Hugging Face folder.
@@ -280,7 +287,9 @@ def import_model(
         `CONTEXT`.
       packed: whether to make a packed folder, which takes a sixteenth of the memory
         and can't be trained from.
-      notify: receives lines for people.
+      weights: what to take kernels for where the folder doesn't say: "ternary"
+        (masters), "full" (precision), or what is likely.
+      notify: receives lines for people, one of them what the weights are taken for.
 
     Returns:
       The model.
@@ -292,7 +301,8 @@ def import_model(
     source = local(source, "the folder to import")
     workdir = local(workdir, "the workdir")
     with appearing(workdir, folder=True) as temporary:
-        folder = hf.Folder(source)
+        folder = hf.Folder(source, weights)
+        notify(f"weights: {folder.reason}")
         architecture = folder.module.architecture
         limit = max_seq_len or min(architecture.max_seq_len, CONTEXT)
         if limit > architecture.max_seq_len:

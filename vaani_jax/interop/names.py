@@ -22,6 +22,10 @@ Kind = Literal["embedding", "norm", "linear", "head"]
 Storage = Literal["masters", "multiply", "divide", "full"]
 
 
+# What a person may say of weights whose config.json doesn't: what it says counts else.
+Weights = Literal["auto", "ternary", "full"]
+
+
 LARGEST = 2**31 - 1  # of any integer setting: what int32 indices can count
 
 
@@ -212,8 +216,18 @@ def hf_config(architecture: Architecture, storage: Storage) -> dict[str, Any]:
     return content
 
 
-def model_from_hf(content: dict[str, Any]) -> tuple[Vaani, Storage]:
+def model_from_hf(
+    content: dict[str, Any], weights: Weights = "auto", *, sub_norms: bool = False
+) -> tuple[Vaani, Storage, str]:
     """The model that a ``config.json`` describes, and how its kernels are stored.
+
+    Args:
+      content: of the file.
+      weights: what to take them for where the file doesn't say.
+      sub_norms: whether the folder holds sub-norms, whatever family it names.
+
+    Returns:
+      The model, the storage, and why it is that, for people.
 
     Raises VaaniError, naming the key, for what this project's model can't express.
     """
@@ -225,6 +239,8 @@ def model_from_hf(content: dict[str, Any]) -> tuple[Vaani, Storage]:
             " be imported"
         )
     row = rows[model_type]
+    if sub_norms and not row.sub_norms:  # a llama of 1bitLLM: bitnet by another name
+        row = dataclasses.replace(row, sub_norms=True)
     values: dict[str, Any] = {}
     rope = _rope(content, row)
     for ours, theirs, _ in SETTINGS:
@@ -258,7 +274,7 @@ def model_from_hf(content: dict[str, Any]) -> tuple[Vaani, Storage]:
     tied = content.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
         raise VaaniError("config.json: tie_word_embeddings must be true or false")
-    storage = _storage(content)
+    storage, reason = _storage(content, weights)
     std = content.get("initializer_range", 0.02)
     architecture = Architecture(
         **values,
@@ -271,7 +287,12 @@ def model_from_hf(content: dict[str, Any]) -> tuple[Vaani, Storage]:
         quantize=storage != "full",
         weight_scale="stored" if storage in ("multiply", "divide") else "absmean",
     )
-    return Vaani(architecture, quantization), storage
+    return Vaani(architecture, quantization), storage, reason
+
+
+# Of a rotary embedding that is not scaled; factors count where they aren't 1.
+ROPE_KEYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
+ROPE_FACTORS = {"factor", "attention_factor", "attn_factor"}
 
 
 def _rope(content: dict[str, Any], row: Family) -> float:
@@ -289,19 +310,51 @@ def _rope(content: dict[str, Any], row: Family) -> float:
                 f"config.json has rotary scaling of type {_brief(kind)}: only the plain"
                 " rotary embedding can be imported"
             )
+        plain = ROPE_KEYS | {k for k in ROPE_FACTORS if rope.get(k) in (None, 1)}
+        if other := sorted(map(str, rope.keys() - plain)):
+            raise VaaniError(
+                f"config.json has {', '.join(f'{key}.{k}' for k in other)[:100]}: this"
+                " scales the rotary embedding, or gives layers their own, and only the"
+                " plain one can be imported"
+            )
         found = rope.get("rope_theta", found)
-        share = rope.get("partial_rotary_factor", 1.0)
-        if share != 1.0:
-            raise VaaniError("config.json rotates a part of each head only")
+        _check_share(rope)
+    _check_share(content)
     if found is None:
         found = row.defaults["rope_theta"]
     return _number("rope_theta", found, 1.0, 1e12)
 
 
-def _storage(content: dict[str, Any]) -> Storage:
+def _check_share(found: dict[str, Any]) -> None:
+    for key in ("partial_rotary_factor", "rotary_pct", "rope_pct"):
+        if found.get(key) not in (None, 1):
+            raise VaaniError(
+                f"config.json has {key} {_brief(found[key])}: it rotates a part of each"
+                " head only, and all of it is rotated here"
+            )
+
+
+def _storage(content: dict[str, Any], weights: Weights) -> tuple[Storage, str]:
+    """How kernels are stored, and why."""
     quantization = content.get("quantization_config")
+    bits = content.get("weight_bits")
+    if quantization is None and bits is None:
+        if weights == "ternary":
+            return "masters", "ternary, as you say (--weights)"
+        says = "config.json names neither quantization_config nor weight_bits"
+        if weights == "full":
+            return "full", f"full precision, as you say (--weights), and {says}"
+        return "full", (
+            f"full precision, as {says}; if they are masters of a ternary model, import"
+            " them with --weights ternary"
+        )
+    if weights == "full":
+        raise VaaniError(
+            "--weights full: config.json says that these weights are quantized; leave"
+            " the flag out"
+        )
     if quantization is None:
-        return "full"
+        return _by_bits(content)
     if not isinstance(quantization, dict):
         raise VaaniError("config.json: quantization_config must hold keys")
     method = quantization.get("quant_method")
@@ -327,9 +380,27 @@ def _storage(content: dict[str, Any]) -> Storage:
         raise VaaniError(f"config.json has linear_class {_brief(linear)}")
     if mode not in ("online", "offline"):
         raise VaaniError(f"config.json has quantization_mode {_brief(mode)}")
+    reason = f"ternary, as quantization_config says (bitnet, {linear}, {mode})"
     if linear == "bitlinear":
-        return "divide"
-    return "masters" if mode == "online" else "multiply"
+        return "divide", reason
+    return "masters" if mode == "online" else "multiply", reason
+
+
+def _by_bits(content: dict[str, Any]) -> tuple[Storage, str]:
+    """Of 1bitLLM's keys: ``weight_bits`` 1 stands for ternary masters."""
+    weights, inputs = content.get("weight_bits"), content.get("input_bits", 8)
+    if weights == 16 and inputs in (16, 8):
+        return "full", "full precision, as weight_bits is 16"
+    if weights not in (1, 1.58):
+        raise VaaniError(
+            f"config.json has weight_bits {_brief(weights)}: 1, which stands for"
+            " ternary weights, can be imported"
+        )
+    if inputs != 8:
+        raise VaaniError(
+            f"config.json has input_bits {_brief(inputs)}: activations have 8 bits here"
+        )
+    return "masters", f"ternary masters, as weight_bits is {weights}"
 
 
 def _integer(key: str, value: Any) -> int:

@@ -13,16 +13,14 @@ import pathlib
 from typing import Any
 
 from vaani_jax.errors import VaaniError
-from vaani_jax.interop.files import read_json, read_text
+from vaani_jax.paths import read_small
+from vaani_jax.text.special import read_special
 from vaani_jax.text.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
     HFTokenizer,
     Tokenizer,
 )
-
-SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
-
 
 # Regular expressions that llama.cpp knows by a name, as the files of the original
 # models spell them (convert_hf_to_gguf.py, llama-vocab.cpp).
@@ -41,6 +39,20 @@ def _byte_characters() -> list[str]:
     return [chr(b if b in visible else next(others)) for b in range(256)]
 
 
+# Characters that a text has least use for: one stands for padding where a vocabulary
+# has no token of its own for that. Masked, it is as good as any; but readers that leave
+# padding out of a loss leave out what it stands for.
+PADDING = "\0|~^`$#@"
+
+
+def padding_of(tokenizer: CharTokenizer | ByteTokenizer) -> str:
+    """The character that pads batches of an export: one of the vocabulary."""
+    if isinstance(tokenizer, ByteTokenizer):
+        return "|"
+    known = tokenizer.characters
+    return next((c for c in PADDING if c in known), known[-1])
+
+
 def to_hf(tokenizer: Tokenizer) -> tuple[str, dict[str, Any]]:
     """The contents of ``tokenizer.json`` and of ``tokenizer_config.json``."""
     settings = {
@@ -48,12 +60,31 @@ def to_hf(tokenizer: Tokenizer) -> tuple[str, dict[str, Any]]:
         "clean_up_tokenization_spaces": False,
     }
     if isinstance(tokenizer, HFTokenizer):
-        return tokenizer.serialized, {**settings, **tokenizer.special}
+        special = tokenizer.special
+        template = special.chat_template
+        chat = {} if template is None else {"chat_template": template}
+        return tokenizer.serialized, {**settings, **special.names, **chat}
+    if not isinstance(tokenizer, CharTokenizer | ByteTokenizer):
+        raise VaaniError(f"a {type(tokenizer).__name__} can't be exported")
+    padding = padding_of(tokenizer)
+    added = {
+        "id": int(tokenizer.encode(padding)[0]),
+        "content": padding,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": False,  # it is a character of texts as well: nothing may skip it
+    }
+    settings["pad_token"] = padding
+    settings["added_tokens_decoder"] = {
+        str(added["id"]): {k: v for k, v in added.items() if k != "id"}
+    }
     content: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [],
+        "added_tokens": [added],
         "normalizer": None,
         "post_processor": None,
     }
@@ -72,7 +103,7 @@ def to_hf(tokenizer: Tokenizer) -> tuple[str, dict[str, Any]]:
                 "unk_token": "<unk>",  # which there is none: unknown ones are errors
             },
         }
-    elif isinstance(tokenizer, ByteTokenizer):
+    else:
         level = {
             "type": "ByteLevel",
             "add_prefix_space": False,
@@ -95,8 +126,6 @@ def to_hf(tokenizer: Tokenizer) -> tuple[str, dict[str, Any]]:
                 "merges": [],
             },
         }
-    else:
-        raise VaaniError(f"a {type(tokenizer).__name__} can't be exported")
     return json.dumps(content, ensure_ascii=False), settings
 
 
@@ -113,31 +142,24 @@ def from_folder(folder: pathlib.Path, vocab_size: int) -> Tokenizer:
             f"{folder} has no tokenizer.json: save one there with"
             " AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)"
         )
-    serialized = read_text(path)
-    special: dict[str, str] = {}
-    if (folder / "tokenizer_config.json").is_file():
-        settings = read_json(folder / "tokenizer_config.json")
-        for key in SPECIAL:
-            value = settings.get(key)
-            if isinstance(value, dict):  # an AddedToken
-                value = value.get("content")
-            if isinstance(value, str):
-                special[key] = value
-    tokenizer = HFTokenizer(serialized, vocab_size, special)
+    serialized = read_small(path)
+    tokenizer = HFTokenizer(serialized, vocab_size, read_special(folder))
     return _ours(serialized) or tokenizer
 
 
 def _ours(serialized: str) -> Tokenizer | None:
     """The tokenizer of ours that serializes to this text, if any does."""
     content = json.loads(serialized)
-    candidates: list[Tokenizer] = [ByteTokenizer()]
+    candidates: list[CharTokenizer | ByteTokenizer] = [ByteTokenizer()]
     vocabulary = content.get("model", {}).get("vocab")
     if isinstance(vocabulary, dict) and vocabulary:
         characters = "".join(vocabulary)
         if len(characters) == len(vocabulary):
             candidates.append(CharTokenizer(characters))
     for candidate in candidates:
-        if json.loads(to_hf(candidate)[0]) == content:
+        expected = json.loads(to_hf(candidate)[0])
+        # Versions before 0.2 named no padding.
+        if content in (expected, {**expected, "added_tokens": []}):
             return candidate
     return None
 
@@ -154,6 +176,7 @@ class GGUFVocabulary:
       merges: of BPE; None elsewhere.
       special: ids by key, such as "bos_token_id".
       add_bos: whether a text begins with the token of that name.
+      chat_template: Jinja source; empty for none.
     """
 
     model: str
@@ -163,6 +186,7 @@ class GGUFVocabulary:
     merges: list[str] | None = None
     special: dict[str, int] = dataclasses.field(default_factory=dict)
     add_bos: bool = False
+    chat_template: str = ""
 
 
 def to_gguf(tokenizer: Tokenizer, vocab_size: int) -> GGUFVocabulary:
@@ -212,15 +236,19 @@ def _bpe_to_gguf(tokenizer: HFTokenizer, vocab_size: int) -> GGUFVocabulary:
     added = {t["id"]: t for t in content.get("added_tokens", [])}
     names = {i: token for token, i in model["vocab"].items()}
     names |= {i: t["content"] for i, t in added.items()}
-    ids = {name: i for i, name in names.items()}
     special = {
-        f"{key}_id": ids[name] for key, name in tokenizer.special.items() if name in ids
+        f"{part}_id": found
+        for part in tokenizer.special.names
+        if (found := tokenizer.id_of(part)) is not None
     }
-    if "eos_token_id" not in special:
+    if not tokenizer.eos_ids:
         raise VaaniError(
             "this tokenizer names no eos_token: llama.cpp would take id 11 for it; name"
             " one in its tokenizer_config.json, or use --format hf or hf-packed"
         )
+    special["eos_token_id"], *others = tokenizer.eos_ids
+    if others:  # llama.cpp ends a text at either
+        special["eot_token_id"] = others[0]
     kinds = {i: 3 if t.get("special") else 4 for i, t in added.items()}
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     plain = tokenizer.encode("a").tolist()
@@ -239,7 +267,34 @@ def _bpe_to_gguf(tokenizer: HFTokenizer, vocab_size: int) -> GGUFVocabulary:
         merges,
         special,
         opened != plain,
+        _template(tokenizer),
     )
+
+
+def _template(tokenizer: HFTokenizer) -> str:
+    """The chat template that a GGUF file has room for; empty where there is none."""
+    template = tokenizer.special.chat_template
+    if isinstance(template, list):
+        named = {t.get("name"): t.get("template") for t in template if type(t) is dict}
+        template = named.get("default")
+    return template if isinstance(template, str) else ""
+
+
+def left_out_of_gguf(tokenizer: Tokenizer) -> list[str]:
+    """What a tokenizer brings that a GGUF file has no room for, as nouns."""
+    if not isinstance(tokenizer, HFTokenizer):
+        return []
+    special, found = tokenizer.special, []
+    if len(tokenizer.eos_ids) > 2:
+        found.append(f"the end-of-text ids {list(tokenizer.eos_ids[2:])}")
+    if special.chat_template is not None and not _template(tokenizer):
+        found.append("its chat templates, none of which is the default")
+    elif isinstance(special.chat_template, list) and len(special.chat_template) > 1:
+        found.append("all but the default of its chat templates")
+    kept = {"eos_token_id", "bos_token_id", "pad_token_id"}
+    if rest := sorted(special.generation.keys() - kept - {"transformers_version"}):
+        found.append(f"{', '.join(rest)} of its generation_config.json")
+    return found
 
 
 def _pre_tokenizer(found: Any) -> str | None:

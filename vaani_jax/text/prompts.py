@@ -29,6 +29,6 @@ def default_prompt(tokenizer: Tokenizer, opening: str = "") -> str:
 
 def _has_ids(tokenizer: Tokenizer, text: str) -> bool:
     try:
-        return len(tokenizer.encode(text)) > 0
+        return len(tokenizer.encode(text)) > 0  # besides what opens every text
     except VaaniError:
         return False

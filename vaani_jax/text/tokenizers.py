@@ -9,7 +9,10 @@ import numpy as np
 
 from vaani_jax.errors import VaaniError
 from vaani_jax.settings import named
+from vaani_jax.text.special import Special
 from vaani_jax.words import first_line
+
+UNFINISHED = "\ufffd"  # what bytes that are no whole character decode to
 
 
 @runtime_checkable
@@ -29,6 +32,13 @@ class Tokenizer(Protocol):
     def encode_prompt(self, text: str) -> np.ndarray:
         """Ids of a text that begins a sequence, with the tokens that open one."""
 
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end a text, as a model writes it."""
+
+    def has_token(self) -> np.ndarray:
+        """Which ids stand for something, bool [vocab_size]; others pad a vocabulary."""
+
     def to_json(self) -> dict[str, Any]:
         """A description from which `from_json` rebuilds the tokenizer."""
 
@@ -39,6 +49,8 @@ class CharTokenizer:
     Attributes:
       characters: the vocabulary, sorted, each once.
     """
+
+    eos_ids: tuple[int, ...] = ()
 
     def __init__(self, characters: str) -> None:
         if not characters:
@@ -79,6 +91,9 @@ class CharTokenizer:
     def encode_prompt(self, text: str) -> np.ndarray:
         return self.encode(text)
 
+    def has_token(self) -> np.ndarray:
+        return np.ones(self.vocab_size, bool)
+
     def to_json(self) -> dict[str, Any]:
         return {"type": "char", "characters": self.characters}
 
@@ -87,6 +102,7 @@ class ByteTokenizer:
     """One id per byte of UTF-8: any text, 256 ids."""
 
     vocab_size = 256
+    eos_ids: tuple[int, ...] = ()
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(_encoded(text, "utf-8"), np.uint8).astype(np.int32)
@@ -99,6 +115,9 @@ class ByteTokenizer:
     def encode_prompt(self, text: str) -> np.ndarray:
         return self.encode(text)
 
+    def has_token(self) -> np.ndarray:
+        return np.ones(256, bool)
+
     def to_json(self) -> dict[str, Any]:
         return {"type": "byte"}
 
@@ -110,24 +129,22 @@ class HFTokenizer:
       serialized: the content of its ``tokenizer.json``.
       vocab_size: as many ids as the model has; those without a token, which pad the
         vocabulary of some models, decode to nothing.
-      special: names of its special tokens ("bos_token", "eos_token", ...).
+      special: its special tokens; those that files name by id only have their names.
+      eos_ids: the ids that end a text.
     """
 
     def __init__(
-        self,
-        serialized: str,
-        vocab_size: int = 0,
-        special: dict[str, str] | None = None,
+        self, serialized: str, vocab_size: int = 0, special: Special | None = None
     ) -> None:
         self.serialized = serialized
-        self.special = dict(special or {})
         self._tokenizer = self._guard(lambda: _tokenizers().from_str(serialized))
         if not isinstance(json.loads(serialized), dict):
             raise VaaniError("tokenizer.json must hold an object")
         # Both would change what a text is.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        names = self._tokenizer.get_vocab(with_added_tokens=True)
+        ids = set(names.values())
         if not ids:
             raise VaaniError("tokenizer.json holds no tokens")
         self.vocab_size = vocab_size or max(ids) + 1
@@ -136,6 +153,29 @@ class HFTokenizer:
                 f"tokenizer.json has {max(ids) + 1} ids, more than the"
                 f" {self.vocab_size} of the model"
             )
+        self._ids_with_token = np.zeros(self.vocab_size, bool)
+        self._ids_with_token[list(ids)] = True
+        self.special = self._resolved(special or Special(), ids)
+        found = [names.get(self.special.names.get("eos_token", ""), -1)]
+        found += self.special.ids.get("eos_token", ())
+        self.eos_ids = tuple(dict.fromkeys(i for i in found if i in ids))
+
+    def _resolved(self, special: Special, ids: set[int]) -> Special:
+        """Special tokens with the names of those that are known by their ids."""
+        known = {
+            part: self._tokenizer.id_to_token(found[0])
+            for part, found in special.ids.items()
+            if found[0] in ids
+        }
+        return dataclasses.replace(special, names={**known, **special.names})
+
+    def id_of(self, part: str) -> int | None:
+        """The id of a special token, such as "eos_token"; None where there is none."""
+        name = self.special.names.get(part)
+        return None if name is None else self._tokenizer.token_to_id(name)
+
+    def has_token(self) -> np.ndarray:
+        return self._ids_with_token.copy()
 
     @staticmethod
     def _guard(function: Any) -> Any:
@@ -148,18 +188,42 @@ class HFTokenizer:
             reason = first_line(error, 200)
             raise VaaniError(f"the tokenizer fails: {reason}") from None
 
-    def _ids(self, text: str, special: bool) -> np.ndarray:
-        encoding = self._guard(
+    def _encoding(self, text: str, special: bool) -> Any:
+        return self._guard(
             lambda: self._tokenizer.encode(text, add_special_tokens=special)
         )
-        ids = np.asarray(encoding.ids, np.int64)
+
+    def _checked(self, ids: Any) -> np.ndarray:
         return _checked(ids, self.vocab_size).astype(np.int32)
 
     def encode(self, text: str) -> np.ndarray:
-        return self._ids(text, special=False)
+        return self._checked(self._encoding(text, special=False).ids)
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        return self._ids(text, special=True)
+        """Ids, opened as the tokenizer's template says, and not closed.
+
+        A template that closes a text, with BERT's [SEP] or an EOS, is made for texts
+        that are whole.
+        """
+        encoding = self._encoding(text, special=True)
+        ids, of_text = list(encoding.ids), encoding.sequence_ids
+        # What the template has added is of no sequence.
+        last = max((i for i, n in enumerate(of_text) if n is not None), default=None)
+        return self._checked(ids[: self._opening() if last is None else last + 1])
+
+    def _opening(self) -> int:
+        """How many tokens the template puts before a text."""
+        for text in ("a", "0", "."):
+            of_text = self._encoding(text, special=True).sequence_ids
+            if any(n is not None for n in of_text):
+                return next(i for i, n in enumerate(of_text) if n is not None)
+        return 0
+
+    def encode_spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of a text, and where in it each ends, in characters; int64 [length]."""
+        encoding = self._encoding(text, special=False)
+        ends = np.asarray([end for _, end in encoding.offsets], np.int64)
+        return self._checked(encoding.ids), ends
 
     def decode(self, ids: Any) -> str:
         """The text, special tokens included."""
@@ -173,7 +237,7 @@ class HFTokenizer:
             "type": "huggingface",
             "tokenizer": self.serialized,
             "vocab_size": self.vocab_size,
-            "special": self.special,
+            "special": self.special.to_json(),
         }
 
 
@@ -208,7 +272,7 @@ def _read_huggingface(description: dict[str, Any]) -> Tokenizer:
     return HFTokenizer(
         _text(description["tokenizer"]),
         description.get("vocab_size", 0),
-        description.get("special"),
+        Special.from_json(description.get("special")),
     )
 
 
@@ -236,7 +300,7 @@ def from_json(description: Any) -> Tokenizer:
     if isinstance(kind, str) and kind in TOKENIZERS:
         try:
             return TOKENIZERS[kind].read(description)
-        except (KeyError, TypeError):  # not what `to_json` writes
+        except (KeyError, TypeError, ValueError):  # not what `to_json` writes
             pass
     raise VaaniError(f"unknown tokenizer description (type {kind!r})")
 
@@ -277,3 +341,26 @@ def _checked(ids: Any, vocab_size: int) -> np.ndarray:
     if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
         raise VaaniError(f"token ids must lie in [0, {vocab_size})")
     return ids
+
+
+def continuation(tokenizer: Tokenizer, prompt: Any, new: Any) -> str:
+    """What new ids add to the text of those before them.
+
+    Decoded with the prompt: the first token of a text may lose its space, and bytes of
+    a character may lie on both sides.
+
+    Args:
+      tokenizer: spells both.
+      prompt: ids before.
+      new: ids after; those of a character that isn't whole come out as U+FFFD.
+    """
+    new = np.asarray(new, np.int64).reshape(-1)
+    if not new.size:
+        return ""
+    prompt = np.asarray(prompt, np.int64).reshape(-1)
+    before = tokenizer.decode(prompt).rstrip(UNFINISHED)
+    text = tokenizer.decode(np.concatenate([prompt, new]))
+    if text.startswith(before):
+        return text[len(before) :]
+    # The new ids have changed how the end of the prompt is spelled.
+    return tokenizer.decode(new)

@@ -15,7 +15,7 @@ from vaani_jax.data.sources import as_json
 from vaani_jax.errors import VaaniError
 from vaani_jax.evaluate.loss import Evaluation
 from vaani_jax.files import to_json, write_atomically
-from vaani_jax.inference.generate import generate
+from vaani_jax.inference.generate import generate, until_end
 from vaani_jax.inference.model import Model
 from vaani_jax.model.size import model_size
 from vaani_jax.model.transformer import unrolled
@@ -24,6 +24,7 @@ from vaani_jax.runs.metrics import METRICS, MetricWriter, Row
 from vaani_jax.runs.tensorboard import EventWriter
 from vaani_jax.runs.workdir import Workdir
 from vaani_jax.text.prompts import USUAL, default_prompt
+from vaani_jax.text.tokenizers import continuation
 from vaani_jax.train.clock import Clock
 from vaani_jax.train.display import Display
 from vaani_jax.train.extras import Extras
@@ -186,7 +187,7 @@ class Report:
 
     def _continued(self, prompt: str, state: TrainState) -> str:
         config, tokenizer = self._start.config, self._start.data.tokenizer
-        ids = tokenizer.encode(prompt)
+        ids = tokenizer.encode_prompt(prompt)
         with jax.transfer_guard("allow"):
             module, variables = unrolled(config.vaani, state.variables)
             new = generate(
@@ -196,7 +197,7 @@ class Report:
                 sampler=config.sample.sampler,
                 seed=config.seed,
             )
-        return prompt + tokenizer.decode(new[0])
+        return prompt + continuation(tokenizer, ids, until_end(new[0], tokenizer))
 
     # -- Endings -----------------------------------------------------------------------
 

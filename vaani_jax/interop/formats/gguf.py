@@ -23,7 +23,7 @@ import numpy as np
 from vaani_jax.errors import VaaniError
 from vaani_jax.interop.formats.hf import masters_of, put
 from vaani_jax.interop.names import SETTINGS, Tensor, settings, tensors
-from vaani_jax.interop.tokenizers import to_gguf, unescaped
+from vaani_jax.interop.tokenizers import left_out_of_gguf, to_gguf, unescaped
 from vaani_jax.model.config import Architecture, Quantization
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.text.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
@@ -150,6 +150,8 @@ def write(
         writer.add_token_merges(vocabulary.merges)
     for key, value in vocabulary.special.items():
         writer.add_uint32(f"tokenizer.ggml.{_ggml_key(key)}", value)
+    if vocabulary.chat_template:
+        writer.add_chat_template(vocabulary.chat_template)
     writer.add_add_bos_token(vocabulary.add_bos)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
@@ -291,6 +293,8 @@ def check_vocabulary(path: pathlib.Path, tokenizer: Tokenizer) -> None:
 
 def note(tokenizer: Tokenizer) -> str:
     """What a person should know of a file with that tokenizer; empty for nothing."""
+    if left_out := left_out_of_gguf(tokenizer):
+        return f"GGUF has no room for {'; '.join(left_out)}"
     if not isinstance(tokenizer, CharTokenizer) or tokenizer.characters.isascii():
         return ""
     return (

@@ -18,16 +18,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from vaani_jax.errors import VaaniError
-from vaani_jax.interop.files import read_json
-from vaani_jax.interop.names import Storage, Tensor, hf_config, model_from_hf, tensors
-from vaani_jax.interop.tokenizers import from_folder, to_hf
+from vaani_jax.interop.names import (
+    Storage,
+    Tensor,
+    hf_config,
+    model_from_hf,
+    tensors,
+)
+from vaani_jax.interop.names import Weights as WeightsKind
+from vaani_jax.interop.tokenizers import from_folder, padding_of, to_hf
 from vaani_jax.model.config import Architecture, Quantization
 from vaani_jax.model.names import ternary_kernels
 from vaani_jax.model.packing import pack_kernel
 from vaani_jax.model.transformer import Vaani
+from vaani_jax.paths import read_json
 from vaani_jax.quant.packed import pack, pack_quarters, unpack_quarters
 from vaani_jax.quant.rounding import EPSILON
-from vaani_jax.text.tokenizers import HFTokenizer, Tokenizer
+from vaani_jax.text.special import GENERATION, MAP
+from vaani_jax.text.tokenizers import (
+    ByteTokenizer,
+    CharTokenizer,
+    HFTokenizer,
+    Tokenizer,
+)
 from vaani_jax.words import first_line
 
 Tree = Any
@@ -52,6 +65,13 @@ _packed = jax.jit(pack)  # traced: codes that were read are ternary
 
 
 IGNORED = ("rotary_emb.inv_freq",)  # buffers that older versions saved
+
+
+# Names that other folders have for tensors of ours.
+ALIASES = {  # 1bitLLM
+    "self_attn.inner_attn_ln": "self_attn.attn_sub_norm",
+    "mlp.ffn_layernorm": "mlp.ffn_sub_norm",
+}
 
 
 def _safetensors() -> Any:
@@ -133,10 +153,16 @@ def write_folder(
     content = hf_config(architecture, storage)
     serialized, settings = to_hf(tokenizer)
     if isinstance(tokenizer, HFTokenizer):
-        for key in ("bos_token", "eos_token", "pad_token"):
-            if key in tokenizer.special:
-                ids = tokenizer.encode(tokenizer.special[key])
-                content[f"{key}_id"] = int(ids[0]) if len(ids) == 1 else None
+        for part in ("bos_token", "pad_token"):
+            content[f"{part}_id"] = tokenizer.id_of(part)
+        ends = list(tokenizer.eos_ids)
+        content["eos_token_id"] = ends if len(ends) > 1 else (ends or [None])[0]
+        if tokenizer.special.names:
+            _write_json(folder / MAP, tokenizer.special.names)
+        if tokenizer.special.generation:
+            _write_json(folder / GENERATION, tokenizer.special.generation)
+    elif isinstance(tokenizer, CharTokenizer | ByteTokenizer):
+        content["pad_token_id"] = int(tokenizer.encode(padding_of(tokenizer))[0])
     settings["model_max_length"] = architecture.max_seq_len
     _write_json(folder / "config.json", content)
     (folder / "tokenizer.json").write_text(serialized, encoding="utf-8")
@@ -223,7 +249,9 @@ class Weights:
                 f"{folder} has neither {SINGLE} nor {INDEX} (pickled weights are not"
                 " read: save the model with save_pretrained, which writes safetensors)"
             )
-        self.names = set(self._places)
+        # By our names, the name that each has there.
+        self._theirs = {_ours(name): name for name in self._places}
+        self.names = set(self._theirs)
 
     def _index(self, content: dict[str, Any]) -> dict[str, str]:
         places = content.get("weight_map")
@@ -260,9 +288,10 @@ class Weights:
 
     def describe(self, name: str) -> tuple[str, tuple[int, ...]]:
         """Type and shape of a tensor; raises VaaniError where it is missing."""
-        if name not in self._places:
+        if name not in self._theirs:
             raise VaaniError(f"{self._folder} has no tensor {name}")
-        part = self._open(self._places[name]).get_slice(name)
+        there = self._theirs[name]
+        part = self._open(self._places[there]).get_slice(there)
         return part.get_dtype(), tuple(part.get_shape())
 
     def read(
@@ -280,7 +309,8 @@ class Weights:
             )
         library = _safetensors()
         try:
-            array = self._open(self._places[name]).get_tensor(name)
+            there = self._theirs[name]
+            array = self._open(self._places[there]).get_tensor(there)
         except (library.SafetensorError, OSError, ValueError) as error:
             raise VaaniError(
                 f"{name} can't be read: {first_line(error, 200)}"
@@ -293,12 +323,19 @@ class Weights:
         return array
 
 
+def _ours(name: str) -> str:
+    for theirs, ours in ALIASES.items():
+        name = name.replace(f".{theirs}.", f".{ours}.")
+    return name
+
+
 class Folder:
     """A model in a Hugging Face folder.
 
     Attributes:
       module: the model, with the context that the folder names.
       storage: how its kernels are kept.
+      reason: why they are taken for that, for people.
       tokenizer: its tokenizer.
 
     Making one checks names, types and shapes; `variables` reads the weights.
@@ -306,14 +343,24 @@ class Folder:
     Raises VaaniError for whatever is wrong with it.
     """
 
-    def __init__(self, path: pathlib.Path) -> None:
+    def __init__(self, path: pathlib.Path, kind: WeightsKind = "auto") -> None:
+        """Looks at everything but the numbers.
+
+        Args:
+          path: of the folder.
+          kind: what to take the weights for where its config doesn't say.
+        """
         if not path.is_dir():
             raise VaaniError(f"{path} is no folder")
         if not (path / "config.json").is_file():
             raise VaaniError(f"{path} has no config.json")
-        self.module, self.storage = model_from_hf(read_json(path / "config.json"))
-        architecture = self.module.architecture
+        content = read_json(path / "config.json")
         weights = self._weights = Weights(path)
+        sub_norms = any("_sub_norm." in name for name in weights.names)
+        self.module, self.storage, self.reason = model_from_hf(
+            content, kind, sub_norms=sub_norms
+        )
+        architecture = self.module.architecture
         if architecture.n_layers > len(weights.names):
             raise VaaniError(
                 f"config.json has {architecture.n_layers} layers, more than there"
@@ -337,6 +384,8 @@ class Folder:
                     f"{name} is {dtype} {list(found)}: the config asks for"
                     f" {' or '.join(dtypes)} {list(shape)}"
                 )
+        if kind == "ternary" and self.storage == "masters":
+            self._check_are_masters()
         self.tokenizer = from_folder(path, architecture.vocab_size)
 
     def _expected(self) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
@@ -355,6 +404,16 @@ class Folder:
             else:
                 expected[f"{tensor.hf}.weight"] = (shape, floats)
         return expected
+
+    def _check_are_masters(self) -> None:
+        """Refuses kernels of three values: their scale is no mean of magnitudes."""
+        first = next(t for t in tensors(self.module.architecture) if t.kind == "linear")
+        if len(np.unique(np.abs(self._floats(first)))) <= 2:
+            raise VaaniError(
+                f"{first.hf} holds three values, so it is a ternary kernel and no"
+                " master of one: leave --weights ternary out to compute with it as it"
+                " is, in full precision"
+            )
 
     def variables(self) -> Tree:
         """Parameters and quantizer variables, as `init_variables` shapes them.
