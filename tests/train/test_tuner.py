@@ -571,6 +571,25 @@ def test_rising_validation_loss_cuts_for_good():
     assert float(state.rules["learning_rate"].factor) == pytest.approx(lr.CUT)
 
 
+def test_a_cut_that_does_not_end_the_rise_is_taken_back():
+    """As where the held-out text is of another kind: the learning rate is no cause."""
+    tuner, state = make()
+    see_evaluation = jax.jit(tuner.see_evaluation)
+    causes, ceilings = [], []
+    rising = (2.0, 2.1, 2.2, 2.3, 2.4, 2.5, 2.6, 2.7)
+    for loss in (*rising, 1.9, 2.1, 2.2, 1.93, 1.91, 2.1, 2.2, 2.3):
+        state, change = see_evaluation(state, jnp.float32(loss))
+        causes.append(int(change.cause))
+        ceilings.append(float(state.rules["learning_rate"].ceiling))
+    cut, back = lr.CUT_BACK, lr.TAKEN_BACK
+    assert causes[:8] == [0, 0, cut, 0, back, 0, 0, 0]
+    assert ceilings[2] == pytest.approx(lr.CUT)
+    assert ceilings[7] == pytest.approx(1.0)
+    # A new lowest loss: the rule is there again; what is near it is no rise.
+    assert causes[8:] == [0, 0, cut, 0, 0, 0, back, 0]
+    assert ceilings[-1] == pytest.approx(1.0)
+
+
 def test_the_activation_momentum_grows_while_calm_within_bounds():
     tuner, state = make(momentum=0.99)
     seen = []

@@ -10,7 +10,7 @@ from vaani_jax.paths import local
 def held_out(model: Any, data: str = "") -> Any:
     """The validation part of the text of a model's training, or all of another."""
     from vaani_jax.data.config import DataConfig
-    from vaani_jax.data.corpus import Split, split_tokens
+    from vaani_jax.data.corpus import Split, encoded, split_tokens
     from vaani_jax.data.sources import load_corpus
     from vaani_jax.settings import build
 
@@ -22,14 +22,15 @@ def held_out(model: Any, data: str = "") -> Any:
         if trained_on and corpus.sha256 == trained_on["sha256"]:
             notify(f"{data} is the text of the training: its held-out part is measured")
             config = build(DataConfig, metadata.run["data"], "data.")
-            return split_tokens(config, corpus, model.tokenizer, seq_len)
-        ids = model.tokenizer.encode(corpus.text)
+            return _noted(split_tokens(config, corpus, model.tokenizer, seq_len))
+        found = encoded(model.tokenizer, corpus.text)
+        ids = found.ids
         if len(ids) < seq_len + 1:
             raise VaaniError(
                 f"{data} has {len(ids):,} tokens, fewer than one window of"
                 f" max_seq_len + 1 = {seq_len + 1}: take a longer text"
             )
-        return Split(ids[:0], ids)
+        return _noted(Split(ids[:0], ids, found.lost, found.ends))
     if trained_on is None:
         raise VaaniError(
             "an imported model has no text of its own: name one with --data FILE"
@@ -48,7 +49,16 @@ def held_out(model: Any, data: str = "") -> Any:
             f"the run was trained on {trained_on['source']}, which is not"
             f" {corpus.source} as it is now: {moved}"
         )
-    return split_tokens(config, corpus, model.tokenizer, seq_len)
+    return _noted(split_tokens(config, corpus, model.tokenizer, seq_len))
+
+
+def _noted(split: Any) -> Any:
+    """The same; a tokenizer that loses text is worth a line."""
+    from vaani_jax.data.corpus import lost_note
+
+    if note := lost_note(split.lost):
+        notify(f"note: {note}")
+    return split
 
 
 def measured(model: Any, split: Any) -> Any:

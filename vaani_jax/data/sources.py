@@ -51,16 +51,20 @@ class Corpus:
       text: everything, training part first.
       source: what it is, for people: a path, or a name.
       sha256: of the UTF-8 text, to recognize the same corpus in a resumed run.
+      files: name and characters of each file, in order, where there are several.
     """
 
     text: str
     source: str
     sha256: str
+    files: tuple[tuple[str, int], ...] = ()
 
     @classmethod
-    def of(cls, text: str, source: str) -> "Corpus":
+    def of(
+        cls, text: str, source: str, files: tuple[tuple[str, int], ...] = ()
+    ) -> "Corpus":
         digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
-        return cls(text, source, digest)
+        return cls(text, source, digest, files)
 
     @property
     def opening(self) -> str:
@@ -216,12 +220,15 @@ def _files(config: DataConfig, notify: Notify) -> Corpus:
     advice = "convert it, or name only text files with a glob"
     texts = [read_text(file, advice) for file in files]
     # A vocabulary gets no character that no text has.
-    text = ("\n" if any("\n" in text for text in texts) else "").join(texts)
+    between = "\n" if any("\n" in text for text in texts) else ""
+    text = between.join(texts)
     if not text:
         raise VaaniError(f"the text at --config.data.path={pattern} is empty")
-    return Corpus.of(
-        text, pattern if len(files) == 1 else f"{pattern} ({len(files)} files)"
-    )
+    if len(files) == 1:
+        return Corpus.of(text, pattern)
+    lengths = [len(text) + len(between) for text in texts]
+    parts = tuple(zip(map(str, files), lengths, strict=True))
+    return Corpus.of(text, f"{pattern} ({len(files)} files)", parts)
 
 
 def _standard_library(config: DataConfig, notify: Notify) -> Corpus:

@@ -48,7 +48,7 @@ class Evaluation:
     Attributes:
       loss: mean negative log-likelihood in nats per token.
       tokens: tokens predicted.
-      bytes: length in UTF-8 of what they spell.
+      bytes: length in UTF-8 of the text that they stand for.
       sampled: the loss over the windows that evaluations within a run take, where this
         one took all the others, too; else None.
     """
@@ -88,7 +88,7 @@ class ValidationSet:
 
     Attributes:
       tokens: predicted in all windows.
-      bytes: length in UTF-8 of what they spell.
+      bytes: length in UTF-8 of the text that they stand for.
       sampled_tokens: predicted in the windows that evaluations within a run take.
     """
 
@@ -101,8 +101,12 @@ class ValidationSet:
         batch_size: int,
         parts: int = 1,
         limit: int = 0,
+        ends: np.ndarray | None = None,
     ) -> None:
         """Batches of ``batch_size`` windows or a few more: a multiple of ``parts``.
+
+        ``ends`` says where in the source each token ends, in bytes, where that can't be
+        had from the tokens.
 
         Of more than ``limit`` windows, this many are the sample, spread evenly over the
         text and always the same; 0 samples all.
@@ -110,8 +114,12 @@ class ValidationSet:
         windows = self._windows = validation_windows(tokens, seq_len)
         count = len(windows)
         self.tokens = count * seq_len
-        targets = tokens[1 : 1 + self.tokens]
-        self.bytes = len(tokenizer.decode(targets).encode("utf-8"))
+        if ends is None:
+            targets = tokens[1 : 1 + self.tokens]
+            self.bytes = len(tokenizer.decode(targets).encode("utf-8"))
+        else:
+            # One at least, of a text that is all lost.
+            self.bytes = max(1, int(ends[self.tokens] - ends[0]))
         sample = np.arange(count)
         if 0 < limit < count:
             sample = np.arange(limit) * count // limit
@@ -193,6 +201,7 @@ def validation_set(
         batch_size=batch_rows(architecture, parts),
         parts=parts,
         limit=limit,
+        ends=split.validation_ends,
     )
 
 

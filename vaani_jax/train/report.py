@@ -353,6 +353,7 @@ def announcement(start: Start) -> list[str]:
             "sample  a line break, the usual prompt, has no ids with this tokenizer:"
             f" they continue {prompt!r}, as the text begins"
         )
+    lines += [f"note    {note}" for note in start.data.notes]
     idle = len(jax.devices()) - mesh.size
     if mesh.size > 1 or idle:
         cut = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())

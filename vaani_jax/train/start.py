@@ -13,7 +13,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vaani_jax.data.batches import Batches
-from vaani_jax.data.corpus import make_tokenizer, split_tokens
+from vaani_jax.data.config import DataConfig
+from vaani_jax.data.corpus import (
+    held_out_note,
+    lost_note,
+    make_tokenizer,
+    split_tokens,
+)
 from vaani_jax.data.sources import Corpus, load_corpus
 from vaani_jax.devices.mesh import batch_parts, place
 from vaani_jax.errors import VaaniError
@@ -84,6 +90,7 @@ class Data:
       train_tokens: length of the training part.
       batches: of the training part.
       validation: the held-out part.
+      notes: what people should know of it.
     """
 
     corpus: Corpus
@@ -91,6 +98,7 @@ class Data:
     train_tokens: int
     batches: Batches
     validation: ValidationSet
+    notes: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +191,7 @@ def _start(
         tokenizer = from_json(found.tokenizer)
     elif config.init_from:
         source = load(config.init_from, notify=say)
-        tokenizer = source.tokenizer
+        tokenizer = _tokenizer_of(source, config, say)
     else:
         tokenizer = make_tokenizer(config.data, corpus)
     config = _with_vocabulary(config, tokenizer)
@@ -219,6 +227,36 @@ def _start(
     )
 
 
+def _tokenizer_of(source: Model, config: Config, say: Notify) -> Tokenizer:
+    """The tokenizer that weights were trained with, which the run takes over.
+
+    Raises VaaniError where the config asks for another: ids would mean other tokens.
+    """
+    tokenizer, data = source.tokenizer, config.data
+    description = tokenizer.to_json()
+    mend = (
+        f"the weights in {config.init_from} were trained with their own tokenizer, for"
+        " which their embedding stands: leave"
+    )
+    if data.tokenizer_file:
+        other = make_tokenizer(data, None)
+        if not same_tokenizer(other.to_json(), description):
+            raise VaaniError(
+                f"data.tokenizer_file = {data.tokenizer_file} is another tokenizer:"
+                f" {mend} the key out"
+            )
+    elif data.tokenizer not in (DataConfig().tokenizer, description["type"]):
+        raise VaaniError(
+            f"data.tokenizer is {data.tokenizer}, and that of the weights is"
+            f" {description['type']}: {mend} the key out"
+        )
+    say(
+        f"tokenizer: that of {config.init_from} ({description['type']},"
+        f" {tokenizer.vocab_size:,} ids)"
+    )
+    return tokenizer
+
+
 def _data(config: Config, mesh: Mesh, corpus: Corpus, tokenizer: Tokenizer) -> Data:
     seq_len = config.model.max_seq_len
     split = split_tokens(config.data, corpus, tokenizer, seq_len)
@@ -234,6 +272,9 @@ def _data(config: Config, mesh: Mesh, corpus: Corpus, tokenizer: Tokenizer) -> D
         ),
         validation=validation_set(
             config.model, split, tokenizer, batch_parts(mesh), config.eval_windows
+        ),
+        notes=tuple(
+            filter(None, (lost_note(split.lost), held_out_note(config.data, corpus)))
         ),
     )
 

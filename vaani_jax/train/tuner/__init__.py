@@ -270,7 +270,7 @@ class HyperparameterTuner:
     def see_evaluation(
         self, state: TunerState, loss: Array
     ) -> tuple[TunerState, Change]:
-        """Takes in a validation loss; cuts the learning rate for good if it rises."""
+        """Takes in a validation loss; cuts the learning rate if it rises."""
         own = state.rules["learning_rate"]
         own, change = self.learning_rate.see_evaluation(own, loss)
         rules = {**state.rules, "learning_rate": own}

@@ -1,6 +1,9 @@
 """The factor on the schedule falls at signs of instability, and recovers in calm.
 
 A validation loss that rises lowers its ceiling: the factor does not recover beyond it.
+Where the loss rises on all the same, the learning rate was not the cause (the held-out
+text may be of another kind): the ceiling goes back to where it was, and stays there
+until there is a new lowest loss.
 """
 
 import dataclasses
@@ -24,8 +27,14 @@ FACTOR_MIN = 0.1  # lowest factor on the schedule, without rescues
 RESCUE_CUT = 0.5  # factor after going back, for good
 FLIP_RATIO = 4.0  # codes that flip in a step, over their running mean, that are a sign
 # Share by which validation loss must exceed its lowest, at two evaluations running, for
-# the learning rate to be cut for good.
+# the ceiling to be cut; and at two more, for the cut to be taken back.
 OVERFIT_RISE = 0.02
+EVALUATIONS = 2
+
+# Values of `LearningRateState.risen` after a cut, until there is a new lowest loss; it
+# falls by one with every evaluation that exceeds the lowest.
+TRYING = -1
+RESTING = TRYING - EVALUATIONS
 
 # Causes of a change.
 CALM, SKIPS, LOSS, GRADIENTS, FLIPS = range(5)
@@ -38,6 +47,13 @@ CAUSES = (
 )
 SETTING = "learning_rate_factor"
 
+# What a validation loss led to.
+CUT_BACK, TAKEN_BACK = 1, 2
+SEEN = {
+    CUT_BACK: "validation loss rises",
+    TAKEN_BACK: "validation loss rises all the same: the cut for it is taken back",
+}
+
 
 @flax.struct.dataclass
 class LearningRateState:
@@ -47,7 +63,8 @@ class LearningRateState:
       factor, ceiling: on the schedule, and the largest that it may recover to.
       since_cut: steps since the factor was cut.
       skipped_before: steps skipped in all, at the last adjustment.
-      best_evaluation, risen: lowest validation loss; evaluations running above it.
+      best_evaluation, risen: lowest validation loss; evaluations running above it, or
+        what became of a cut (see `TRYING`).
     """
 
     factor: Array
@@ -117,18 +134,25 @@ class LearningRate(Rule):
     def see_evaluation(
         self, state: LearningRateState, loss: Array
     ) -> tuple[LearningRateState, Change]:
-        """Takes in a validation loss; the change's cause is whether it led to a cut."""
-        best = state.best_evaluation
-        risen = jnp.where(loss > best * (1 + OVERFIT_RISE), state.risen + 1, 0)
-        cut = risen >= 2
-        lower = jnp.maximum(state.ceiling * self.setup.factor(CUT), FACTOR_MIN)
-        ceiling = jnp.where(cut, lower, state.ceiling)
+        """Takes in a validation loss; the change's cause is one of `SEEN`."""
+        best, before = state.best_evaluation, state.risen
+        rises = loss > best * (1 + OVERFIT_RISE)
+        counting = jnp.where(rises, before + 1, 0)
+        trying = jnp.where(rises, jnp.maximum(before - 1, RESTING), before)
+        risen = jnp.where(before >= 0, counting, trying)
+        risen = jnp.where(loss < best, 0, risen)
+        lower = state.ceiling * self.setup.factor(CUT)
+        cut = (risen >= EVALUATIONS) & (lower >= FACTOR_MIN)
+        back = (before > RESTING) & (risen == RESTING)
+        higher = jnp.minimum(state.ceiling / self.setup.factor(CUT), 1.0)
+        ceiling = jnp.where(cut, lower, jnp.where(back, higher, state.ceiling))
         factor = jnp.minimum(state.factor, ceiling)
-        change = Change(state.factor, factor, cut.astype(jnp.int32))
+        cause = jnp.where(cut, CUT_BACK, jnp.where(back, TAKEN_BACK, 0))
+        change = Change(state.factor, factor, cause.astype(jnp.int32))
         state = dataclasses.replace(
             state,
             best_evaluation=jnp.minimum(best, loss),
-            risen=jnp.where(cut, 0, risen),
+            risen=jnp.where(cut, TRYING, risen),
             ceiling=ceiling,
             factor=factor,
         )
@@ -151,8 +175,8 @@ class LearningRate(Rule):
 
     def tell_evaluation(self, step: int, change: Change, journal: Journal) -> None:
         """Writes and says what a validation loss changed."""
-        if bool(change.cause):
-            self._tell(step, change, "validation loss rises", journal, aloud=True)
+        if cause := int(change.cause):
+            self._tell(step, change, SEEN[cause], journal, aloud=True)
 
     def _tell(
         self, step: int, change: Change, cause: str, journal: Journal, *, aloud: bool
@@ -160,7 +184,8 @@ class LearningRate(Rule):
         old, new = float(change.old), float(change.new)
         journal.record(step, SETTING, cause, old, new)
         if aloud:
-            journal.say(f"step {step:>6,}  learning rate x {new / old:.2f}: {cause}")
+            moved = f"x {new / old:.2f}" if new != old else "may recover"
+            journal.say(f"step {step:>6,}  learning rate {moved}: {cause}")
 
     def summary(self, events: Sequence[Event]) -> list[str]:
         cuts = [e for e in events if e["setting"] == SETTING and e["new"] < e["old"]]
