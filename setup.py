@@ -17,6 +17,7 @@ setup(
         Extension(
             "vaani_jax.kernels.cpu._cpu",
             sources=["vaani_jax/kernels/cpu/kernels.cc"],
+            depends=["vaani_jax/kernels/cpu/floats.inc"],
             include_dirs=[jax.ffi.include_dir()],
             language="c++",
             optional=True,
@@ -24,7 +25,7 @@ setup(
                 "-std=c++17",
                 "-O3",
                 "-g0",
-                # Products and sums round one by one, as XLA's do.
+                # Products and sums round one by one where the source says so.
                 "-ffp-contract=off",
                 "-fno-math-errno",
                 "-fno-trapping-math",

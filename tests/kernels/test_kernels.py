@@ -166,14 +166,30 @@ def test_a_head_in_8_bits(isa, rows, d, v):
     np.testing.assert_allclose(reference, exact, rtol=1e-5, atol=1e-5)
 
 
-def in_lanes(terms):
-    """float32 sums over the last axis in the order that is written in kernels.cc."""
-    count = terms.shape[-1]
-    pad = [(0, 0)] * (terms.ndim - 1) + [(0, -count % 16)]
-    parts = np.pad(terms, pad).reshape(*terms.shape[:-1], -1, 16)
-    lanes = np.zeros((*terms.shape[:-1], 16), np.float32)
-    for i in range(parts.shape[-2]):
-        lanes = lanes + parts[..., i, :]
+def fma(x, y, total):
+    """``x y + total`` of float32, rounded once.
+
+    In float64 the product is exact. Its sum is rounded to odd, which keeps the second
+    rounding, to float32, from seeing a tie where there is none.
+    """
+    x, y, total = (np.asarray(part, np.float64) for part in (x, y, total))
+    product = x * y
+    found = np.asarray(product + total)
+    other = found - product
+    error = (product - (found - other)) + (total - other)
+    even = (found.view(np.int64) & 1) == 0
+    away = np.nextafter(found, np.where(error > 0, np.inf, -np.inf))
+    return np.where(even & (error != 0), away, found).astype(np.float32)
+
+
+def in_lanes(x, y):
+    """float32 sums of products over the last axis, in the order of kernels.cc."""
+    x, y = np.broadcast_arrays(x, y)
+    pad = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % 16)]
+    x, y = (np.pad(z, pad).reshape(*z.shape[:-1], -1, 16) for z in (x, y))
+    lanes = np.zeros((*x.shape[:-2], 16), np.float32)
+    for i in range(x.shape[-2]):
+        lanes = fma(x[..., i, :], y[..., i, :], lanes)
     for half in (8, 4, 2, 1):
         lanes = lanes[..., :half] + lanes[..., half : 2 * half]
     assert lanes.dtype == np.float32
@@ -181,17 +197,16 @@ def in_lanes(terms):
 
 
 def exponential(x):
-    """float32 exp of x <= 0: the polynomial of kernels.cc, each operation rounded."""
+    """float32 exp of x <= 0: the polynomial of floats.inc, each operation rounded."""
     f = np.float32
     x = np.maximum(x, f(-87))
     n = np.rint(x * f(1.44269504))
-    r = x - n * f(0.693359375)
-    r = r - n * f(-2.12194440e-4)
+    r = fma(n, f(2.12194440e-4), fma(n, f(-0.693359375), x))
     p = f(1.9875691500e-4)
     for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1):
-        p = p * r + f(c)
-    p = p * r + f(5.0000001201e-1)
-    return (p * r * r + r + f(1)) * np.exp2(n, dtype=np.float32)
+        p = fma(p, r, f(c))
+    p = fma(p, r, f(5.0000001201e-1))
+    return (fma(p, r * r, r) + f(1)) * np.exp2(n, dtype=np.float32)
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
@@ -201,7 +216,7 @@ def test_a_norm_has_the_written_order(isa, rows, d):
     x, scale = rng.normal(size=(rows, d)), rng.uniform(0.5, 2, d)
     x, scale = x.astype(np.float32), scale.astype(np.float32)
     f = np.float32
-    inverse = f(1) / np.sqrt(in_lanes(x * x) * (f(1) / f(d)) + f(1e-5))
+    inverse = f(1) / np.sqrt(in_lanes(x, x) * (f(1) / f(d)) + f(1e-5))
     y, factors = jax.jit(cpu.rms_norm, static_argnums=2)(x, scale, 1e-5)
     np.testing.assert_array_equal(factors, inverse)
     np.testing.assert_array_equal(y, x * inverse[:, None] * scale)
@@ -213,7 +228,7 @@ def test_a_float_head_has_the_written_order(isa, rows, d, v):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(rows, d)).astype(np.float32)
     w = rng.normal(size=(v, d)).astype(np.float32)
-    expected = in_lanes(x[:, None] * w[None])
+    expected = in_lanes(x[:, None], w[None])
     np.testing.assert_array_equal(jax.jit(cpu.float_matmul)(x, w), expected)
     by_columns = jax.jit(functools.partial(cpu.float_matmul, columns=True))
     np.testing.assert_array_equal(by_columns(x, w.T.copy()), expected)
@@ -224,7 +239,7 @@ def test_a_log_of_a_sum_has_the_written_order(isa):
     x = (10 * np.random.default_rng(0).normal(size=(5, 83))).astype(np.float32)
     x[1, 3] = -np.inf
     top = x.max(-1, keepdims=True)
-    wide = np.log(in_lanes(exponential(x - top)).astype(np.float64))
+    wide = np.log(in_lanes(exponential(x - top), np.float32(1)).astype(np.float64))
     y = np.asarray(jax.jit(cpu.log_sum_exp)(x))
     np.testing.assert_array_equal(y, top[:, 0] + wide.astype(np.float32))
     exact = np.log(np.exp(x.astype(np.float64) - top).sum(-1)) + top[:, 0]
@@ -261,13 +276,13 @@ def test_attention_has_the_written_order(isa, dtype, h):
         seen = slice(first, slot + query + 1)
         shared = head // (n // k)
         key, value = (x[row, seen, shared] for x in wide)
-        score = in_lanes(q[row, query, head] * key) * np.float32(1 / np.sqrt(h))
+        score = in_lanes(q[row, query, head], key) * np.float32(1 / np.sqrt(h))
         score = score * ks[row, seen, shared]
         p = exponential(score - score.max())
-        p = p * (np.float32(1) / in_lanes(p)) * vs[row, seen, shared]
+        p = p * (np.float32(1) / in_lanes(p, np.float32(1))) * vs[row, seen, shared]
         expected = np.zeros(h, np.float32)
         for weight, one in zip(p, value, strict=True):
-            expected = expected + weight * one
+            expected = fma(weight, one, expected)
         np.testing.assert_array_equal(y[row, query, head], expected)
         np.testing.assert_array_equal(weights[row, head, query, seen], p)
         assert weights[row, head, query].sum() == weights[row, head, query, seen].sum()

@@ -156,9 +156,11 @@ class Vaani(nn.Module):
         if isinstance(self.embedding, PackedRows):
             x = to_dtype(take_rows(self.embedding, tokens), dtype)
         else:
-            x = to_dtype(jnp.take(self.embedding, tokens, axis=0), dtype)
+            # Each device looks up its columns for all rows of its group.
+            rows = constrain(tokens, "data", None)
+            x = to_dtype(jnp.take(self.embedding, rows, axis=0), dtype)
         x = dropout(x, a.dropout, None if keys is None else keys[-1])
-        # Each device looks up its columns for all rows of its group; they exchange.
+        # Then those of a group exchange columns for rows.
         x = constrain(x, "data", None, "fsdp")
         x = constrain(x, BATCH, None, None)
         filled: list[Any] = []

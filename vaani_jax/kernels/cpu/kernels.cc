@@ -124,8 +124,8 @@ struct Isa {
   // Rows [top, bottom) of activations, outputs [begin, end).
   void (*floats)(const Floats&, int64_t top, int64_t bottom, int64_t begin,
                  int64_t end);
-  // log(sum(exp(x))) of one row; `scratch` holds a number for each element.
-  float (*log_sum_exp)(const float* x, int64_t k, float* scratch);
+  // log(sum(exp(x))) of one row.
+  float (*log_sum_exp)(const float* x, int64_t k);
   // Row `b` of the batch, head `head` of the queries, queries [begin, end); one function
   // per dtype of the cache. `scratch` holds a number per slot.
   void (*attend[3])(const Attention&, int64_t b, int64_t head, int64_t begin,
@@ -149,329 +149,96 @@ constexpr float kPart = 1.0f / 127.0f;
 //
 // What is not exact has one order, on every machine and in training as in serving:
 //
-//   a sum of products  element i goes to lane i mod 16, in the order of i; a product
-//                      rounds before it is added; then lanes in a tree: l and l + 8,
-//                      l and l + 4, l and l + 2, l and l + 1
-//   over slots         one by one, from the first that counts
+//   a sum of products  element i goes to lane i mod 16, in the order of i; a product and
+//                      its addition round once together (fma); then lanes in a tree: l
+//                      and l + 8, l and l + 4, l and l + 2, l and l + 1
+//   over slots         one by one, from the first that counts, with fma
 //   roots, quotients   rounded correctly
 //
 // So a row's numbers depend neither on other rows nor on padding, nor on how work is
-// cut into threads and calls. Written with vectors of a fixed length, inlined into a
-// function of each instruction set, for which the compiler splits them as needed.
-
-#define VAANI_INLINE inline __attribute__((always_inline))
+// cut into threads and calls. `floats.inc` is written in operations on sixteen lanes,
+// which each instruction set brings.
 
 constexpr int kLanes = 16;
-typedef float V16 __attribute__((vector_size(64)));
-typedef float V8 __attribute__((vector_size(32)));
-
-VAANI_INLINE V16 load(const float* x) {
-  V16 v;
-  std::memcpy(&v, x, sizeof v);
-  return v;
-}
-
-VAANI_INLINE V16 load(const int8_t* x) {
-  typedef int8_t Bytes __attribute__((vector_size(16)));
-  Bytes bytes;
-  std::memcpy(&bytes, x, sizeof bytes);
-  return __builtin_convertvector(bytes, V16);
-}
-
-VAANI_INLINE V16 load(const uint16_t* x) {  // bfloat16
-  typedef uint16_t Halves __attribute__((vector_size(32)));
-  typedef uint32_t Words __attribute__((vector_size(64)));
-  Halves halves;
-  std::memcpy(&halves, x, sizeof halves);
-  return reinterpret_cast<V16>(__builtin_convertvector(halves, Words) << 16);
-}
-
-// The first `count` elements, then zeros.
-template <typename T>
-VAANI_INLINE V16 load_part(const T* x, int64_t count) {
-  T part[kLanes] = {};
-  std::memcpy(part, x, count * sizeof(T));
-  return load(part);
-}
-
-VAANI_INLINE float total(V16 lanes) {
-  float x[kLanes];
-  std::memcpy(x, &lanes, sizeof x);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) x[i] += x[i + half];
-  return x[0];
-}
-
-#if defined(__clang__)
-#define VAANI_PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-typedef int32_t Order __attribute__((vector_size(32)));
-#define VAANI_PICK(a, b, ...) __builtin_shuffle(a, b, Order{__VA_ARGS__})
-#endif
-
-VAANI_INLINE V8 folded(const V16& lanes) {
-  V8 low, high;
-  std::memcpy(&low, &lanes, sizeof low);
-  std::memcpy(&high, reinterpret_cast<const char*>(&lanes) + sizeof low, sizeof high);
-  return low + high;
-}
-
-// Of eight vectors what `total` gives, by the same tree.
-VAANI_INLINE V8 totals(const V16* x) {
-  V8 a[4], b[2];
-  for (int i = 0; i < 4; ++i) {
-    const V8 one = folded(x[i]), other = folded(x[i + 4]);
-    a[i] = VAANI_PICK(one, other, 0, 1, 2, 3, 8, 9, 10, 11) +
-           VAANI_PICK(one, other, 4, 5, 6, 7, 12, 13, 14, 15);
-  }
-  for (int i = 0; i < 2; ++i)
-    b[i] = VAANI_PICK(a[i], a[i + 2], 0, 1, 8, 9, 4, 5, 12, 13) +
-           VAANI_PICK(a[i], a[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-  return VAANI_PICK(b[0], b[1], 0, 8, 2, 10, 4, 12, 6, 14) +
-         VAANI_PICK(b[0], b[1], 1, 9, 3, 11, 5, 13, 7, 15);
-}
-
-VAANI_INLINE float norm_row(const float* x, const float* scale, int64_t k,
-                            float epsilon, float* out) {
-  V16 lanes = {};
-  int64_t i = 0;
-  for (; i + kLanes <= k; i += kLanes) lanes += load(x + i) * load(x + i);
-  if (i < k) {
-    const V16 part = load_part(x + i, k - i);
-    lanes += part * part;
-  }
-  const float part = 1.0f / static_cast<float>(k);
-  const float inverse = 1.0f / std::sqrt(total(lanes) * part + epsilon);
-  for (i = 0; i < k; ++i) out[i] = x[i] * inverse * scale[i];
-  return inverse;
-}
-
-// R rows of x with C rows of w.
-template <int R, int C>
-VAANI_INLINE void float_tile(const Floats& f, int64_t row, int64_t column) {
-  const float *x = f.x + row * f.k, *w = f.w + column * f.k;
-  V16 lanes[R * C] = {};
-  for (int64_t i = 0; i < f.k; i += kLanes) {
-    V16 left[R];
-    const int64_t rest = f.k - i;
-    if (rest >= kLanes) {
-      for (int r = 0; r < R; ++r) left[r] = load(x + r * f.k + i);
-      for (int c = 0; c < C; ++c) {
-        const V16 right = load(w + c * f.k + i);
-        for (int r = 0; r < R; ++r) lanes[r * C + c] += left[r] * right;
-      }
-    } else {
-      for (int r = 0; r < R; ++r) left[r] = load_part(x + r * f.k + i, rest);
-      for (int c = 0; c < C; ++c) {
-        const V16 right = load_part(w + c * f.k + i, rest);
-        for (int r = 0; r < R; ++r) lanes[r * C + c] += left[r] * right;
-      }
-    }
-  }
-  float* out = f.out + row * f.n + column;
-  int done = 0;
-  for (; done + 8 <= R * C; done += 8) {
-    float sums[8];
-    const V8 eight = totals(lanes + done);
-    std::memcpy(sums, &eight, sizeof sums);
-    for (int i = 0; i < 8; ++i)
-      out[(done + i) / C * f.n + (done + i) % C] = sums[i];
-  }
-  for (; done < R * C; ++done) out[done / C * f.n + done % C] = total(lanes[done]);
-}
-
-// A row of x with up to 16 columns of w: a vector of outputs for each lane.
-VAANI_INLINE void float_columns(const Floats& f, int64_t row, int64_t column,
-                                int64_t count) {
-  const float *x = f.x + row * f.k, *w = f.w + column;
-  V16 lanes[kLanes] = {};
-  int64_t i = 0;
-  if (count == kLanes) {
-    for (; i + kLanes <= f.k; i += kLanes)
-      for (int lane = 0; lane < kLanes; ++lane)
-        lanes[lane] += x[i + lane] * load(w + (i + lane) * f.n);
-  }
-  for (; i < f.k; ++i) lanes[i % kLanes] += x[i] * load_part(w + i * f.n, count);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  std::memcpy(f.out + row * f.n + column, lanes, count * sizeof(float));
-}
-
-template <int R, int C>
-VAANI_INLINE void float_part(const Floats& f, int64_t top, int64_t bottom,
-                             int64_t begin, int64_t end) {
-  if (f.columns) {
-    for (int64_t row = top; row < bottom; ++row)
-      for (int64_t column = begin; column < end; column += kLanes)
-        float_columns(f, row, column, std::min<int64_t>(kLanes, end - column));
-    return;
-  }
-  int64_t row = top;
-  for (; row + R <= bottom; row += R) {
-    int64_t column = begin;
-    for (; column + C <= end; column += C) float_tile<R, C>(f, row, column);
-    for (; column < end; ++column) float_tile<R, 1>(f, row, column);
-  }
-  for (; row < bottom; ++row) {
-    int64_t column = begin;
-    for (; column + 8 <= end; column += 8) float_tile<1, 8>(f, row, column);
-    for (; column < end; ++column) float_tile<1, 1>(f, row, column);
-  }
-}
-
-// exp of x <= 0, to about an ulp: 2^n e^r, r in +-ln 2 / 2, by a polynomial.
-VAANI_INLINE float exp_of(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  const float n = std::nearbyint(x * 1.44269504f);
-  float r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return p * __builtin_bit_cast(float, (static_cast<int32_t>(n) + 127) << 23);
-}
-
-// Leaves exp(x - max x) in `out`, which may be x; returns their sum and the maximum.
-VAANI_INLINE float exp_row(const float* x, int64_t count, float* out, float* largest) {
-  float top = x[0];
-  for (int64_t i = 0; i < count; ++i) top = std::max(top, x[i]);
-  for (int64_t i = 0; i < count; ++i) out[i] = exp_of(x[i] - top);
-  V16 lanes = {};
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) lanes += load(out + i);
-  if (i < count) lanes += load_part(out + i, count - i);
-  *largest = top;
-  return total(lanes);
-}
-
-VAANI_INLINE float log_sum_exp_row(const float* x, int64_t k, float* scratch) {
-  bool numbers = true;
-  for (int64_t i = 0; i < k; ++i) numbers &= x[i] < std::numeric_limits<float>::infinity();
-  if (!numbers) return std::numeric_limits<float>::quiet_NaN();
-  float largest;
-  const float sum = exp_row(x, k, scratch, &largest);
-  return largest + static_cast<float>(std::log(static_cast<double>(sum)));
-}
-
-// scores[s] = q . keys[s], of slots [first, last).
-template <typename T>
-VAANI_INLINE void score(const float* q, const T* keys, int64_t step, int64_t h,
-                        int64_t first, int64_t last, float* scores) {
-  int64_t s = first;
-  for (; s + 8 <= last; s += 8) {
-    const T* key = keys + s * step;
-    V16 lanes[8] = {};
-    int64_t i = 0;
-    for (; i + kLanes <= h; i += kLanes) {
-      const V16 part = load(q + i);
-      for (int j = 0; j < 8; ++j) lanes[j] += part * load(key + j * step + i);
-    }
-    if (i < h) {
-      const V16 part = load_part(q + i, h - i);
-      for (int j = 0; j < 8; ++j)
-        lanes[j] += part * load_part(key + j * step + i, h - i);
-    }
-    const V8 eight = totals(lanes);
-    std::memcpy(scores + s, &eight, sizeof eight);
-  }
-  for (; s < last; ++s) {
-    const T* key = keys + s * step;
-    V16 lanes = {};
-    int64_t i = 0;
-    for (; i + kLanes <= h; i += kLanes) lanes += load(q + i) * load(key + i);
-    if (i < h) lanes += load_part(q + i, h - i) * load_part(key + i, h - i);
-    scores[s] = total(lanes);
-  }
-}
-
-// 16 C numbers of the output, which stay in registers over all slots; fewer, `part`,
-// where that is not 0.
-template <int C, typename T>
-VAANI_INLINE void weighted_sum(const T* values, int64_t step, const float* weights,
-                               int64_t first, int64_t last, float* out,
-                               int64_t part = 0) {
-  V16 sums[C] = {};
-  for (int64_t s = first; s < last; ++s) {
-    const T* value = values + s * step;
-    for (int c = 0; c < C; ++c)
-      sums[c] += weights[s] * (part ? load_part(value, part) : load(value + kLanes * c));
-  }
-  std::memcpy(out, sums, part ? part * sizeof(float) : sizeof sums);
-}
-
-template <typename T>
-VAANI_INLINE void attend_rows(const Attention& a, int64_t b, int64_t head,
-                              int64_t begin, int64_t end, float* scratch) {
-  const int64_t shared = head / (a.n / a.k), step = a.k * a.h, h = a.h;
-  const int64_t origin = b * a.s * step + shared * h;
-  const T* keys = static_cast<const T*>(a.keys) + origin;
-  const T* values = static_cast<const T*>(a.values) + origin;
-  const float root = 1.0f / std::sqrt(static_cast<float>(h));
-  for (int64_t t = begin; t < end; ++t) {
-    // Beyond the capacity the model answers NaN; nothing may be read there.
-    const int64_t last = std::clamp<int64_t>(a.slot + t + 1, 1, a.s);
-    const int64_t first = std::clamp<int64_t>(a.starts[b], 0, last - 1);
-    const int64_t query = ((b * a.t + t) * a.n + head) * h;
-    float* row = a.weights ? a.weights + ((b * a.n + head) * a.t + t) * a.s : scratch;
-    score(a.q + query, keys, step, h, first, last, row);
-    for (int64_t s = first; s < last; ++s) row[s] *= root;
-    if (a.key_scales)
-      for (int64_t s = first; s < last; ++s)
-        row[s] *= a.key_scales[(b * a.s + s) * a.k + shared];
-    float largest;
-    const float inverse = 1.0f / exp_row(row + first, last - first, row + first, &largest);
-    int64_t s = first;
-    for (s = first; s < last; ++s) row[s] *= inverse;
-    if (a.weights) {
-      std::fill(row, row + first, 0.0f);
-      std::fill(row + last, row + a.s, 0.0f);
-    }
-    if (a.value_scales)
-      for (s = first; s < last; ++s)
-        row[s] *= a.value_scales[(b * a.s + s) * a.k + shared];
-    float* out = a.out + query;
-    int64_t i = 0;
-    for (; i + 64 <= h; i += 64)
-      weighted_sum<4>(values + i, step, row, first, last, out + i);
-    for (; i + 32 <= h; i += 32)
-      weighted_sum<2>(values + i, step, row, first, last, out + i);
-    for (; i + 16 <= h; i += 16)
-      weighted_sum<1>(values + i, step, row, first, last, out + i);
-    if (i < h) weighted_sum<1>(values + i, step, row, first, last, out + i, h - i);
-  }
-}
-
-// R x C: accumulators that the registers hold.
-#define VAANI_FLOAT_PARTS(name, target, R, C)                                          \
-  target float name##_norm(const float* x, const float* scale, int64_t k,              \
-                           float epsilon, float* out) {                                \
-    return norm_row(x, scale, k, epsilon, out);                                        \
-  }                                                                                    \
-  target void name##_floats(const Floats& f, int64_t top, int64_t bottom,              \
-                            int64_t begin, int64_t end) {                              \
-    float_part<R, C>(f, top, bottom, begin, end);                                      \
-  }                                                                                    \
-  target float name##_log_sum_exp(const float* x, int64_t k, float* scratch) {         \
-    return log_sum_exp_row(x, k, scratch);                                             \
-  }                                                                                    \
-  template <typename T>                                                                \
-  target void name##_attend(const Attention& a, int64_t b, int64_t head,               \
-                            int64_t begin, int64_t end, float* scratch) {              \
-    attend_rows<T>(a, b, head, begin, end, scratch);                                   \
-  }
-
-#define VAANI_FLOAT_TABLE(name)                                                        \
-  name##_norm, name##_floats, name##_log_sum_exp, {                                                        \
-    name##_attend<float>, name##_attend<uint16_t>, name##_attend<int8_t>               \
-  }
 
 // -- Portable ---------------------------------------------------------------------
 
-VAANI_FLOAT_PARTS(portable, , 2, 2)
+namespace portable {
+
+#define VAANI_TARGET
+#define VAANI_LANE inline __attribute__((always_inline))
+
+constexpr int kTileRows = 2, kTileColumns = 2;
+
+struct Lanes {
+  float v[kLanes];
+};
+
+template <typename F>
+VAANI_LANE Lanes by_lane(const F& function) {
+  Lanes found;
+  for (int i = 0; i < kLanes; ++i) found.v[i] = function(i);
+  return found;
+}
+
+VAANI_LANE Lanes all(float x) {
+  return by_lane([&](int) { return x; });
+}
+VAANI_LANE Lanes zero() { return all(0.0f); }
+VAANI_LANE Lanes load(const float* x) {
+  return by_lane([&](int i) { return x[i]; });
+}
+VAANI_LANE Lanes load(const int8_t* x) {
+  return by_lane([&](int i) { return static_cast<float>(x[i]); });
+}
+VAANI_LANE Lanes load(const uint16_t* x) {  // bfloat16
+  return by_lane([&](int i) {
+    const uint32_t bits = static_cast<uint32_t>(x[i]) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  });
+}
+VAANI_LANE void store(float* to, const Lanes& x) { std::memcpy(to, x.v, sizeof x.v); }
+VAANI_LANE Lanes add(const Lanes& x, const Lanes& y) {
+  return by_lane([&](int i) { return x.v[i] + y.v[i]; });
+}
+VAANI_LANE Lanes mul(const Lanes& x, const Lanes& y) {
+  return by_lane([&](int i) { return x.v[i] * y.v[i]; });
+}
+VAANI_LANE Lanes at_least(const Lanes& x, const Lanes& least) {
+  return by_lane([&](int i) { return x.v[i] < least.v[i] ? least.v[i] : x.v[i]; });
+}
+VAANI_LANE Lanes fma(const Lanes& x, const Lanes& y, const Lanes& sum) {
+  return by_lane([&](int i) { return std::fma(x.v[i], y.v[i], sum.v[i]); });
+}
+VAANI_LANE Lanes nearest(const Lanes& x) {
+  return by_lane([&](int i) { return std::nearbyint(x.v[i]); });
+}
+VAANI_LANE Lanes power(const Lanes& n) {
+  return by_lane([&](int i) {
+    // NaN has no exponent, and stays NaN by what it is multiplied with.
+    const int32_t whole = n.v[i] == n.v[i] ? static_cast<int32_t>(n.v[i]) : 0;
+    const int32_t bits = (whole + 127) << 23;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  });
+}
+VAANI_LANE float total(Lanes x) {
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) x.v[i] += x.v[i + half];
+  return x.v[0];
+}
+VAANI_LANE void totals(const Lanes* x, float* out) {
+  for (int i = 0; i < 8; ++i) out[i] = total(x[i]);
+}
+
+#include "floats.inc"
+
+#undef VAANI_TARGET
+#undef VAANI_LANE
+}  // namespace portable
 
 void portable_quantize(const float* x, int64_t k, const float* range, int8_t* codes,
                        int64_t stride, int32_t* sum, float* bound) {
@@ -549,11 +316,103 @@ void portable_rows(const Wide& a, const Rows& r, int64_t begin, int64_t end) {
 
 #if VAANI_X86
 
+typedef float V8 __attribute__((vector_size(32)));
+
+#if defined(__clang__)
+#define VAANI_PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t Order __attribute__((vector_size(32)));
+#define VAANI_PICK(a, b, ...) __builtin_shuffle(a, b, Order{__VA_ARGS__})
+#endif
+
+// Of eight vectors of lanes what `total` gives, by the same tree. A macro, as a function
+// would have to be compiled for each instruction set.
+#define VAANI_TOTALS(x, out)                                                           \
+  V8 a[4], b[2], one, other;                                                           \
+  for (int i = 0; i < 4; ++i) {                                                        \
+    one = reinterpret_cast<V8>(folded(x[i]));                                          \
+    other = reinterpret_cast<V8>(folded(x[i + 4]));                                    \
+    a[i] = VAANI_PICK(one, other, 0, 1, 2, 3, 8, 9, 10, 11) +                          \
+           VAANI_PICK(one, other, 4, 5, 6, 7, 12, 13, 14, 15);                         \
+  }                                                                                    \
+  for (int i = 0; i < 2; ++i)                                                          \
+    b[i] = VAANI_PICK(a[i], a[i + 2], 0, 1, 8, 9, 4, 5, 12, 13) +                      \
+           VAANI_PICK(a[i], a[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);                     \
+  one = VAANI_PICK(b[0], b[1], 0, 8, 2, 10, 4, 12, 6, 14) +                            \
+        VAANI_PICK(b[0], b[1], 1, 9, 3, 11, 5, 13, 7, 15);                             \
+  std::memcpy(out, &one, sizeof one)
+
 // -- AVX2 -------------------------------------------------------------------------
 
 #define VAANI_AVX2 __attribute__((target("avx2,fma")))
 
-VAANI_FLOAT_PARTS(avx2, VAANI_AVX2, 2, 2)
+namespace avx2 {
+
+#define VAANI_TARGET VAANI_AVX2
+#define VAANI_LANE VAANI_TARGET inline __attribute__((always_inline))
+
+constexpr int kTileRows = 2, kTileColumns = 2;
+
+struct Lanes {
+  __m256 low, high;
+};
+
+VAANI_LANE Lanes all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+VAANI_LANE Lanes zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+VAANI_LANE Lanes load(const float* x) {
+  return {_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)};
+}
+VAANI_LANE Lanes load(const int8_t* x) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+VAANI_LANE __m256 widened(const uint16_t* x) {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+VAANI_LANE Lanes load(const uint16_t* x) { return {widened(x), widened(x + 8)}; }
+VAANI_LANE void store(float* to, Lanes x) {
+  _mm256_storeu_ps(to, x.low);
+  _mm256_storeu_ps(to + 8, x.high);
+}
+VAANI_LANE Lanes add(Lanes x, Lanes y) {
+  return {_mm256_add_ps(x.low, y.low), _mm256_add_ps(x.high, y.high)};
+}
+VAANI_LANE Lanes mul(Lanes x, Lanes y) {
+  return {_mm256_mul_ps(x.low, y.low), _mm256_mul_ps(x.high, y.high)};
+}
+VAANI_LANE Lanes at_least(Lanes x, Lanes least) {  // the second, where one is NaN
+  return {_mm256_max_ps(least.low, x.low), _mm256_max_ps(least.high, x.high)};
+}
+VAANI_LANE Lanes fma(Lanes x, Lanes y, Lanes sum) {
+  return {_mm256_fmadd_ps(x.low, y.low, sum.low),
+          _mm256_fmadd_ps(x.high, y.high, sum.high)};
+}
+VAANI_LANE __m256 nearest(__m256 x) {
+  return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+VAANI_LANE Lanes nearest(Lanes x) { return {nearest(x.low), nearest(x.high)}; }
+VAANI_LANE __m256 power(__m256 n) {
+  const __m256i whole = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(whole, 23));
+}
+VAANI_LANE Lanes power(Lanes n) { return {power(n.low), power(n.high)}; }
+VAANI_LANE __m256 folded(Lanes x) { return _mm256_add_ps(x.low, x.high); }
+VAANI_LANE float total(Lanes lanes) {
+  float x[8];
+  _mm256_storeu_ps(x, folded(lanes));
+  for (int half = 4; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+  return x[0];
+}
+VAANI_LANE void totals(const Lanes* x, float* out) { VAANI_TOTALS(x, out); }
+
+#include "floats.inc"
+
+#undef VAANI_TARGET
+#undef VAANI_LANE
+}  // namespace avx2
 
 VAANI_AVX2 void avx2_quantize(const float* x, int64_t k, const float* range,
                               int8_t* codes, int64_t stride, int32_t* sum,
@@ -713,7 +572,57 @@ bool has_avx2() {
 #define VAANI_AVX512 \
   __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
 
-VAANI_FLOAT_PARTS(avx512, VAANI_AVX512, 4, 4)
+namespace avx512 {
+
+#define VAANI_TARGET VAANI_AVX512
+#define VAANI_LANE VAANI_TARGET inline __attribute__((always_inline))
+
+constexpr int kTileRows = 4, kTileColumns = 4;
+
+typedef __m512 Lanes;
+
+VAANI_LANE Lanes all(float x) { return _mm512_set1_ps(x); }
+VAANI_LANE Lanes zero() { return _mm512_setzero_ps(); }
+VAANI_LANE Lanes load(const float* x) { return _mm512_loadu_ps(x); }
+VAANI_LANE Lanes load(const int8_t* x) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+}
+VAANI_LANE Lanes load(const uint16_t* x) {  // bfloat16
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+VAANI_LANE void store(float* to, Lanes x) { _mm512_storeu_ps(to, x); }
+VAANI_LANE Lanes add(Lanes x, Lanes y) { return _mm512_add_ps(x, y); }
+VAANI_LANE Lanes mul(Lanes x, Lanes y) { return _mm512_mul_ps(x, y); }
+VAANI_LANE Lanes at_least(Lanes x, Lanes least) {  // the second, where one is NaN
+  return _mm512_max_ps(least, x);
+}
+VAANI_LANE Lanes fma(Lanes x, Lanes y, Lanes sum) { return _mm512_fmadd_ps(x, y, sum); }
+VAANI_LANE Lanes nearest(Lanes x) {
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+VAANI_LANE Lanes power(Lanes n) {
+  const __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(whole, 23));
+}
+VAANI_LANE __m256 folded(Lanes x) {
+  return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+}
+VAANI_LANE float total(Lanes lanes) {
+  float x[8];
+  _mm256_storeu_ps(x, folded(lanes));
+  for (int half = 4; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+  return x[0];
+}
+VAANI_LANE void totals(const Lanes* x, float* out) { VAANI_TOTALS(x, out); }
+
+#include "floats.inc"
+
+#undef VAANI_TARGET
+#undef VAANI_LANE
+}  // namespace avx512
 
 VAANI_AVX512 void avx512_quantize(const float* x, int64_t k, const float* range,
                                   int8_t* codes, int64_t stride, int32_t* sum,
@@ -1082,6 +991,11 @@ bool has_dot() {
 #endif  // NEON
 
 // -- The choice -------------------------------------------------------------------
+
+#define VAANI_FLOAT_TABLE(name)                                                        \
+  name::norm, name::floats, name::log_sum_exp, {                                       \
+    name::attend<float>, name::attend<uint16_t>, name::attend<int8_t>                  \
+  }
 
 const Isa kIsas[] = {
 #if VAANI_X86
@@ -1518,11 +1432,9 @@ ffi::Error log_sum_exp(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   constexpr int64_t kBatch = 16;  // rows at a time
   parallel(pool, useful_threads(pool, 4 * m * v), (m + kBatch - 1) / kBatch,
            [=, &isa](int64_t part) {
-             thread_local std::vector<float> scratch;
-             if (static_cast<int64_t>(scratch.size()) < v) scratch.resize(v);
              const int64_t stop = std::min(m, (part + 1) * kBatch);
              for (int64_t row = part * kBatch; row < stop; ++row)
-               to[row] = isa.log_sum_exp(from + row * v, v, scratch.data());
+               to[row] = isa.log_sum_exp(from + row * v, v);
            });
   return ffi::Error::Success();
 }
