@@ -23,6 +23,7 @@ HANDLERS = (
     "vaani_ternary_matmul",
     "vaani_rows_matmul",
     "vaani_attention",
+    "vaani_attention_gradient",
     "vaani_rms_norm",
     "vaani_float_matmul",
     "vaani_log_sum_exp",
@@ -179,3 +180,30 @@ def attention(
         shapes.append(jax.ShapeDtypeStruct(shape, jnp.float32))
     call = jax.ffi.ffi_call("vaani_attention", shapes, vmap_method="sequential")
     return tuple(call(q_BTNH, k_BSKH, v_BSKH, slot, start, *(scales or ())))
+
+
+def attention_gradient(
+    q_BTNH: Array,
+    k_BTKH: Array,
+    v_BTKH: Array,
+    y_BTNH: Array,
+    g_BTNH: Array,
+    weights_BNTT: Array,
+) -> tuple[Array, ...]:
+    """What causal attention of all to those before them gets back; all float32.
+
+    Args:
+      q_BTNH, k_BTKH, v_BTKH: as `attention` had them, with ``slot`` and ``start`` 0.
+      y_BTNH, weights_BNTT: what it returned.
+      g_BTNH: the gradient of ``y_BTNH``.
+
+    Returns:
+      The gradients of queries, keys and values.
+    """
+    _loaded()
+    given = (q_BTNH, k_BTKH, v_BTKH, y_BTNH, g_BTNH, weights_BNTT)
+    shapes = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in given[:3]]
+    call = jax.ffi.ffi_call(
+        "vaani_attention_gradient", shapes, vmap_method="sequential"
+    )
+    return tuple(call(*given))

@@ -101,6 +101,15 @@ struct Attention {
   float* weights;  // [b, n, t, s], or null
 };
 
+// What comes back through causal attention of all queries to each other: g, the
+// gradient of y, leads to those of queries, keys and values.
+struct AttentionGradient {
+  const float *q, *keys, *values, *y, *g;  // [b, t, n, h], of keys and values [b, t, k, h]
+  const float* weights;  // [b, n, t, t], 0 where a query sees nothing
+  int64_t t, n, k, h;
+  float *dq, *dkeys, *dvalues;
+};
+
 // Float activations [m, k] with float weights, [n, k] or, as columns, [k, n]: out [m, n].
 struct Floats {
   const float *x, *w;
@@ -118,18 +127,21 @@ struct Isa {
   void (*multiply)(const Activations&, const Product&, int64_t begin, int64_t end);
   // Vocabulary rows [begin, end), for all rows of activations.
   void (*rows)(const Wide&, const Rows&, int64_t begin, int64_t end);
-  // out = x / sqrt(mean(x^2) + epsilon) * scale, of one row; returns the factor of x.
-  float (*norm)(const float* x, const float* scale, int64_t k, float epsilon,
-                float* out);
+  // out = x / sqrt(mean(x^2) + epsilon) * scale, of m rows, and the factors of x.
+  void (*norm)(const float* x, const float* scale, int64_t m, int64_t k, float epsilon,
+               float* out, float* factors);
   // Rows [top, bottom) of activations, outputs [begin, end).
   void (*floats)(const Floats&, int64_t top, int64_t bottom, int64_t begin,
                  int64_t end);
   // log(sum(exp(x))) of one row.
   float (*log_sum_exp)(const float* x, int64_t k);
   // Row `b` of the batch, head `head` of the queries, queries [begin, end); one function
-  // per dtype of the cache. `scratch` holds a number per slot.
+  // per dtype of the cache. `scratch` holds (kTogether + h) rows of `width` numbers.
   void (*attend[3])(const Attention&, int64_t b, int64_t head, int64_t begin,
-                    int64_t end, float* scratch);
+                    int64_t end, int64_t width, float* scratch);
+  // Row `b` of the batch, key-value head `shared`.
+  void (*attend_back)(const AttentionGradient&, int64_t b, int64_t shared,
+                      int64_t width, float* scratch);
 };
 
 bool always() { return true; }
@@ -160,6 +172,8 @@ constexpr float kPart = 1.0f / 127.0f;
 // which each instruction set brings.
 
 constexpr int kLanes = 16;
+constexpr int64_t kTogether = 4;   // queries that share the reading of values
+constexpr int64_t kQueries = 128;  // of a head, in one part
 
 // -- Portable ---------------------------------------------------------------------
 
@@ -995,7 +1009,7 @@ bool has_dot() {
 #define VAANI_FLOAT_TABLE(name)                                                        \
   name::norm, name::floats, name::log_sum_exp, {                                       \
     name::attend<float>, name::attend<uint16_t>, name::attend<int8_t>                  \
-  }
+  }, name::attend_back
 
 const Isa kIsas[] = {
 #if VAANI_X86
@@ -1244,7 +1258,8 @@ ffi::Error ternary_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
              for (int64_t row = part * kBatch; row < stop; ++row) {
                const float* from = input + row * k;
                if (norm_scale) {
-                 isa.norm(from, norm_scale, k, epsilon, normal.data());
+                 float factor;
+                 isa.norm(from, norm_scale, 1, k, epsilon, normal.data(), &factor);
                  if (halves)
                    for (int64_t i = 0; i < k; ++i) normal[i] = to_half(normal[i]);
                  from = normal.data();
@@ -1378,17 +1393,53 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q,
     a.weights = (*weights)->typed_data();
   }
   if (q.element_count() == 0) return ffi::Error::Success();
-  constexpr int64_t kQueries = 32;  // of a head, in one part
   const int64_t pieces = (a.t + kQueries - 1) / kQueries;
   const int64_t units = from[0] * a.n * pieces;
   const int64_t length = std::clamp<int64_t>(a.slot + a.t, 1, a.s);
   const int64_t threads = useful_threads(pool, 2 * from[0] * a.n * a.t * length * a.h);
   parallel(pool, threads, units, [=, &isa](int64_t unit) {
     thread_local std::vector<float> scratch;
-    if (static_cast<int64_t>(scratch.size()) < a.s) scratch.resize(a.s);
+    // Whole vectors are written from any slot on.
+    const int64_t width = a.s + 2 * kLanes, size = (kTogether + a.h) * width;
+    if (static_cast<int64_t>(scratch.size()) < size) scratch.resize(size);
     const int64_t head = unit / pieces % a.n, begin = unit % pieces * kQueries;
     isa.attend[kind](a, unit / pieces / a.n, head, begin,
-                     std::min(a.t, begin + kQueries), scratch.data());
+                     std::min(a.t, begin + kQueries), width, scratch.data());
+  });
+  return ffi::Error::Success();
+}
+
+// Gradients of causal attention: of q [b, t, n, h], keys and values [b, t, k, h], y and
+// its gradient g [b, t, n, h], with weights [b, n, t, t], all float32. -> as q, keys and
+// values.
+ffi::Error attention_gradient(
+    ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<ffi::F32> keys,
+    ffi::Buffer<ffi::F32> values, ffi::Buffer<ffi::F32> y, ffi::Buffer<ffi::F32> g,
+    ffi::Buffer<ffi::F32> weights, ffi::ResultBuffer<ffi::F32> dq,
+    ffi::ResultBuffer<ffi::F32> dkeys, ffi::ResultBuffer<ffi::F32> dvalues) {
+  const Isa& isa = *chosen.load(std::memory_order_relaxed);
+  const auto from = q.dimensions(), kept = keys.dimensions();
+  const size_t queries = q.element_count(), stored = keys.element_count();
+  if (from.size() != 4 || kept.size() != 4 || from[0] != kept[0] ||
+      from[1] != kept[1] || from[3] != kept[3] || kept[2] == 0 || from[2] % kept[2] ||
+      values.element_count() != stored || y.element_count() != queries ||
+      g.element_count() != queries || dq->element_count() != queries ||
+      weights.element_count() !=
+          static_cast<size_t>(from[0] * from[2] * from[1] * from[1]) ||
+      dkeys->element_count() != stored || dvalues->element_count() != stored)
+    return ffi::Error::InvalidArgument("queries, keys and gradients do not fit");
+  const AttentionGradient a{q.typed_data(),     keys.typed_data(), values.typed_data(),
+                            y.typed_data(),     g.typed_data(),    weights.typed_data(),
+                            from[1],            from[2],           kept[2],
+                            from[3],            dq->typed_data(),  dkeys->typed_data(),
+                            dvalues->typed_data()};
+  if (queries == 0) return ffi::Error::Success();
+  const int64_t threads = useful_threads(pool, 5 * from[0] * a.n * a.t * a.t * a.h);
+  parallel(pool, threads, from[0] * a.k, [=, &isa](int64_t unit) {
+    thread_local std::vector<float> scratch;
+    const int64_t width = a.t + 2 * kLanes, size = (kQueries + a.h) * width;
+    if (static_cast<int64_t>(scratch.size()) < size) scratch.resize(size);
+    isa.attend_back(a, unit / a.k, unit % a.k, width, scratch.data());
   });
   return ffi::Error::Success();
 }
@@ -1410,10 +1461,9 @@ ffi::Error rms_norm(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   constexpr int64_t kBatch = 16;  // rows at a time
   parallel(pool, useful_threads(pool, m * d), (m + kBatch - 1) / kBatch,
            [=, &isa](int64_t part) {
-             const int64_t stop = std::min(m, (part + 1) * kBatch);
-             for (int64_t row = part * kBatch; row < stop; ++row)
-               factors[row] =
-                   isa.norm(from + row * d, weights, d, epsilon, to + row * d);
+             const int64_t row = part * kBatch, count = std::min(m - row, kBatch);
+             isa.norm(from + row * d, weights, count, d, epsilon, to + row * d,
+                      factors + row);
            });
   return ffi::Error::Success();
 }
@@ -1485,6 +1535,19 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(vaani_attention, attention,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .RemainingArgs()
                                   .RemainingRets());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(vaani_attention_gradient, attention_gradient,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(vaani_rms_norm, rms_norm,
                               ffi::Ffi::Bind()
