@@ -1045,6 +1045,8 @@ std::atomic<const Isa*> chosen{best()};
 // than it takes to wake a thread of the pool. So a helper, once it runs, stays and looks
 // for the next call's work until none has come for `kLinger`; then the pool has its
 // thread back. A helper that doesn't come in time delays nothing: it finds no parts.
+// Where rows are many, as in training, calls are long and others of XLA stand between
+// them, which want the thread: helpers then leave at once.
 
 inline void pause() {
 #if VAANI_X86
@@ -1078,6 +1080,7 @@ struct Work {
   void (*run)(const void* function, int64_t part);
   const void* function;
   int64_t parts;
+  bool lingers;  // whether the next call comes soon
   std::atomic<int64_t> next{0}, done{0};
 
   void take() {
@@ -1127,8 +1130,13 @@ class Crew {
     for (int idle = 0;;) {
       if (work_.load(std::memory_order_relaxed)) {
         inside_.fetch_add(1);
-        if (Work* work = work_.load()) work->take();
+        bool lingers = true;
+        if (Work* work = work_.load()) {
+          lingers = work->lingers;
+          work->take();
+        }
         inside_.fetch_sub(1);
+        if (!lingers) break;
         idle = 0;
         // The caller may still run its last part: its work stands until that is done.
         while (work_.load(std::memory_order_relaxed) && ++idle < 1000) pause();
@@ -1151,11 +1159,14 @@ Crew& crew() {
   return *crew;
 }
 
+constexpr int64_t kDecoded = 64;  // rows of a call, where it is one of decoding
+
 template <typename F>
-void parallel(ffi::ThreadPool& pool, int64_t threads, int64_t parts, const F& function) {
+void parallel(ffi::ThreadPool& pool, int64_t rows, int64_t threads, int64_t parts,
+              const F& function) {
   threads = std::min(threads, parts);
   Work work{[](const void* f, int64_t part) { (*static_cast<const F*>(f))(part); },
-            &function, parts};
+            &function, parts, rows <= kDecoded};
   if (threads <= 1 || !crew().run(pool, threads, work)) work.take();
 }
 
@@ -1249,7 +1260,7 @@ ffi::Error ternary_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   const int64_t threads = useful_threads(pool, work);
 
   constexpr int64_t kBatch = 8;  // rows quantized at a time
-  parallel(pool, useful_threads(pool, m * k), (m + kBatch - 1) / kBatch,
+  parallel(pool, m, useful_threads(pool, m * k), (m + kBatch - 1) / kBatch,
            [=, &isa](int64_t part) {
              thread_local std::vector<float> normal;
              if (norm_scale && static_cast<int64_t>(normal.size()) < k)
@@ -1277,7 +1288,7 @@ ffi::Error ternary_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   const int64_t total = starts.back();
   const int64_t parts = threads == 1 ? 1 : std::min(total / 2, 4 * threads);
   const int64_t each = rounded((total + parts - 1) / parts, 2);
-  parallel(pool, threads, (total + each - 1) / each, [=, &isa](int64_t part) {
+  parallel(pool, m, threads, (total + each - 1) / each, [=, &isa](int64_t part) {
     const int64_t begin = part * each, end = std::min(total, begin + each);
     for (size_t i = 0; i < products.size(); ++i) {
       const int64_t blocks = rounded(products[i].n, kTile) / kTile;
@@ -1333,7 +1344,7 @@ ffi::Error rows_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   const int64_t threads = useful_threads(pool, v * d * m);
   const int64_t parts = threads == 1 ? 1 : std::min(v, 4 * threads);
   const int64_t each = (v + parts - 1) / parts;
-  parallel(pool, threads, parts, [=, &isa](int64_t part) {
+  parallel(pool, m, threads, parts, [=, &isa](int64_t part) {
     const int64_t begin = part * each, end = std::min(v, begin + each);
     if (begin < end) isa.rows(activations, rows, begin, end);
   });
@@ -1397,7 +1408,7 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q,
   const int64_t units = from[0] * a.n * pieces;
   const int64_t length = std::clamp<int64_t>(a.slot + a.t, 1, a.s);
   const int64_t threads = useful_threads(pool, 2 * from[0] * a.n * a.t * length * a.h);
-  parallel(pool, threads, units, [=, &isa](int64_t unit) {
+  parallel(pool, from[0] * a.t, threads, units, [=, &isa](int64_t unit) {
     thread_local std::vector<float> scratch;
     // Whole vectors are written from any slot on.
     const int64_t width = a.s + 2 * kLanes, size = (kTogether + a.h) * width;
@@ -1435,7 +1446,7 @@ ffi::Error attention_gradient(
                             dvalues->typed_data()};
   if (queries == 0) return ffi::Error::Success();
   const int64_t threads = useful_threads(pool, 5 * from[0] * a.n * a.t * a.t * a.h);
-  parallel(pool, threads, from[0] * a.k, [=, &isa](int64_t unit) {
+  parallel(pool, from[0] * a.t, threads, from[0] * a.k, [=, &isa](int64_t unit) {
     thread_local std::vector<float> scratch;
     const int64_t width = a.t + 2 * kLanes, size = (kQueries + a.h) * width;
     if (static_cast<int64_t>(scratch.size()) < size) scratch.resize(size);
@@ -1459,7 +1470,7 @@ ffi::Error rms_norm(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   const float *from = x.typed_data(), *weights = scale.typed_data();
   float *to = out->typed_data(), *factors = inverse->typed_data();
   constexpr int64_t kBatch = 16;  // rows at a time
-  parallel(pool, useful_threads(pool, m * d), (m + kBatch - 1) / kBatch,
+  parallel(pool, m, useful_threads(pool, m * d / 4), (m + kBatch - 1) / kBatch,
            [=, &isa](int64_t part) {
              const int64_t row = part * kBatch, count = std::min(m - row, kBatch);
              isa.norm(from + row * d, weights, count, d, epsilon, to + row * d,
@@ -1480,7 +1491,7 @@ ffi::Error log_sum_exp(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   const float* from = x.typed_data();
   float* to = out->typed_data();
   constexpr int64_t kBatch = 16;  // rows at a time
-  parallel(pool, useful_threads(pool, 4 * m * v), (m + kBatch - 1) / kBatch,
+  parallel(pool, m, useful_threads(pool, 4 * m * v), (m + kBatch - 1) / kBatch,
            [=, &isa](int64_t part) {
              const int64_t stop = std::min(m, (part + 1) * kBatch);
              for (int64_t row = part * kBatch; row < stop; ++row)
@@ -1503,7 +1514,7 @@ ffi::Error float_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   // Weights of a part stay in the cache, while its rows pass by.
   constexpr int64_t kPanel = 64;
   const int64_t panels = (f.n + kPanel - 1) / kPanel, pieces = (f.m + kPanel - 1) / kPanel;
-  parallel(pool, useful_threads(pool, f.m * f.n * f.k), panels * pieces,
+  parallel(pool, f.m, useful_threads(pool, f.m * f.n * f.k), panels * pieces,
            [=, &isa](int64_t part) {
              const int64_t begin = part / pieces * kPanel, top = part % pieces * kPanel;
              isa.floats(f, top, std::min(f.m, top + kPanel), begin,
