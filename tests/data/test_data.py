@@ -14,10 +14,16 @@ import pytest
 from vaani_jax.data import sources
 from vaani_jax.data.batches import Batches, validation_windows
 from vaani_jax.data.config import DataConfig
-from vaani_jax.data.corpus import split_tokens
+from vaani_jax.data.corpus import (
+    encoded,
+    held_out_note,
+    lost_note,
+    split_tokens,
+)
 from vaani_jax.data.sources import Corpus, load_corpus
 from vaani_jax.errors import VaaniError
-from vaani_jax.text.tokenizers import ByteTokenizer, CharTokenizer
+from vaani_jax.evaluate.loss import ValidationSet
+from vaani_jax.text.tokenizers import ByteTokenizer, CharTokenizer, HFTokenizer
 
 PLAY = b"".join(b"Line %05d: speak, speak!\n" % i for i in range(4000))
 
@@ -302,3 +308,60 @@ def test_validation_predicts_every_token_once(seq_len, extra):
     assert windows.shape == (count, seq_len + 1)
     assert windows[:, 1:].ravel().tolist() == list(range(1, count * seq_len + 1))
     assert windows[:, :-1].ravel().tolist() == list(range(count * seq_len))
+
+
+# -- Text that a tokenizer loses ---------------------------------------------------
+
+
+def unknown_words():
+    """As Hugging Face's quick tour: most words are lost, and what is between them."""
+    library = pytest.importorskip("tokenizers")
+    made = library.Tokenizer(
+        library.models.WordLevel({"[UNK]": 0, "to": 1, "be": 2}, "[UNK]")
+    )
+    made.pre_tokenizer = library.pre_tokenizers.Whitespace()
+    return HFTokenizer(made.to_str())
+
+
+def test_bytes_are_those_of_the_source_where_text_is_lost():
+    text = "to be वाणी का अर्थ to be है भाषा " * 40  # marks of vowels are parted
+    tokenizer = unknown_words()
+    found = encoded(tokenizer, text)
+    assert found.ids.tolist() == [1, 2, 0, 0, 0, 1, 2, 0, 0] * 40
+    # Each token ends where its word does.
+    assert found.ends is not None
+    words = text.encode().split()
+    for i, word in enumerate(words):
+        assert text.encode()[: found.ends[i]].endswith(word)
+    lost = sum(not c.isascii() for c in text) / len(text)
+    assert found.lost == pytest.approx(lost, abs=0.05)
+    assert f"{found.lost:.1%}" in lost_note(found.lost)
+    split = split_tokens(DataConfig(), Corpus.of(text, ""), tokenizer, 8)
+    ends = split.validation_ends
+    assert ends is not None
+    windows = ValidationSet(
+        split.validation, tokenizer, seq_len=8, batch_size=2, ends=ends
+    )
+    tail = text.encode()[ends[0] : ends[windows.tokens]]
+    assert windows.bytes == len(tail)
+    assert len(tail.split()) == windows.tokens
+
+
+def test_nothing_is_said_of_a_tokenizer_that_loses_nothing():
+    for text in ("to be वाणी\n", "a" * 50):
+        for tokenizer in (ByteTokenizer(), CharTokenizer(text)):
+            found = encoded(tokenizer, text)
+            assert (found.lost, found.ends) == (0.0, None)
+    assert lost_note(0.0) == ""
+
+
+def test_a_held_out_part_of_another_kind_is_said():
+    english, hindi = "to be or not to be " * 300, "वाणी का अर्थ है भाषा "
+    files = (("a.txt", len(english)), ("strange.txt", 40 * len(hindi)))
+    strange = Corpus.of(english + hindi * 40, "folder", files)
+    note = held_out_note(DataConfig(), strange)
+    assert "strange.txt alone" in note
+    mixed = Corpus.of((english + hindi) * 20, "folder")
+    assert held_out_note(DataConfig(), mixed) == ""
+    short = Corpus.of("the quick brown fox jumps over the lazy dog. " * 5, "x")
+    assert held_out_note(DataConfig(), short) == ""

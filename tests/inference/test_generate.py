@@ -1,5 +1,6 @@
 """Text from a model: decoding against no cache at all, samplers against numpy."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -18,10 +19,13 @@ from vaani_jax.inference.generate import (
     generate,
     prefill,
     row_bytes,
+    segments,
     stream,
+    until_end,
 )
 from vaani_jax.inference.model import Model
 from vaani_jax.inference.sampling import SamplerConfig, sample_token
+from vaani_jax.kernels.floats import log_likelihood, native
 from vaani_jax.model.transformer import Vaani, init_variables, unrolled
 from vaani_jax.text.tokenizers import CharTokenizer
 from vaani_jax.train.config import SampleConfig
@@ -478,3 +482,88 @@ def test_batches_refuse_what_cannot_be(options, match):
     prompts = [np.zeros(3, np.int32)] * 2
     with pytest.raises(VaaniError, match=match):
         list(batches(WIDE, prompts, **{"max_new_tokens": 5, **options}))
+
+
+# -- Ends, ids without a token, log-likelihoods ------------------------------------
+
+
+class Ending(CharTokenizer):
+    """Some of its characters end a text, and some ids have none."""
+
+    def __init__(self, ends=(), missing=()):
+        super().__init__("abcdefghijklmnopq")
+        self.eos_ids, self.missing = tuple(ends), list(missing)
+
+    def has_token(self):
+        found = super().has_token()
+        found[self.missing] = False
+        return found
+
+
+def test_each_row_ends_for_itself_and_the_batch_with_the_last():
+    model = model_of(CONFIG)
+    prompts = [prompt_of(n) for n in (3, 7, 12)]
+    options = {"max_new_tokens": 20, "sampler": GREEDY, "segment": 4}
+    plain = generate(model, prompts, **options)
+    ends = (int(plain[0, 5]), int(plain[1, 2]))
+    ending = dataclasses.replace(model, tokenizer=Ending(ends))
+    cut = []
+    for row in plain:
+        hits = np.flatnonzero(np.isin(row, ends))
+        cut.append(row if not len(hits) else row[: hits[0] + 1])
+    assert min(map(len, cut)) < max(map(len, cut))
+    found = generate(ending, prompts, **options)
+    assert found.shape[1] <= max(map(len, cut)) + 3  # of the segment
+    for row, expected in zip(found, cut, strict=True):
+        np.testing.assert_array_equal(row[: len(expected)], expected)
+        assert (row[len(expected) :] == expected[-1]).all()
+        if expected[-1] in ends:
+            np.testing.assert_array_equal(
+                until_end(row, ending.tokenizer), expected[:-1]
+            )
+    for prompt, expected in zip(prompts, cut, strict=True):
+        alone = generate(ending, prompt, **options)
+        np.testing.assert_array_equal(alone[0], expected)
+    everything = generate(ending, prompts, ignore_eos=True, **options)
+    np.testing.assert_array_equal(everything, plain)
+
+
+def test_ids_without_a_token_are_never_drawn():
+    model = model_of(CONFIG)
+    prompt, hot = prompt_of(3), SamplerConfig(temperature=5.0)
+    options = {"max_new_tokens": 64, "num_samples": 8}
+    drawn = np.unique(generate(model, prompt, sampler=hot, **options))
+    missing = [int(i) for i in drawn[:12]]
+    other = dataclasses.replace(model, tokenizer=Ending(missing=missing))
+    for sampler in (hot, GREEDY):
+        found = generate(other, prompt, sampler=sampler, **options)
+        assert not np.isin(found, missing).any()
+    # A vocabulary padded beyond the tokenizer.
+    few = dataclasses.replace(model, tokenizer=CharTokenizer("abc"))
+    assert generate(few, prompt % 3, sampler=hot, **options).max() < 3
+
+
+@pytest.mark.parametrize("module", [CONFIG, TWIN], ids=["bit", "fp"])
+def test_scores_are_those_of_the_forward_pass(module):
+    """To the bit where float sums are native, in a batch, segments and alone."""
+    model, prompts = model_of(module), [prompt_of(n) for n in (2, 9)]
+    found = list(
+        segments(
+            model, prompts, max_new_tokens=10, sampler=WARM, segment=4, scored=True
+        )
+    )
+    ids = np.concatenate([part.ids for part in found], axis=1)
+    scores = np.concatenate([part.scores for part in found], axis=1)
+    assert scores.shape == ids.shape == (2, 10)
+    assert scores.dtype == np.float32
+    for prompt, row, score in zip(prompts, ids, scores, strict=True):
+        text = np.concatenate([prompt, row])[None]
+        logits = forward(module)(variables_of(module), jnp.asarray(text))
+        logits = logits[0, len(prompt) - 1 : -1]
+        exact = np.asarray(jax.jit(log_likelihood)(logits, jnp.asarray(row)))
+        if native():
+            np.testing.assert_array_equal(score, exact)
+        np.testing.assert_allclose(score, exact, rtol=1e-5, atol=1e-5)
+        wide = np.asarray(logits, np.float64)
+        wide = wide[np.arange(10), row] - np.log(np.exp(wide).sum(-1))
+        np.testing.assert_allclose(score, wide, rtol=1e-5, atol=1e-5)

@@ -41,7 +41,7 @@ def _byte_characters() -> list[str]:
 
 # Characters that a text has least use for: one stands for padding where a vocabulary
 # has no token of its own for that. Masked, it is as good as any; but readers that leave
-# padding out of a loss leave out what it stands for.
+# padding out, of a loss or of a text, leave out the character (`note`).
 PADDING = "\0|~^`$#@"
 
 
@@ -51,6 +51,17 @@ def padding_of(tokenizer: CharTokenizer | ByteTokenizer) -> str:
         return "|"
     known = tokenizer.characters
     return next((c for c in PADDING if c in known), known[-1])
+
+
+def note_of_hf(tokenizer: Tokenizer) -> str:
+    """What a person should know of the files of `to_hf`; empty for nothing."""
+    if not isinstance(tokenizer, CharTokenizer | ByteTokenizer):
+        return ""
+    return (
+        f"the character {padding_of(tokenizer)!r} pads batches, as the vocabulary has"
+        " no token for that: transformers leaves it out of what it decodes with"
+        " skip_special_tokens"
+    )
 
 
 def to_hf(tokenizer: Tokenizer) -> tuple[str, dict[str, Any]]:
@@ -74,12 +85,9 @@ def to_hf(tokenizer: Tokenizer) -> tuple[str, dict[str, Any]]:
         "lstrip": False,
         "rstrip": False,
         "normalized": False,
-        "special": False,  # it is a character of texts as well: nothing may skip it
+        "special": False,  # it is a character of texts as well
     }
     settings["pad_token"] = padding
-    settings["added_tokens_decoder"] = {
-        str(added["id"]): {k: v for k, v in added.items() if k != "id"}
-    }
     content: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,

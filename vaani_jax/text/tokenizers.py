@@ -138,7 +138,8 @@ class HFTokenizer:
     ) -> None:
         self.serialized = serialized
         self._tokenizer = self._guard(lambda: _tokenizers().from_str(serialized))
-        if not isinstance(json.loads(serialized), dict):
+        # The library takes what is not quite JSON.
+        if not isinstance(self._guard(lambda: json.loads(serialized)), dict):
             raise VaaniError("tokenizer.json must hold an object")
         # Both would change what a text is.
         self._tokenizer.no_truncation()
@@ -155,19 +156,23 @@ class HFTokenizer:
             )
         self._ids_with_token = np.zeros(self.vocab_size, bool)
         self._ids_with_token[list(ids)] = True
-        self.special = self._resolved(special or Special(), ids)
-        found = [names.get(self.special.names.get("eos_token", ""), -1)]
-        found += self.special.ids.get("eos_token", ())
-        self.eos_ids = tuple(dict.fromkeys(i for i in found if i in ids))
+        self.special = self._resolved(special or Special(), names)
+        self.eos_ids = self.special.ids.get("eos_token", ())
 
-    def _resolved(self, special: Special, ids: set[int]) -> Special:
-        """Special tokens with the names of those that are known by their ids."""
-        known = {
-            part: self._tokenizer.id_to_token(found[0])
-            for part, found in special.ids.items()
-            if found[0] in ids
+    def _resolved(self, special: Special, known: dict[str, int]) -> Special:
+        """Special tokens by their names; those that end a text by their ids, too."""
+        ids = set(known.values())
+        found = {
+            part: self._tokenizer.id_to_token(one[0])
+            for part, one in special.ids.items()
+            if one[0] in ids
         }
-        return dataclasses.replace(special, names={**known, **special.names})
+        found |= special.names
+        ends = [known.get(found.get("eos_token", ""), -1)]
+        ends += special.ids.get("eos_token", ())
+        ends = list(dict.fromkeys(i for i in ends if i in ids))
+        by_id = {"eos_token": tuple(ends)} if ends else {}
+        return dataclasses.replace(special, names=found, ids=by_id)
 
     def id_of(self, part: str) -> int | None:
         """The id of a special token, such as "eos_token"; None where there is none."""

@@ -13,6 +13,7 @@ import numpy as np
 from vaani_jax.errors import VaaniError
 from vaani_jax.interop.formats import gguf, hf
 from vaani_jax.interop.names import Storage, Tensor
+from vaani_jax.interop.tokenizers import note_of_hf
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.text.tokenizers import Tokenizer
 
@@ -110,7 +111,11 @@ def _read_folder(
     folder = hf.Folder(path)
     ids = np.arange(tokenizer.vocab_size)
     same = folder.tokenizer.decode(ids) == tokenizer.decode(ids)
-    if not same or folder.tokenizer.to_json() != tokenizer.to_json():
+    descriptions = [one.to_json() for one in (folder.tokenizer, tokenizer)]
+    for description in descriptions:
+        # The folder's is that of the model, which may be padded.
+        description.pop("vocab_size", None)
+    if not same or descriptions[0] != descriptions[1]:
         raise VaaniError("the tokenizer does not come back as it was")
     return folder.module, folder.variables()
 
@@ -153,8 +158,16 @@ def _rounded_gguf(tensor: Tensor, array: Any, options: Options, ternary: bool) -
 
 
 FORMATS: dict[str, Format] = {
-    "hf": Format(_check_masters, _write_folder("masters"), _read_folder, codes=False),
-    "hf-packed": Format(_check_packed, _write_folder("multiply"), _read_folder),
+    "hf": Format(
+        _check_masters,
+        _write_folder("masters"),
+        _read_folder,
+        codes=False,
+        note=note_of_hf,
+    ),
+    "hf-packed": Format(
+        _check_packed, _write_folder("multiply"), _read_folder, note=note_of_hf
+    ),
     "gguf": Format(
         _check_gguf,
         _write_gguf,
