@@ -1,5 +1,6 @@
 """Whole runs as people start them: resume, kill, signals, damage, refusals."""
 
+import errno
 import io
 import json
 import os
@@ -20,6 +21,7 @@ from vaani_jax.data.batches import Batches
 from vaani_jax.errors import VaaniError
 from vaani_jax.inference.model import load
 from vaani_jax.runs.checkpoints import Checkpoints
+from vaani_jax.train import report as report_module
 from vaani_jax.train.config import from_dict
 from vaani_jax.train.loop import Callback, train
 from vaani_jax.train.schedules import Schedule
@@ -100,6 +102,48 @@ def uninterrupted(text, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
     result = run(make_config(text), workdir)
     return workdir, result
+
+
+def test_a_second_start_of_a_finished_run_writes_what_it_lacks(
+    text, uninterrupted, tmp_path
+):
+    workdir = shutil.copytree(uninterrupted[0], tmp_path / "run")
+    lost = ("run.json", "training_curves.png", "training_history.json")
+    before = json.loads((workdir / "run.json").read_text())
+    for name in lost:
+        (workdir / name).unlink()
+    assert run(make_config(text), workdir) is None
+    after = json.loads((workdir / "run.json").read_text())
+    assert after["final"]["loss"] == pytest.approx(before["final"]["loss"])
+    assert after["best"] == before["best"]
+    for name in lost:
+        assert (workdir / name).stat().st_size > 100, name
+    # Nothing lacks: nothing is written.
+    kept = (workdir / "run.json").stat().st_mtime_ns
+    run(make_config(text), workdir)
+    assert (workdir / "run.json").stat().st_mtime_ns == kept
+
+
+def test_a_finished_run_is_not_lost_to_its_decoration(text, tmp_path, monkeypatch):
+    """Samples, pictures, events and history that fail are said, and left out."""
+
+    def fail(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(report_module, "plot_curves", fail)
+    monkeypatch.setattr(report_module, "generate", fail)
+    monkeypatch.setattr(report_module.EventWriter, "scalars", fail)
+    monkeypatch.setattr(report_module.MetricWriter, "write_history", fail)
+    monkeypatch.setattr(report_module.MetricWriter, "write", fail)
+    output = io.StringIO()
+    config = make_config(text, num_steps=4, sample={"prompts": ("the ",)})
+    result = train(config, tmp_path / "run", console=Console(file=output, width=200))
+    assert result is not None
+    summary = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert summary["final"]["loss"] == pytest.approx(result.loss)
+    told = output.getvalue()
+    for what in ("sample for", "picture", "events for", "training_history", "row in"):
+        assert told.count(f"no {what}") == 1, (what, told)
 
 
 def test_a_run_leaves_everything_behind(uninterrupted):

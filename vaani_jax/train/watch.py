@@ -19,6 +19,7 @@ from vaani_jax.words import duration
 
 PATIENCE = 60.0  # seconds without a step, after which people are told
 GRACE = 25.0  # seconds that a run has to save and leave
+LOOK = 5.0  # seconds between looks; 1 at most where told to stop
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FORCING = (signal.SIGTERM, signal.SIGHUP)  # a person's Ctrl-C can be repeated
 
@@ -97,7 +98,9 @@ class Watch:
         """Runs in a thread: says what is waited for, ends what can't end itself."""
         deadline: float | None = None
         while not self._over.is_set():
-            ready, _, _ = select.select([reader], [], [], 1.0 if deadline else 5.0)
+            ready, _, _ = select.select(
+                [reader], [], [], min(1.0, LOOK) if deadline else LOOK
+            )
             numbers = os.read(reader, 64) if ready else b""
             if ready and not numbers:
                 break
