@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import shutil
+from typing import Any
 
 import jax
 import numpy as np
@@ -191,13 +192,15 @@ def test_gguf_carries_what_it_has_room_for_and_says_what_it_has_not(tmp_path):
     import gguf
 
     import_model(chat(tmp_path), tmp_path / "imported", notify=notify)
-    said = []
+    said: list[str] = []
     path = tmp_path / "model.gguf"
     export_model(tmp_path / "imported", path, target="gguf", notify=said.append)
     reader = gguf.GGUFReader(path)
 
     def field(key):
-        return reader.get_field(f"tokenizer.{key}").contents()
+        found = reader.get_field(f"tokenizer.{key}")
+        assert found is not None
+        return found.contents()
 
     assert field("ggml.eos_token_id") == 0
     assert field("ggml.eot_token_id") == 5
@@ -212,7 +215,7 @@ def test_gguf_carries_what_it_has_room_for_and_says_what_it_has_not(tmp_path):
 def test_batches_of_characters_can_be_padded(tokenizer, tmp_path):
     config = SMALL.changed(vocab_size=tokenizer.vocab_size)
     run = make_run(tmp_path / "run", config, tokenizer=tokenizer)
-    said = []
+    said: list[str] = []
     export_model(run, tmp_path / "out", target="hf", notify=said.append)
     assert "pads batches" in said[0]
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -247,7 +250,7 @@ def test_a_llama_of_1bitllm_is_a_bitnet(tmp_path):
             weights[other] = weights.pop(name)
 
     edit_tensors(folder, rename)
-    said = []
+    said: list[str] = []
     import_model(folder, tmp_path / "back", notify=said.append)
     assert any("ternary masters, as weight_bits is 1" in line for line in said)
     back, tokens = load(tmp_path / "back"), np.arange(12)[None]
@@ -260,11 +263,11 @@ def test_a_llama_of_1bitllm_is_a_bitnet(tmp_path):
 
 def test_an_import_says_what_it_takes_the_weights_for(tmp_path):
     their_llama(tmp_path / "theirs")
-    said = []
+    said: list[str] = []
     import_model(tmp_path / "theirs", tmp_path / "full", notify=said.append)
     assert any("full precision, as config.json names neither" in s for s in said)
     assert not load(tmp_path / "full").quantization.quantize
-    ternary = {"weights": "ternary", "notify": notify}
+    ternary: Any = {"weights": "ternary", "notify": notify}
     import_model(tmp_path / "theirs", tmp_path / "ternary", **ternary)
     assert load(tmp_path / "ternary").quantization.quantize
     # Masters have many magnitudes: what has one is no master.

@@ -185,8 +185,8 @@ def _native_fwd(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
 def _native_bwd(residuals: Any, g: Array) -> tuple[Array, Array, Array]:
     # Not the order of a law, and yet here: XLA turns five arrays around for it.
     wide = (x.astype(jnp.float32) for x in (*residuals[:4], g, residuals[4]))
-    found = cpu.attention_gradient(*wide)
-    return tuple(x.astype(g.dtype) for x in found)
+    dq, dk, dv = (x.astype(g.dtype) for x in cpu.attention_gradient(*wide))
+    return dq, dk, dv
 
 
 _native.defvjp(_native_fwd, _native_bwd)

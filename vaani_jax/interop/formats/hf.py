@@ -155,8 +155,8 @@ def write_folder(
     if isinstance(tokenizer, HFTokenizer):
         for part in ("bos_token", "pad_token"):
             content[f"{part}_id"] = tokenizer.id_of(part)
-        ends = list(tokenizer.eos_ids)
-        content["eos_token_id"] = ends if len(ends) > 1 else (ends or [None])[0]
+        ends: Any = list(tokenizer.eos_ids) or None
+        content["eos_token_id"] = ends[0] if ends and len(ends) == 1 else ends
         if tokenizer.special.names:
             _write_json(folder / MAP, tokenizer.special.names)
         if tokenizer.special.generation:
