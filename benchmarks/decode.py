@@ -186,7 +186,7 @@ def measure_vaani(path: pathlib.Path) -> dict[str, Any]:
         cache = KVCache.create(model.architecture, 1, 256, KV_DTYPE)
         logits = jnp.zeros((1, model.architecture.vocab_size))
         began = time.perf_counter()
-        tokens, _, _ = decode(
+        tokens, *_ = decode(
             model.module,
             greedy,
             GENERATE,

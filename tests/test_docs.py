@@ -5,14 +5,18 @@ reader copies.
 """
 
 import argparse
+import importlib
 import itertools
 import json
 import pathlib
+import pkgutil
 import re
 import shlex
+import sys
 
 import pytest
 
+import vaani_jax
 from vaani_jax.cli import make_parser
 from vaani_jax.cli.flags import config_from_flags
 from vaani_jax.errors import VaaniError
@@ -78,6 +82,26 @@ def toy_run(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def _tables_kept():
+    """What a page adds to the tables of the package is gone after it."""
+    for module in pkgutil.walk_packages(vaani_jax.__path__, "vaani_jax."):
+        if not module.name.endswith(("__main__", "._cpu")):
+            importlib.import_module(module.name)
+    tables = {
+        id(table): (table, dict(table))
+        for name, module in list(sys.modules.items())
+        if name.partition(".")[0] == "vaani_jax"
+        for key, table in vars(module).items()
+        if key.isupper() and isinstance(table, dict)
+    }
+    yield
+    for table, before in tables.values():
+        table.clear()
+        table.update(before)
+
+
+@pytest.mark.usefixtures("_tables_kept")
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if blocks(page, "python")], ids=lambda p: p.name
 )

@@ -120,13 +120,13 @@ def test_many_prompts_are_continued_a_few_at_a_time(
     assert cli.main(command) == 0
     whole = capsys.readouterr()
     assert whole.err == ""
-    sizes, stream = [], generate_module.stream
+    sizes, segments = [], generate_module.segments
 
     def watched(model, prompts, **options):
         sizes.append(len(prompts))
-        return stream(model, prompts, **options)
+        return segments(model, prompts, **options)
 
-    monkeypatch.setattr(generate_module, "stream", watched)
+    monkeypatch.setattr(generate_module, "segments", watched)
     assert cli.main([*command, "--batch-size", "2"]) == 0
     parts = capsys.readouterr()
     assert parts.out == whole.out

@@ -29,6 +29,7 @@ from vaani_jax.devices.mesh import (
     place,
 )
 from vaani_jax.errors import VaaniError
+from vaani_jax.kernels.floats import compiled_floats
 from vaani_jax.model.transformer import Vaani, init_variables
 from vaani_jax.runs.checkpoints import Checkpoints, fingerprints
 from vaani_jax.train.config import Config
@@ -97,7 +98,8 @@ def run(
     mesh = make_mesh(config)
     program = make_program(make_config(model, config), mesh, STEPS)
     losses = []
-    with jax.set_mesh(mesh):
+    # On one device as on several, where no float parts are native.
+    with jax.set_mesh(mesh), compiled_floats():
         state = program.first_state()
         for tokens in batches()[:steps]:
             state, metrics = program.train_step(state, place(tokens, program.batch))

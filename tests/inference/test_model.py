@@ -357,7 +357,7 @@ def test_a_full_disk_leaves_nothing(run, tmp_path, monkeypatch):
     monkeypatch.setattr(model_module, "write_tensors", full)
     with pytest.raises(OSError, match="No space"):
         save_packed(model, tmp_path / "out" / "model")
-    assert os.listdir(tmp_path / "out") == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_twin_is_refused(run):
@@ -424,7 +424,7 @@ def test_a_description_that_is_wrong(copy, change, match):
         ("n_layers", 10**9, "1,000,000,000, and the arrays"),
         ("max_seq_len", 10**9, "rotary angles"),
         ("dim", 10**9, "rotary angles"),
-        ("vocab_size", 2**40, "vocab_size is 1,099,511,627,776"),
+        ("vocab_size", 2**40, "vocab_size is 1099511627776"),
     ],
 )
 def test_sizes_that_no_array_bears_out_cost_nothing(copy, key, value, match):

@@ -55,15 +55,9 @@ RULES = (
 class MeshConfig:
     """How the devices of a run are arranged."""
 
-    data: int = key(
-        -1, "copies of the model; -1: as many as there are devices for", at_least=-1
-    )
-    fsdp: int = key(
-        1, "parts that parameters and the optimizer's state are cut into", at_least=-1
-    )
-    tensor: int = key(
-        1, "parts that heads, feed-forward and vocabulary are cut into", at_least=-1
-    )
+    data: int = key(-1, "copies of the model; -1: as many as there are devices for")
+    fsdp: int = key(1, "parts that parameters and the optimizer's state are cut into")
+    tensor: int = key(1, "parts that heads, feed-forward and vocabulary are cut into")
     rules: tuple[str, ...] = key((), "tried before `RULES`")
 
     def __post_init__(self) -> None:

@@ -36,6 +36,7 @@ from vaani_jax.quant.packed import PackedRows, PackedTernary, relayout
 from vaani_jax.runs.metadata import Metadata
 from vaani_jax.runs.workdir import Workdir
 from vaani_jax.text.tokenizers import Tokenizer, from_json
+from vaani_jax.words import first_line
 
 if TYPE_CHECKING:
     from vaani_jax.runs.checkpoints import Checkpoints, Restored
@@ -312,7 +313,9 @@ def load_packed(folder: str | pathlib.Path) -> Model:
         kinds = dict(description["packed"])
         kind = kinds.get("params/embedding", {}).get("kind", "float32")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise VaaniError(f"{folder / PACKED_CONFIG} is damaged: {error!r}") from None
+        raise VaaniError(
+            f"{folder / PACKED_CONFIG} is damaged: {first_line(error)}"
+        ) from None
     module = metadata.module
     arrays = read_tensors(folder / PACKED_ARRAYS)
     embedding: Embedding = "int8" if kind == "rows" else "float32"
