@@ -249,6 +249,27 @@ def test_a_log_of_a_sum_has_the_written_order(isa):
     np.testing.assert_array_equal(lost, [False, False, True, True, False])
 
 
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("f", [5, 64])
+def test_swiglu_is_one_polynomial(isa, f):
+    rng = np.random.default_rng(0)
+    gate, up = (5 * rng.normal(size=(2, 7, f))).astype(np.float32)
+    gate[0, :4] = 0.0, -0.0, 90.0, -90.0
+    one = np.float32(1)
+    e = exponential(-np.abs(gate))
+    sigmoid = np.where(gate < 0, e, one) / (one + e)
+    y, kept = jax.jit(cpu.swiglu)(gate, up)
+    np.testing.assert_array_equal(kept, sigmoid)
+    np.testing.assert_array_equal(y, gate * sigmoid * up)
+    wide = gate.astype(np.float64)
+    exact = wide / (1 + np.exp(-wide)) * up
+    np.testing.assert_allclose(y, exact, rtol=5e-7, atol=1e-30)
+    gate[1, 2], gate[2, 3] = np.nan, np.inf
+    y, _ = cpu.swiglu(jnp.asarray(gate), jnp.asarray(up))
+    assert np.isnan(y[1, 2])
+    assert np.isinf(y[2, 3])
+
+
 def cache_of(dtype, b, s, k, h):
     """Keys, values and their scales, and both in float32 as they count."""
     rng = np.random.default_rng(0)

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vaani_jax.kernels import cpu
+from vaani_jax.kernels.floats import native
 from vaani_jax.quant.barriers import to_dtype
 
 Array = jax.Array
@@ -22,10 +24,17 @@ def swiglu(gate: Array, up: Array) -> Array:
 
 
 def _swiglu_fwd(gate: Array, up: Array) -> tuple[Array, Any]:
-    wide = gate.astype(jnp.float32)
-    sigmoid = jax.nn.sigmoid(wide)
-    y = to_dtype(wide * sigmoid * up.astype(jnp.float32), gate.dtype)
-    return y, (gate, up, sigmoid.astype(gate.dtype))
+    wide, other = gate.astype(jnp.float32), up.astype(jnp.float32)
+    if native():  # sigmoids are approximations, of another kind in each compiler
+        rows = (-1, gate.shape[-1])
+        y, sigmoid = (
+            x.reshape(gate.shape)
+            for x in cpu.swiglu(wide.reshape(rows), other.reshape(rows))
+        )
+    else:
+        sigmoid = jax.nn.sigmoid(wide)
+        y = wide * sigmoid * other
+    return to_dtype(y, gate.dtype), (gate, up, sigmoid.astype(gate.dtype))
 
 
 def _swiglu_bwd(residuals: Any, g: Array) -> tuple[Array, Array]:

@@ -25,6 +25,7 @@ HANDLERS = (
     "vaani_attention",
     "vaani_attention_gradient",
     "vaani_rms_norm",
+    "vaani_swiglu",
     "vaani_float_matmul",
     "vaani_log_sum_exp",
 )
@@ -137,6 +138,15 @@ def rms_norm(x: Array, scale: Array, epsilon: float) -> tuple[Array, Array]:
     call = jax.ffi.ffi_call("vaani_rms_norm", shapes, vmap_method="sequential")
     y, inverse = call(x, scale, epsilon=np.float32(epsilon))
     return y, inverse
+
+
+def swiglu(gate: Array, up: Array) -> tuple[Array, Array]:
+    """``gate sigmoid(gate) up`` and ``sigmoid(gate)`` of [M, F], all float32."""
+    _loaded()
+    shapes = [jax.ShapeDtypeStruct(gate.shape, jnp.float32)] * 2
+    call = jax.ffi.ffi_call("vaani_swiglu", shapes, vmap_method="sequential")
+    y, sigmoid = call(gate, up)
+    return y, sigmoid
 
 
 def float_matmul(x: Array, weights: Array, *, columns: bool = False) -> Array:

@@ -133,6 +133,9 @@ struct Isa {
   // Rows [top, bottom) of activations, outputs [begin, end).
   void (*floats)(const Floats&, int64_t top, int64_t bottom, int64_t begin,
                  int64_t end);
+  // out = gate sigmoid(gate) up, and sigmoid(gate), of n numbers.
+  void (*swiglu)(const float* gate, const float* up, int64_t n, float* out,
+                 float* sigmoid);
   // log(sum(exp(x))) of one row.
   float (*log_sum_exp)(const float* x, int64_t k);
   // Row `b` of the batch, head `head` of the queries, queries [begin, end); one function
@@ -219,6 +222,15 @@ VAANI_LANE Lanes add(const Lanes& x, const Lanes& y) {
 }
 VAANI_LANE Lanes mul(const Lanes& x, const Lanes& y) {
   return by_lane([&](int i) { return x.v[i] * y.v[i]; });
+}
+VAANI_LANE Lanes divide(const Lanes& x, const Lanes& y) {
+  return by_lane([&](int i) { return x.v[i] / y.v[i]; });
+}
+VAANI_LANE Lanes minus_abs(const Lanes& x) {
+  return by_lane([&](int i) { return -std::fabs(x.v[i]); });
+}
+VAANI_LANE Lanes pick(const Lanes& x, const Lanes& a, const Lanes& b) {
+  return by_lane([&](int i) { return x.v[i] < 0.0f ? b.v[i] : a.v[i]; });
 }
 VAANI_LANE Lanes at_least(const Lanes& x, const Lanes& least) {
   return by_lane([&](int i) { return x.v[i] < least.v[i] ? least.v[i] : x.v[i]; });
@@ -395,6 +407,17 @@ VAANI_LANE Lanes add(Lanes x, Lanes y) {
 }
 VAANI_LANE Lanes mul(Lanes x, Lanes y) {
   return {_mm256_mul_ps(x.low, y.low), _mm256_mul_ps(x.high, y.high)};
+}
+VAANI_LANE Lanes divide(Lanes x, Lanes y) {
+  return {_mm256_div_ps(x.low, y.low), _mm256_div_ps(x.high, y.high)};
+}
+VAANI_LANE Lanes minus_abs(Lanes x) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_or_ps(x.low, sign), _mm256_or_ps(x.high, sign)};
+}
+VAANI_LANE Lanes pick(Lanes x, Lanes a, Lanes b) {
+  return {_mm256_blendv_ps(a.low, b.low, x.low),
+          _mm256_blendv_ps(a.high, b.high, x.high)};
 }
 VAANI_LANE Lanes at_least(Lanes x, Lanes least) {  // the second, where one is NaN
   return {_mm256_max_ps(least.low, x.low), _mm256_max_ps(least.high, x.high)};
@@ -609,6 +632,11 @@ VAANI_LANE Lanes load(const uint16_t* x) {  // bfloat16
 VAANI_LANE void store(float* to, Lanes x) { _mm512_storeu_ps(to, x); }
 VAANI_LANE Lanes add(Lanes x, Lanes y) { return _mm512_add_ps(x, y); }
 VAANI_LANE Lanes mul(Lanes x, Lanes y) { return _mm512_mul_ps(x, y); }
+VAANI_LANE Lanes divide(Lanes x, Lanes y) { return _mm512_div_ps(x, y); }
+VAANI_LANE Lanes minus_abs(Lanes x) { return _mm512_or_ps(x, _mm512_set1_ps(-0.0f)); }
+VAANI_LANE Lanes pick(Lanes x, Lanes a, Lanes b) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, zero(), _CMP_LT_OQ), a, b);
+}
 VAANI_LANE Lanes at_least(Lanes x, Lanes least) {  // the second, where one is NaN
   return _mm512_max_ps(least, x);
 }
@@ -1007,7 +1035,7 @@ bool has_dot() {
 // -- The choice -------------------------------------------------------------------
 
 #define VAANI_FLOAT_TABLE(name)                                                        \
-  name::norm, name::floats, name::log_sum_exp, {                                       \
+  name::norm, name::floats, name::swiglu, name::log_sum_exp, {                         \
     name::attend<float>, name::attend<uint16_t>, name::attend<int8_t>                  \
   }, name::attend_back
 
@@ -1479,6 +1507,27 @@ ffi::Error rms_norm(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   return ffi::Error::Success();
 }
 
+// gate, up [m, f] -> gate sigmoid(gate) up and sigmoid(gate), [m, f]; all float32.
+ffi::Error swiglu(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> gate,
+                  ffi::Buffer<ffi::F32> up, ffi::ResultBuffer<ffi::F32> out,
+                  ffi::ResultBuffer<ffi::F32> sigmoid) {
+  const Isa& isa = *chosen.load(std::memory_order_relaxed);
+  const size_t elements = gate.element_count();
+  if (gate.dimensions().size() != 2 || up.element_count() != elements ||
+      out->element_count() != elements || sigmoid->element_count() != elements)
+    return ffi::Error::InvalidArgument("gate and up must be [m, f]");
+  const int64_t count = elements;
+  const float *from = gate.typed_data(), *other = up.typed_data();
+  float *to = out->typed_data(), *kept = sigmoid->typed_data();
+  constexpr int64_t kBatch = 4096;  // numbers at a time
+  parallel(pool, gate.dimensions()[0], useful_threads(pool, count),
+           (count + kBatch - 1) / kBatch, [=, &isa](int64_t part) {
+             const int64_t i = part * kBatch, n = std::min(kBatch, count - i);
+             isa.swiglu(from + i, other + i, n, to + i, kept + i);
+           });
+  return ffi::Error::Success();
+}
+
 // x [m, v] -> log(sum(exp(x))) of each row, [m]; both float32. NaN where a number is NaN
 // or plus infinity.
 ffi::Error log_sum_exp(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
@@ -1568,6 +1617,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(vaani_rms_norm, rms_norm,
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<float>("epsilon"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(vaani_swiglu, swiglu,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(vaani_log_sum_exp, log_sum_exp,
                               ffi::Ffi::Bind()
