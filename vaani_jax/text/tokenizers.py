@@ -21,7 +21,7 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids: they run from 0 to ``vocab_size - 1``."""
+        """How many ids there are, from 0 to ``vocab_size - 1``."""
 
     def encode(self, text: str) -> np.ndarray:
         """Ids [length], int32. Raises VaaniError for text it can't represent."""
