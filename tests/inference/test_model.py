@@ -367,6 +367,34 @@ def test_a_twin_is_refused(run):
         pack_model(twin)
 
 
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_looked_for_again(
+    run, tmp_path, monkeypatch
+):
+    workdir = shutil.copytree(run, tmp_path / "run")
+    restore, gone = Checkpoints.restore, []
+
+    def rotated(self, *arguments, step=None, **options):
+        """The run removes what is being read, and has a newer one."""
+        if not gone:
+            newest = max(self.steps())
+            folder = workdir / "checkpoints" / f"step_{newest}"
+            gone.append(newest)
+            folder.rename(folder.with_name(f"step_{newest + 1}"))
+        return restore(self, *arguments, step=step, **options)
+
+    monkeypatch.setattr(Checkpoints, "restore", rotated)
+    model = load(workdir, checkpoint="last")
+    assert len(gone) == 1
+    assert same_structure(model.params, load(run, checkpoint="last").params)
+
+    def always(self, *arguments, **options):
+        raise checkpoints_module.GoneError(7)
+
+    monkeypatch.setattr(Checkpoints, "restore", always)
+    with pytest.raises(VaaniError, match="faster than they can be read"):
+        load(workdir)
+
+
 def test_packed_weights_are_no_start_for_training(run, folder, tmp_path):
     summary = json.loads((run / "run.json").read_text())
     config = from_dict(summary["config"] | {"init_from": str(folder)})
