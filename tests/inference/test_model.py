@@ -371,7 +371,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read_is_looked_for_again(
     run, tmp_path, monkeypatch
 ):
     workdir = shutil.copytree(run, tmp_path / "run")
-    restore, gone = Checkpoints.restore, []
+    restore, gone = Checkpoints.restore, list[int]()
 
     def rotated(self, *arguments, step=None, **options):
         """The run removes what is being read, and has a newer one."""
