@@ -81,6 +81,7 @@ def test_each_file_has_its_part(tmp_path):
         ({"special_tokens_map": {"eos_token": "</s>"}}, (1,)),
         ({"config": {"model_type": "x", "eos_token_id": [0, 1]}}, (0, 1)),
         ({"config": {"eos_token_id": 1}}, ()),  # of something that is no model
+        ({"config": "// no JSON"}, ()),
         ({"generation_config": {"eos_token_id": -1}}, ()),
         ({"tokenizer_config": {"eos_token": None, "add_eos_token": True}}, ()),
         ({"tokenizer_config": {"eos_token": "<none>"}}, ()),

@@ -31,6 +31,17 @@ def test_a_signal_is_an_answer_to_a_question(number):
     assert signal.getsignal(number) == before
 
 
+def test_what_nohup_has_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Watch(print).watching() as watch:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not until(watch, 0.3)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_second_interrupt_is_one():
     def interrupt_twice():
         with Watch(print).watching() as watch:

@@ -333,9 +333,11 @@ def import_model(
             del variables
             checkpoints.wait()
             checkpoints.close()
-        except Exception as error:  # orbax and tensorstore raise many types
+        except BaseException as error:  # orbax and tensorstore raise many types
             with contextlib.suppress(Exception):
                 checkpoints.close()
+            if not isinstance(error, Exception):
+                raise
             raise VaaniError(
                 f"can't write {workdir}: {first_line(error, 200)}; nothing was kept"
             ) from None

@@ -432,9 +432,11 @@ class Checkpoints:
 
         A reader may meet it half removed; damage stays.
         """
+        if not self._read_only:  # its own: another process may set it aside already
+            return False
         folder, end = self._folder(step), time.monotonic() + REMOVAL
         while folder.exists():
-            if not self._read_only or time.monotonic() > end:
+            if time.monotonic() > end:
                 return False
             time.sleep(0.05)
         return True

@@ -10,6 +10,7 @@ export alike:
   chat template     ``chat_template.jinja``, else ``tokenizer_config.json``
 """
 
+import contextlib
 import dataclasses
 import pathlib
 from typing import Any
@@ -71,14 +72,17 @@ def read_special(folder: pathlib.Path) -> Special:
     """What the files in a folder say; raises VaaniError for a damaged one."""
     found = {
         name: read_json(folder / name) if (folder / name).is_file() else {}
-        for name in (TOKENIZER_CONFIG, MAP, GENERATION, CONFIG)
+        for name in (TOKENIZER_CONFIG, MAP, GENERATION)
     }
     names: dict[str, str] = {}
     for source in (found[MAP], found[TOKENIZER_CONFIG]):
         names |= {part: name for part in NAMES if (name := _text(source.get(part)))}
     ids: dict[str, tuple[int, ...]] = {}
-    # A config.json of something else may lie there.
-    config = found[CONFIG] if "model_type" in found[CONFIG] else {}
+    config: dict[str, Any] = {}
+    # One of something else may be there.
+    with contextlib.suppress(VaaniError):
+        config = read_json(folder / CONFIG)
+    config = config if "model_type" in config else {}
     for source in (config, found[GENERATION]):
         ids |= {part: one for part in NAMES if (one := _ids(source.get(f"{part}_id")))}
     template = found[TOKENIZER_CONFIG].get("chat_template")

@@ -106,7 +106,8 @@ def train(
         console = Console(quiet=True)
 
     def say(message: str) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        # Rich leaves with status 1 where the reader of a pipe has left.
+        with contextlib.suppress(OSError, ValueError, SystemExit):
             console.print(message, highlight=False, soft_wrap=True, markup=False)
 
     with (

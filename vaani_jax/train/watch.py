@@ -73,7 +73,10 @@ class Watch:
         wakeup: int | None = None
         with contextlib.suppress(ValueError):  # not the main thread: others handle it
             for number in STOPPING:
-                old[number] = signal.signal(number, self._handle)
+                # What nohup has the process ignore stays ignored.
+                ignored = signal.getsignal(number) == signal.SIG_IGN
+                if not (ignored and number == signal.SIGHUP):
+                    old[number] = signal.signal(number, self._handle)
             wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         thread = threading.Thread(target=self._watch, args=(reader,), daemon=True)
         thread.start()
