@@ -255,6 +255,12 @@ def test_a_llama_of_1bitllm_is_a_bitnet(tmp_path):
     assert any("ternary masters, as weight_bits is 1" in line for line in said)
     back, tokens = load(tmp_path / "back"), np.arange(12)[None]
     np.testing.assert_array_equal(back(tokens), plain(tokens))
+    edit_config(folder, weight_bits=16)
+    with pytest.raises(VaaniError, match=r"--weights ternary: .* weight_bits is 16"):
+        import_model(folder, tmp_path / "a", weights="ternary", notify=notify)
+    import_model(folder, tmp_path / "b", weights="full", notify=notify)
+    assert not load(tmp_path / "b").quantization.quantize
+    edit_config(folder, weight_bits=1)
     for wrong in ({"input_bits": 4}, {"input_bits": 8, "weight_bits": 4}):
         edit_config(folder, **wrong)
         with pytest.raises(VaaniError, match=list(wrong)[-1]):

@@ -1,5 +1,6 @@
 """One process trains in a workdir; readers neither need nor disturb its lock."""
 
+import errno
 import json
 import os
 import socket
@@ -10,6 +11,7 @@ import time
 import pytest
 
 from vaani_jax.errors import VaaniError
+from vaani_jax.runs import lock as lock_module
 from vaani_jax.runs.lock import STALE, locked
 from vaani_jax.runs.workdir import Workdir
 
@@ -91,6 +93,25 @@ def test_an_owner_on_another_machine_is_alive_while_it_gives_signs(tmp_path):
         os.utime(path, (0, 0))
         lock.touch()
         assert time.time() - path.stat().st_mtime < 5
+
+
+def test_where_a_file_system_has_no_locks_a_living_process_still_counts(
+    tmp_path, monkeypatch
+):
+    def without(descriptor, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(lock_module.fcntl, "flock", without)
+    with (
+        locked(tmp_path / "run", print),
+        pytest.raises(VaaniError, match=f"process {os.getpid()} on"),
+        locked(tmp_path / "run", print),
+    ):
+        pass
+    leave(tmp_path / "dead", owner())
+    said: list[str] = []
+    with locked(tmp_path / "dead", said.append):
+        assert "taking over" in said[0]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "\x00" * 9])

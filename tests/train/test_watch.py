@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -65,6 +66,26 @@ def test_it_says_what_a_run_waits_for(monkeypatch):
         assert len(alive) >= 2  # signs of life, while the run waits
     assert all("waiting for a checkpoint" in line for line in said)
     assert "no step for" in said[0]
+
+
+def test_a_terminal_that_takes_nothing_does_not_hold_the_watch(monkeypatch):
+    monkeypatch.setattr(watch_module, "PATIENCE", 0.1)
+    monkeypatch.setattr(watch_module, "LOOK", 0.05)
+    free = threading.Event()
+    blocked: list[str] = []
+    alive: list[int] = []
+
+    def say(line):
+        blocked.append(line)
+        free.wait(30.0)
+        raise SystemExit(1)  # as rich does, where the reader of a pipe has left
+
+    with Watch(say, lambda: alive.append(1)).watching():
+        assert until(lambda: blocked)
+        seen = len(alive)
+        assert until(lambda: len(alive) > seen + 2)
+        free.set()
+        assert until(lambda: len(blocked) >= 2)  # it goes on after that, too
 
 
 def test_what_blocks_outside_python_is_left_after_a_while():

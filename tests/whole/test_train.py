@@ -115,6 +115,7 @@ def test_a_second_start_of_a_finished_run_writes_what_it_lacks(
     assert run(make_config(text), workdir) is None
     after = json.loads((workdir / "run.json").read_text())
     assert after["final"]["loss"] == pytest.approx(before["final"]["loss"])
+    assert after["final"]["tokens"] == before["final"]["tokens"]
     assert after["best"] == before["best"]
     for name in lost:
         assert (workdir / name).stat().st_size > 100, name

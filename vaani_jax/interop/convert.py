@@ -288,7 +288,7 @@ def import_model(
       packed: whether to make a packed folder, which takes a sixteenth of the memory
         and can't be trained from.
       weights: what to take kernels for where the folder doesn't say: "ternary"
-        (masters), "full" (precision), or what is likely.
+        (masters) or "full" (precision); "auto" takes full precision.
       notify: receives lines for people, one of them what the weights are taken for.
 
     Returns:

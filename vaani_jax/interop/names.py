@@ -348,13 +348,17 @@ def _storage(content: dict[str, Any], weights: Weights) -> tuple[Storage, str]:
             f"full precision, as {says}; if they are masters of a ternary model, import"
             " them with --weights ternary"
         )
-    if weights == "full":
+    found = _by_bits(content) if quantization is None else _by_method(quantization)
+    if weights != "auto" and (weights == "full") != (found[0] == "full"):
         raise VaaniError(
-            "--weights full: config.json says that these weights are quantized; leave"
+            f"--weights {weights}: by its config.json the folder is {found[1]}; leave"
             " the flag out"
         )
-    if quantization is None:
-        return _by_bits(content)
+    return found
+
+
+def _by_method(quantization: Any) -> tuple[Storage, str]:
+    """Of transformers' ``quantization_config``."""
     if not isinstance(quantization, dict):
         raise VaaniError("config.json: quantization_config must hold keys")
     method = quantization.get("quant_method")

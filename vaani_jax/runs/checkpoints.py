@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from vaani_jax import leaves
-from vaani_jax.devices.processes import is_first, wait_for_all
+from vaani_jax.devices.processes import is_first, is_peer_error, wait_for_all
 from vaani_jax.errors import VaaniError
 from vaani_jax.words import first_line
 
@@ -217,6 +217,8 @@ class Checkpoints:
                 f"can't use {directory} for checkpoints: {error.strerror or error}"
             ) from None
         except Exception as error:  # of a damaged file that orbax reads first
+            if is_peer_error(error):
+                raise
             raise VaaniError(
                 f"the _CHECKPOINT_METADATA of a checkpoint in {directory} is damaged"
                 f" ({first_line(error, 200)}): delete files of that name, checkpoints"

@@ -7,6 +7,7 @@ life does: it touches the file every `HEARTBEAT` seconds.
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import json
 import os
@@ -21,6 +22,8 @@ from vaani_jax.files import to_json
 from vaani_jax.runs.workdir import Workdir
 
 HEARTBEAT = 20.0  # seconds
+# What flock says where a file system has no locks.
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 STALE = 6 * HEARTBEAT  # without a sign of life, of an owner on another machine
 
 
@@ -71,13 +74,18 @@ def _acquire(workdir: pathlib.Path, say: Callable[[str], None]) -> Lock:
             owner = _owner(descriptor)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = True
             except BlockingIOError:
                 raise _taken(workdir, owner) from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                held = False
             if not _is_at(descriptor, path):  # its owner has just left, and removed it
                 os.close(descriptor)
                 continue
             if owner:
-                _check_gone(workdir, descriptor, owner)
+                _check_gone(workdir, descriptor, owner, held)
                 say(f"taking over {workdir} from {_named(owner)}, which is gone")
             mine = {
                 "host": socket.gethostname(),
@@ -122,9 +130,13 @@ def _taken(workdir: pathlib.Path, owner: dict[str, Any]) -> VaaniError:
     )
 
 
-def _check_gone(workdir: pathlib.Path, descriptor: int, owner: dict[str, Any]) -> None:
-    """Raises where an owner on another machine may be alive."""
+def _check_gone(
+    workdir: pathlib.Path, descriptor: int, owner: dict[str, Any], held: bool
+) -> None:
+    """Raises where the owner may be alive; ``held`` says that the lock is ours now."""
     if owner.get("host") == socket.gethostname():
+        if not held and _is_alive(owner.get("process")):
+            raise _taken(workdir, owner)
         return  # it would hold the lock
     silent = time.time() - os.fstat(descriptor).st_mtime
     if silent < STALE:
@@ -132,3 +144,16 @@ def _check_gone(workdir: pathlib.Path, descriptor: int, owner: dict[str, Any]) -
             f"{workdir} was being trained by {_named(owner)} {silent:.0f} s ago: stop"
             f" it, or try again in {STALE - silent:.0f} s"
         )
+
+
+def _is_alive(process: Any) -> bool:
+    """Whether a process of this machine runs."""
+    if type(process) is not int or process < 1:
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True

@@ -184,9 +184,11 @@ class Config:
 
 def config_of(metadata: Metadata) -> Config:
     """The config of a run, from what was saved beside its arrays."""
+    # Versions before the key took all windows at every evaluation.
+    run = {"eval_windows": 0, **metadata.run} if metadata.run else {}
     return from_dict(
         {
-            **metadata.run,
+            **run,
             "model": dataclasses.asdict(metadata.architecture),
             "quantization": dataclasses.asdict(metadata.quantization),
         }

@@ -74,10 +74,14 @@ class Display:
         # Rich leaves with status 1 where the reader of a pipe has left.
         except (OSError, ValueError, SystemExit) as error:
             self._lost = True
+            live, self._live = self._live, None
+            if live:  # which holds standard output and error
+                with contextlib.suppress(OSError, ValueError, SystemExit):
+                    live.stop()
             self._console.quiet = True
-            self._live = None
+            left = isinstance(error, SystemExit)
+            reason = "nobody reads it" if left else first_line(error)
             with contextlib.suppress(OSError, ValueError):
-                reason = first_line(error) or "nobody reads it"
                 print(f"nothing more is shown: {reason}", file=sys.stderr, flush=True)
 
     def update(self, step: int, values: Row, eta_seconds: float) -> None:

@@ -136,12 +136,13 @@ def train(
                 return None
             ask = processes.Agreement(lambda: watch() or stop())
             loop = Loop(start, display, clock, guard, report, ask, callbacks, watch)
-            with display, jax.transfer_guard("disallow"):
+            with display, jax.transfer_guard("disallow"), watch.during("a step"):
                 step = loop.run()
                 if step < start.num_steps:
                     report.stopped(step, command)
                     return None
-            report.finished(loop.final)
+            with watch.during("the results"):
+                report.finished(loop.final)
             return loop.final
 
 

@@ -225,27 +225,31 @@ class Report:
 
     def completed(self) -> None:
         """Writes what a run that is over lacks, and says so."""
+        paths, final = self._paths, self._final()
         lacks = [
             path
-            for path in (self._paths.history, self._paths.curves)
+            for path in (paths.history, paths.curves, paths.summary)
             if not path.exists()
         ]
-        if not _has_final(self._paths.summary):
-            lacks.append(self._paths.summary)
+        if final is not None and not lacks and not _has_final(paths.summary):
+            lacks = [paths.summary]
         if not lacks:
             return
-        end = self._start.num_steps
-        self._write_results(
-            next(
-                (
-                    _unprefixed(row)
-                    for row in reversed(self._writer.rows)
-                    if row["step"] == end and "eval/loss" in row
-                ),
-                None,
-            )
-        )
+        self._write_results(final)
         self._display.say(f"written now: {', '.join(path.name for path in lacks)}")
+
+    def _final(self) -> dict[str, float] | None:
+        """The scores of the evaluation at the end, as far as they are known."""
+        end = self._start.num_steps
+        if self.best is not None and self.best["step"] == end:
+            return {key: self.best[key] for key in self.best if key != "step"}
+        for row in reversed(self._writer.rows):
+            if row["step"] == end and "eval/loss" in row:
+                return {
+                    **_unprefixed(row),
+                    "tokens": self._start.data.validation.tokens,
+                }
+        return None
 
     def _table(self, final: Evaluation | None) -> Table:
         start = self._start

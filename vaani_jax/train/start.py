@@ -48,6 +48,7 @@ FREE_KEYS = (
     "num_steps",
     "num_epochs",
     "eval_interval",
+    "eval_windows",
     "save_interval",
     "log_interval",
     "sample_interval",
@@ -384,6 +385,11 @@ def _consequences(old: Config, new: Config, data: Data) -> tuple[str, ...]:
         compare("num_steps", consequence)
         if not old.num_steps and not new.num_steps:
             compare("num_epochs", consequence)
+    held_out = data.validation.tokens // new.model.max_seq_len
+    if min(old.eval_windows or held_out, held_out) != min(
+        new.eval_windows or held_out, held_out
+    ):
+        compare("eval_windows", "losses of before and after are over other windows")
     if new.use_tuner:
         compare("eval_interval", "the tuner sees validation losses at other steps")
         rescues = "a rescue may go back to another step"

@@ -6,10 +6,10 @@ sees to what must happen all the same.
 """
 
 import contextlib
+import functools
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -115,16 +115,28 @@ class Watch:
             waited = time.monotonic() - self._since
             if waited > self._next:
                 self._next *= 2
-                self._say(f"no step for {duration(waited)}: waiting for {self._stage}")
+                line = f"no step for {duration(waited)}: waiting for {self._stage}"
+                _aside(functools.partial(self._say, line))
         os.close(reader)
 
     def _leave(self) -> None:
-        with contextlib.suppress(Exception):
-            print(
-                f"error: told to stop {GRACE:.0f} s ago, and still waiting for"
-                f" {self._stage}: left. The last checkpoint is whole; the same command"
-                " goes on from it",
-                file=sys.stderr,
-                flush=True,
-            )
+        line = (
+            f"error: told to stop {GRACE:.0f} s ago, and still waiting for"
+            f" {self._stage}: left. The last checkpoint is whole; the same command"
+            " goes on from it\n"
+        )
+        _aside(functools.partial(os.write, 2, line.encode())).join(1.0)
         os._exit(128 + signal.SIGTERM)
+
+
+def _aside(action: Callable[[], Any]) -> threading.Thread:
+    """Does it in a thread of its own: what is watched may be what it waits for, too."""
+
+    def act() -> None:
+        # Rich leaves with status 1 where the reader of a pipe has left.
+        with contextlib.suppress(Exception, SystemExit):
+            action()
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    return thread

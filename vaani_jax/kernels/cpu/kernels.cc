@@ -251,14 +251,6 @@ VAANI_LANE Lanes power(const Lanes& n) {
     return value;
   });
 }
-VAANI_LANE float total(Lanes x) {
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) x.v[i] += x.v[i + half];
-  return x.v[0];
-}
-VAANI_LANE void totals(const Lanes* x, float* out) {
-  for (int i = 0; i < 8; ++i) out[i] = total(x[i]);
-}
 
 #include "floats.inc"
 
@@ -351,23 +343,6 @@ typedef int32_t Order __attribute__((vector_size(32)));
 #define VAANI_PICK(a, b, ...) __builtin_shuffle(a, b, Order{__VA_ARGS__})
 #endif
 
-// Of eight vectors of lanes what `total` gives, by the same tree. A macro, as a function
-// would have to be compiled for each instruction set.
-#define VAANI_TOTALS(x, out)                                                           \
-  V8 a[4], b[2], one, other;                                                           \
-  for (int i = 0; i < 4; ++i) {                                                        \
-    one = reinterpret_cast<V8>(folded(x[i]));                                          \
-    other = reinterpret_cast<V8>(folded(x[i + 4]));                                    \
-    a[i] = VAANI_PICK(one, other, 0, 1, 2, 3, 8, 9, 10, 11) +                          \
-           VAANI_PICK(one, other, 4, 5, 6, 7, 12, 13, 14, 15);                         \
-  }                                                                                    \
-  for (int i = 0; i < 2; ++i)                                                          \
-    b[i] = VAANI_PICK(a[i], a[i + 2], 0, 1, 8, 9, 4, 5, 12, 13) +                      \
-           VAANI_PICK(a[i], a[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);                     \
-  one = VAANI_PICK(b[0], b[1], 0, 8, 2, 10, 4, 12, 6, 14) +                            \
-        VAANI_PICK(b[0], b[1], 1, 9, 3, 11, 5, 13, 7, 15);                             \
-  std::memcpy(out, &one, sizeof one)
-
 // -- AVX2 -------------------------------------------------------------------------
 
 #define VAANI_AVX2 __attribute__((target("avx2,fma")))
@@ -436,16 +411,10 @@ VAANI_LANE __m256 power(__m256 n) {
 }
 VAANI_LANE Lanes power(Lanes n) { return {power(n.low), power(n.high)}; }
 VAANI_LANE __m256 folded(Lanes x) { return _mm256_add_ps(x.low, x.high); }
-VAANI_LANE float total(Lanes lanes) {
-  float x[8];
-  _mm256_storeu_ps(x, folded(lanes));
-  for (int half = 4; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) x[i] += x[i + half];
-  return x[0];
-}
-VAANI_LANE void totals(const Lanes* x, float* out) { VAANI_TOTALS(x, out); }
 
+#define VAANI_FOLDED
 #include "floats.inc"
+#undef VAANI_FOLDED
 
 #undef VAANI_TARGET
 #undef VAANI_LANE
@@ -651,16 +620,10 @@ VAANI_LANE Lanes power(Lanes n) {
 VAANI_LANE __m256 folded(Lanes x) {
   return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
 }
-VAANI_LANE float total(Lanes lanes) {
-  float x[8];
-  _mm256_storeu_ps(x, folded(lanes));
-  for (int half = 4; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) x[i] += x[i + half];
-  return x[0];
-}
-VAANI_LANE void totals(const Lanes* x, float* out) { VAANI_TOTALS(x, out); }
 
+#define VAANI_FOLDED
 #include "floats.inc"
+#undef VAANI_FOLDED
 
 #undef VAANI_TARGET
 #undef VAANI_LANE
