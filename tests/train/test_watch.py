@@ -24,12 +24,17 @@ def until(condition, seconds=10.0):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_an_answer_to_a_question(number):
-    before = signal.getsignal(number)
-    with Watch(print).watching() as watch:
-        assert not watch()
-        os.kill(os.getpid(), number)
-        assert until(watch)
-    assert signal.getsignal(number) == before
+    ours = signal.getsignal(number)
+    before = signal.SIG_DFL if ours == signal.SIG_IGN else ours  # under nohup
+    signal.signal(number, before)
+    try:
+        with Watch(print).watching() as watch:
+            assert not watch()
+            os.kill(os.getpid(), number)
+            assert until(watch)
+        assert signal.getsignal(number) == before
+    finally:
+        signal.signal(number, ours)
 
 
 def test_what_nohup_has_ignored_stays_ignored():
