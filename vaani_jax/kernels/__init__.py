@@ -7,7 +7,7 @@ Backends, all equal to the bit in `ternary_matmul`:
 
 * "reference": plain JAX, on any platform;
 * "cpu": native code through `jax.ffi` (`cpu/kernels.cc`), built with the package;
-* "gpu", "tpu": Pallas (`pallas.py`).
+* "gpu", "tpu": Pallas (`gpu.py`, `tpu.py`).
 
 The backend is chosen once, by the platform, and told once; ``VAANI_KERNELS`` in the
 environment forces one, and it is an error if that one is missing.
@@ -111,10 +111,14 @@ def ternary_matmul(
         )
     elif name == "reference":
         outputs = reference(flat, kernels, activation_range)
-    else:
-        from vaani_jax.kernels import pallas
+    elif name == "gpu":
+        from vaani_jax.kernels import gpu
 
-        outputs = pallas.ternary_matmul(flat, kernels, activation_range, platform=name)
+        outputs = gpu.ternary_matmul(flat, kernels, activation_range)
+    else:
+        from vaani_jax.kernels import tpu
+
+        outputs = tpu.ternary_matmul(flat, kernels, activation_range)
     return tuple(
         to_dtype(y.reshape(*x.shape[:-1], y.shape[-1]), x.dtype) for y in outputs
     )

@@ -59,4 +59,5 @@ def _described(name: str) -> str:
 
 def layout(name: Backend | None = None) -> Layout:
     """The order of codes that a backend multiplies fastest."""
-    return "planes" if (name or backend()) in ("gpu", "tpu") else "tiles"
+    orders: dict[str, Layout] = {"gpu": "rows", "tpu": "planes"}
+    return orders.get(name or backend(), "tiles")

@@ -1,17 +1,4 @@
-"""Products with packed weights: one function, several ways to compute it.
-
-    ternary_matmul(x, packed)     quantizes x per token, multiplies, rescales
-    rows_matmul(x, rows)          an output head in 8 bits
-
-Backends, all equal to the bit in `ternary_matmul`:
-
-* "reference": plain JAX, on any platform;
-* "cpu": native code through `jax.ffi` (`cpu.cc`), built with the package;
-* "gpu", "tpu": Pallas (`pallas.py`).
-
-The backend is chosen once, by the platform, and told once; ``VAANI_KERNELS`` in the
-environment forces one, and it is an error if that one is missing.
-"""
+"""Products with packed weights in plain JAX, which every backend is compared with."""
 
 import jax
 import jax.numpy as jnp

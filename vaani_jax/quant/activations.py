@@ -46,6 +46,22 @@ def activation_bound(x: Array, activation_range: Array | None = None) -> Array:
     return jnp.maximum(activation_range, EPSILON)
 
 
+def integers(x: Array, activation_range: Array | None) -> tuple[Array, Array]:
+    """For products of integers, which have no NaN: what is not finite is in the bound.
+
+    Args:
+      x: activations [M, K], float32.
+      activation_range: see `quantize_activations`.
+
+    Returns:
+      codes [M, K] float32, and their bound [M, 1]: NaN where a row is not finite.
+    """
+    bound = activation_bound(x, activation_range)
+    codes = quantize_activations(x, bound)[0]
+    lost = jnp.isnan(codes).any(axis=-1, keepdims=True)
+    return jnp.where(lost, 0.0, codes), jnp.where(lost, jnp.nan, bound)
+
+
 class ActivationQuantizer(nn.Module):
     """8-bit activations, per token or with a tracked range.
 

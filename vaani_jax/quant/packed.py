@@ -1,16 +1,20 @@
 """Every 2-bit layout of ternary weights, and matrices in eight bits.
 
 Two bits hold ``weight + 1``, four of them a byte, the first in the lowest bits:
-`joined` and `code`. Which four share a byte is the layout. Two are of packed models,
-and `relayout` turns one into the other:
+`joined` and `code`. Which four share a byte is the layout. Three are of packed models,
+and `relayout` turns one into another:
 
 * "tiles", of CPUs and of files: ``codes [ceil(N / 16), ceil(K / 16), 64]``. Byte
   ``4 (n % 16) + k % 4`` of block ``(n // 16, k // 16)`` holds the weights
   ``k % 16 = k % 4 + 4 i`` in bits ``2 i`` and ``2 i + 1``: a block read in one piece is
   four times sixteen outputs of four inputs, which is what vector units multiply.
-* "planes", of accelerators: ``codes [Q, N']`` with ``Q = 64 ceil(K / 256)`` and N' the
-  next multiple of 128. Byte ``(r, n)`` holds the weights ``k = r + Q i``: a shift and a
-  mask give a matrix in the shape that matrix units take.
+* "rows", of GPUs: ``codes [N', 16 ceil(K / 64)]`` with N' the next multiple of 128.
+  Byte ``(n, 4 b + j)`` holds the weights ``k = 16 b + j + 4 i`` in bits ``2 i`` and
+  ``2 i + 1``: what a thread reads is of one output, and a mask on four bytes gives
+  four codes that lie beside each other along K.
+* "planes", of TPUs: ``codes [Q, N']`` with ``Q = 128 ceil(K / 512)`` and N' the next
+  multiple of 128. Byte ``(r, n)`` holds the weights ``k = r + Q i``: a shift and a mask
+  give a matrix in the shape that matrix units take.
 
 Of two others, `pack_neighbors` is what devices send each other, and `pack_quarters`
 what Hugging Face keeps.
@@ -29,13 +33,17 @@ from vaani_jax.quant.rounding import EPSILON, LARGEST, to_codes
 Array = jax.Array
 
 
-Layout = Literal["tiles", "planes"]
+Layout = Literal["tiles", "rows", "planes"]
 
 
 TILE = 16  # inputs, and outputs, of a block
 
 
-PADDING: dict[Layout, tuple[int, int]] = {"tiles": (TILE, TILE), "planes": (256, 128)}
+PADDING: dict[Layout, tuple[int, int]] = {
+    "tiles": (TILE, TILE),
+    "rows": (4 * TILE, 128),
+    "planes": (512, 128),
+}
 
 
 @flax.struct.dataclass
@@ -46,10 +54,10 @@ class PackedTernary:
     shape up to whole blocks are 0; ``scale`` is positive.
 
     Attributes:
-      codes: uint8, in one of the two orders above.
+      codes: uint8, in one of the three orders above.
       scale: float32, [] per tensor or [N] per output channel.
       shape: (K, N) without padding; static.
-      layout: "tiles" or "planes"; static.
+      layout: "tiles", "rows" or "planes"; static.
     """
 
     codes: Array
@@ -142,6 +150,9 @@ def pack(weights: Array, scale: Array, layout: Layout = "tiles") -> PackedTernar
     codes = jnp.pad(codes, ((0, -k % rows), (0, -n % columns)), constant_values=1)
     if layout == "planes":
         planes = codes.reshape(4, -1, codes.shape[1])
+    elif layout == "rows":
+        planes = codes.reshape(-1, 4, 4, codes.shape[1]).transpose(1, 3, 0, 2)
+        planes = planes.reshape(*planes.shape[:2], -1)
     else:
         blocks = codes.reshape(codes.shape[0] // TILE, 4, 4, -1, TILE)
         planes = blocks.transpose(1, 3, 0, 4, 2)  # plane, n block, k block, n, k % 4
@@ -157,6 +168,9 @@ def unpack(packed: PackedTernary, dtype: Any = jnp.int8) -> Array:
     planes = jnp.stack([code(packed.codes, i) for i in range(4)])
     if packed.layout == "planes":
         weights = planes.reshape(-1, planes.shape[-1])
+    elif packed.layout == "rows":
+        words = planes.reshape(*planes.shape[:2], -1, 4)
+        weights = words.transpose(2, 0, 3, 1).reshape(-1, planes.shape[1])
     else:
         blocks = planes.reshape(*planes.shape[:3], TILE, 4)
         weights = blocks.transpose(2, 0, 4, 1, 3)
