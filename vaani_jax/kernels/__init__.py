@@ -13,7 +13,6 @@ The backend is chosen once, by the platform, and told once; ``VAANI_KERNELS`` in
 environment forces one, and it is an error if that one is missing.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -36,7 +35,7 @@ Array = jax.Array
 Norm = tuple[Array, float]
 
 
-FEW_ROWS = 4  # up to which a norm joins its product in one call
+FEW_ROWS = 4  # up to which a norm joins its product in one call on a CPU
 
 
 @overload
@@ -96,32 +95,39 @@ def ternary_matmul(
                 f" {kernel.shape[0]} inputs"
             )
     name = using or backend()
-    # In native code for a few rows, as when decoding: there the calls around a product
-    # cost more than the product.
-    rows = math.prod(x.shape[:-1])
-    if norm is not None and (name != "cpu" or rows > FEW_ROWS):
-        x, norm = rms_norm(x, *norm), None
-    flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    flat = x.reshape(-1, x.shape[-1])
+    if norm is not None and not _joins(name, len(flat)):
+        flat, norm = rms_norm(flat, *norm), None
     kernels = tuple(packed)
     outputs: Sequence[Array]
-    if name == "cpu":
-        halves = x.dtype == jnp.bfloat16
-        outputs = cpu.ternary_matmul(
-            flat, kernels, activation_range, norm, halves=halves
-        )
-    elif name == "reference":
-        outputs = reference(flat, kernels, activation_range)
-    elif name == "gpu":
+    if name == "gpu":
         from vaani_jax.kernels import gpu
 
-        outputs = gpu.ternary_matmul(flat, kernels, activation_range)
+        outputs = gpu.ternary_matmul(flat, kernels, activation_range, norm)
+    elif name == "cpu":
+        halves = x.dtype == jnp.bfloat16
+        outputs = cpu.ternary_matmul(
+            flat.astype(jnp.float32), kernels, activation_range, norm, halves=halves
+        )
+    elif name == "reference":
+        outputs = reference(flat.astype(jnp.float32), kernels, activation_range)
     else:
         from vaani_jax.kernels import tpu
 
-        outputs = tpu.ternary_matmul(flat, kernels, activation_range)
+        wide = flat.astype(jnp.float32)
+        outputs = tpu.ternary_matmul(wide, kernels, activation_range)
     return tuple(
         to_dtype(y.reshape(*x.shape[:-1], y.shape[-1]), x.dtype) for y in outputs
     )
+
+
+def _joins(name: Backend, rows: int) -> bool:
+    """Whether a norm joins its product in one call.
+
+    In native code for a few rows, as when decoding: there the calls around a product
+    cost more than the product. On a GPU always, where quantization passes the rows.
+    """
+    return name == "gpu" or (name == "cpu" and rows <= FEW_ROWS)
 
 
 def rows_matmul(x: Array, rows: PackedRows, *, using: Backend | None = None) -> Array:
@@ -133,7 +139,29 @@ def rows_matmul(x: Array, rows: PackedRows, *, using: Backend | None = None) -> 
     flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     if (using or backend()) == "cpu":
         y = cpu.rows_matmul(flat, rows)
+    elif (using or backend()) == "gpu":
+        y = _split_matmul(flat, rows.codes) * rows.scale[None, :]
     else:
         codes = rows.codes.astype(jnp.float32)
         y = jnp.dot(flat, codes.T, precision="highest") * rows.scale[None, :]
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _split_matmul(x: Array, codes: Array) -> Array:
+    """``x @ codes.T`` for x [M, D] float32 and codes [V, D] int8: [M, V] float32.
+
+    For matrix units that multiply bfloat16, which holds codes exactly: three parts of
+    ``x`` in bfloat16 hold it to 24 bits, and codes are not written out in float32.
+    """
+    parts = []
+    for _ in range(3):
+        part = to_dtype(x, jnp.bfloat16)
+        parts.append(part)
+        x = x - part.astype(jnp.float32)
+    y = jnp.einsum(
+        "PMD,VD->PMV",
+        jnp.stack(parts),
+        codes.astype(jnp.bfloat16),
+        preferred_element_type=jnp.float32,
+    )
+    return y[0] + (y[1] + y[2])

@@ -14,7 +14,9 @@ takes the four bytes as the one register that they are.
   and tensor cores multiply them. Where there are fewer tiles than multiprocessors, K is
   split over programs, too.
 
-All sums are of integers, so any order gives the same bits.
+Before them, `_quantize_kernel` makes integers of activations, a program a row, after an
+RMSNorm if there is one. All sums of products are of integers, so any order gives the
+same bits; the norm's are of floats, in an order that does not depend on other rows.
 
 Elsewhere than on a GPU the kernels run in Pallas's interpreter, which is how the tests
 compare them with the reference on a CPU.
@@ -26,51 +28,177 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from vaani_jax.kernels.tiles import MatrixTiles, VectorTiles, matrix_tiles, vector_tiles
-from vaani_jax.quant.activations import integers
+from vaani_jax.quant.activations import LOWEST
+from vaani_jax.quant.barriers import rounded, to_dtype
 from vaani_jax.quant.packed import PackedTernary, code, relayout
-from vaani_jax.quant.rounding import LARGEST
+from vaani_jax.quant.product import output_scale
+from vaani_jax.quant.rounding import EPSILON, LARGEST
 
 Array = jax.Array
 
 FEW_ROWS = 8  # up to which a product is one of vectors
 
 
+Norm = tuple[Array, float]
+
+
 def ternary_matmul(
-    x: Array, packed: Sequence[PackedTernary], activation_range: Array | None
+    x: Array,
+    packed: Sequence[PackedTernary],
+    activation_range: Array | None,
+    norm: Norm | None = None,
 ) -> list[Array]:
-    """See `vaani_jax.kernels.ternary_matmul`: x [M, K] float32, [M, N] float32 each."""
+    """See `vaani_jax.kernels.ternary_matmul`: x [M, K], [M, N] in its dtype each."""
     kernels = [relayout(kernel, "rows") for kernel in packed]
-    q, bound = integers(x, activation_range)
-    rows, inputs = x.shape
-    depth = kernels[0].codes.shape[1]
-    # [4, M, depth]: what meets the i-th plane of each byte.
-    q = jnp.pad(q.astype(jnp.int8), ((0, 0), (0, 4 * depth - inputs)))
-    q = q.reshape(rows, depth // 4, 4, 4).transpose(2, 0, 1, 3).reshape(4, rows, depth)
-    if rows <= FEW_ROWS:
-        return _vectors(q, bound, kernels)
-    return [_matrix(q, bound, kernel) for kernel in kernels]
+    q, bound = _quantized(x, activation_range, norm, kernels[0].codes.shape[1])
+    if x.shape[0] <= FEW_ROWS:
+        return _vectors(q, bound, kernels, x.dtype)
+    return [_matrix(q, bound, kernel, x.dtype) for kernel in kernels]
 
 
-def _factors(bound: Array, kernel: PackedTernary) -> tuple[Array, Array]:
-    """[M, 1] and [1] or [N]: their product is `quant.product.output_scale`."""
-    part = 1.0 / LARGEST
-    if kernel.scale.ndim == 0:
-        return bound, (kernel.scale * part)[None]
-    return bound * part, kernel.scale
-
-
-def _interpreted() -> bool:
+def interpreted() -> bool:
     return jax.default_backend() != "gpu"
+
+
+def _factor(bound: Array, scale: Array, per_tensor: bool) -> Array:
+    """`quant.product.output_scale` of a row: a bound [] and scales [] or [n]."""
+    part = 1.0 / LARGEST
+    return bound * (scale * part) if per_tensor else (bound * part) * scale
+
+
+# -- Activations ----------------------------------------------------------------------
+
+
+def _quantized(
+    x: Array, activation_range: Array | None, norm: Norm | None, depth: int
+) -> tuple[Array, Array]:
+    """Quantizes rows, after an RMSNorm if there is one: a program a row.
+
+    Args:
+      x: [M, K], float32 or bfloat16.
+      activation_range: see `quantize_activations`.
+      norm: scale [K] and epsilon.
+      depth: bytes of codes of an output.
+
+    Returns:
+      int8 [4, M, depth], what meets the i-th plane of each byte; and what 127 stands
+      for, [M] float32, NaN where a row is not finite.
+    """
+    rows = x.shape[0]
+    arguments = [x]
+    if activation_range is not None:
+        arguments.append(activation_range.reshape(1))
+    if norm is not None:
+        arguments.append(norm[0])
+    wide = pl.next_power_of_2(depth)
+    q, bound = pl.pallas_call(
+        functools.partial(
+            _quantize_kernel,
+            tracked=activation_range is not None,
+            epsilon=None if norm is None else norm[1],
+        ),
+        grid=(rows,),
+        out_shape=[
+            jax.ShapeDtypeStruct((4, rows, depth), jnp.int8),
+            jax.ShapeDtypeStruct((rows,), jnp.float32),
+        ],
+        compiler_params=plt.CompilerParams(
+            num_warps=max(1, min(8, wide // 64)), num_stages=1
+        ),
+        interpret=interpreted(),
+        name=f"quantize_{x.shape[1]}",
+    )(*arguments)
+    return q, bound
+
+
+def _quantize_kernel(
+    x_ref: Any, *refs: Any, tracked: bool, epsilon: float | None
+) -> None:
+    inputs, (q_ref, bound_ref) = iter(refs[:-2]), refs[-2:]
+    limit_ref = next(inputs) if tracked else None
+    scale_ref = next(inputs) if epsilon is not None else None
+    row, width, depth = pl.program_id(0), x_ref.shape[1], q_ref.shape[2]
+    # Four neighbors a thread.
+    word = jnp.arange(pl.next_power_of_2(depth // 4), dtype=jnp.int32)[:, None]
+    byte = jnp.arange(4, dtype=jnp.int32)[None, :]
+    column = 4 * word + byte
+    places = [16 * word + 4 * plane + byte for plane in range(4)]
+    parts = [
+        plt.load(x_ref.at[row, at], mask=at < width, other=0.0).astype(jnp.float32)
+        for at in places
+    ]
+    if scale_ref is not None and epsilon is not None:
+        squares = sum((jnp.sum(part * part) for part in parts), jnp.float32(0))
+        inverse = jax.lax.rsqrt(squares * (1.0 / width) + epsilon)
+        for i, at in enumerate(places):
+            scale = plt.load(scale_ref.at[at], mask=at < width, other=0.0)
+            normal = parts[i] * inverse * scale
+            parts[i] = normal.astype(x_ref.dtype).astype(jnp.float32)
+    # Bits of floats that aren't negative are in their order, with NaN above all.
+    bits = [
+        jnp.max(jax.lax.bitcast_convert_type(jnp.abs(part), jnp.int32))
+        for part in parts
+    ]
+    largest = functools.reduce(jnp.maximum, bits)
+    infinite = np.float32(np.inf).view(np.int32)
+    if limit_ref is None:
+        bound = jax.lax.bitcast_convert_type(largest, jnp.float32)
+    else:
+        bound = limit_ref[0]
+    bound = jnp.maximum(bound, EPSILON)
+    factor = _divided(jnp.full(column.shape, LARGEST), bound)
+    for plane, part in enumerate(parts):
+        codes = jnp.clip(_nearest_product(part, factor), LOWEST, LARGEST)
+        plt.store(
+            q_ref.at[plane, row, column],
+            codes.astype(jnp.int32).astype(jnp.int8),
+            mask=column < depth,
+        )
+    bound_ref[row] = jnp.where(largest < infinite, bound, jnp.nan)
+
+
+def _divided(x: Array, y: Array) -> Array:
+    """``x / y``, correctly rounded, as XLA divides and Triton doesn't."""
+    y = jnp.broadcast_to(y, x.shape)
+    return x / y if interpreted() else _on_floats("div.rn.f32 $0, $1, $2;", x, y)
+
+
+def rounded_product(x: Array, y: Array) -> Array:
+    """``x y``, rounded before anything is added to it."""
+    y = jnp.broadcast_to(y, x.shape)
+    return rounded(x * y) if interpreted() else _on_floats("mul.rn.f32 $0, $1, $2;", x, y)
+
+
+def _nearest_product(x: Array, y: Array) -> Array:
+    """``round(x y)``, half to even, where the product is rounded before."""
+    y = jnp.broadcast_to(y, x.shape)
+    if interpreted():
+        return jnp.round(x * y)
+    return _on_floats("mul.rn.f32 $0, $1, $2; cvt.rni.f32.f32 $0, $0;", x, y)
+
+
+def _on_floats(assembly: str, x: Array, y: Array) -> Array:
+    (z,) = plt.elementwise_inline_asm(
+        assembly,
+        args=[x, y],
+        constraints="=f,f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+    )
+    return z
 
 
 # -- Few rows -----------------------------------------------------------------------
 
 
-def _vectors(q: Array, bound: Array, kernels: Sequence[PackedTernary]) -> list[Array]:
+def _vectors(
+    q: Array, bound: Array, kernels: Sequence[PackedTernary], dtype: Any
+) -> list[Array]:
     _, rows, depth = q.shape
     tiles = vector_tiles(rows, depth, sum(kernel.shape[1] for kernel in kernels))
     # A program is of one kernel: those of the second follow those of the first.
@@ -78,29 +206,32 @@ def _vectors(q: Array, bound: Array, kernels: Sequence[PackedTernary]) -> list[A
     for kernel in kernels:
         starts.append(end)
         end += -(-kernel.shape[1] // tiles.outputs)
-    arguments: list[Array] = [q]
+    arguments: list[Array] = [q, bound]
     for kernel in kernels:
-        arguments += [kernel.codes, *_factors(bound, kernel)]
+        arguments += [kernel.codes, kernel.scale.reshape(-1)]
     call = pl.pallas_call(
         functools.partial(_vector_kernel, starts=starts, tiles=tiles),
         grid=(end,),
         out_shape=[
-            jax.ShapeDtypeStruct((rows, kernel.shape[1]), jnp.float32)
-            for kernel in kernels
+            jax.ShapeDtypeStruct((rows, kernel.shape[1]), dtype) for kernel in kernels
         ],
         compiler_params=plt.CompilerParams(num_warps=tiles.warps, num_stages=1),
-        interpret=_interpreted(),
-        name="ternary_vectors",
+        interpret=interpreted(),
+        name=f"ternary_vectors_{4 * depth}_{sum(k.shape[1] for k in kernels)}",
     )
     return list(call(*arguments))
 
 
 def _vector_kernel(
-    q_ref: Any, *refs: Any, starts: Sequence[int], tiles: VectorTiles
+    q_ref: Any,
+    bound_ref: Any,
+    *refs: Any,
+    starts: Sequence[int],
+    tiles: VectorTiles,
 ) -> None:
     """Some outputs of one of the kernels, for all rows."""
     program = pl.program_id(0)
-    inputs, outputs = refs[: 3 * len(starts)], refs[3 * len(starts) :]
+    inputs, outputs = refs[: 2 * len(starts)], refs[2 * len(starts) :]
     for i, (start, out_ref) in enumerate(zip(starts, outputs, strict=True)):
         mine = program >= start
         if i + 1 < len(starts):
@@ -108,7 +239,8 @@ def _vector_kernel(
         run = functools.partial(
             _vector_tile,
             q_ref,
-            *inputs[3 * i : 3 * i + 3],
+            bound_ref,
+            *inputs[2 * i : 2 * i + 2],
             out_ref,
             (program - start) * tiles.outputs,
             tiles,
@@ -121,8 +253,8 @@ def _vector_kernel(
 
 def _vector_tile(
     q_ref: Any,
+    bound_ref: Any,
     codes_ref: Any,
-    row_ref: Any,
     scale_ref: Any,
     out_ref: Any,
     first: Array,
@@ -155,19 +287,23 @@ def _vector_tile(
             total = _dp4a(ones, q, total)
         offsets.append(jnp.sum(total))
     valid = outputs < width
-    if scale_ref.shape[0] == 1:
-        scale = scale_ref[0]
-    else:
-        scale = plt.load(scale_ref.at[outputs], mask=valid, other=0.0)
+    scale, per_tensor = _scale(scale_ref, outputs, valid)
     for row in range(rows):
         sums = jnp.sum(totals[row], axis=1) - offsets[row]
-        value = sums.astype(jnp.float32) * (row_ref[row, 0] * scale)
-        plt.store(out_ref.at[row, outputs], value, mask=valid)
+        value = sums.astype(jnp.float32) * _factor(bound_ref[row], scale, per_tensor)
+        plt.store(out_ref.at[row, outputs], value.astype(out_ref.dtype), mask=valid)
+
+
+def _scale(scale_ref: Any, outputs: Array, valid: Array) -> tuple[Array, bool]:
+    """Of some outputs: [] and True where a kernel has one scale, else [n]."""
+    if scale_ref.shape[0] == 1:
+        return scale_ref[0], True
+    return plt.load(scale_ref.at[outputs], mask=valid, other=0.0), False
 
 
 def _plane(codes: Array, i: int) -> Array:
     """The i-th codes, 0 to 2, of bytes [...]: int8."""
-    if _interpreted():
+    if interpreted():
         return code(codes, i).astype(jnp.int8)
     return _on_words(
         f"shr.u32 $0, $1, {2 * i}; and.b32 $0, $0, 0x03030303;", codes, jnp.int8
@@ -176,7 +312,7 @@ def _plane(codes: Array, i: int) -> Array:
 
 def _weights(codes: Array, i: int) -> Array:
     """The i-th weights of bytes [...], int8."""
-    if _interpreted():
+    if interpreted():
         return code(codes, i).astype(jnp.int8) - jnp.int8(1)
     # With the highest bit set, none of the four subtractions borrows of the next.
     return _on_words(
@@ -205,7 +341,7 @@ def _dp4a(codes: Array, q: Array, total: Array) -> Array:
 
     A sum of four neighbors goes to the first of them.
     """
-    if _interpreted():
+    if interpreted():
         return total + codes.astype(jnp.int32) * q.astype(jnp.int32)
     (total,) = plt.elementwise_inline_asm(
         "dp4a.u32.s32 $0, $4, $5, $6;"
@@ -221,29 +357,39 @@ def _dp4a(codes: Array, q: Array, total: Array) -> Array:
 # -- Many rows ----------------------------------------------------------------------
 
 
-def _matrix(q: Array, bound: Array, kernel: PackedTernary) -> Array:
+def _matrix(q: Array, bound: Array, kernel: PackedTernary, dtype: Any) -> Array:
     _, rows, depth = q.shape
     width = kernel.shape[1]
     tiles = matrix_tiles(rows, depth, width)
     steps = -(-depth // (tiles.splits * tiles.depth))
-    grid = (-(-width // tiles.outputs), -(-rows // tiles.rows), tiles.splits)
-    sums = pl.pallas_call(
+    whole = tiles.splits == 1
+    out = pl.pallas_call(
         functools.partial(_matrix_kernel, steps=steps, tiles=tiles),
-        grid=grid,
-        out_shape=jax.ShapeDtypeStruct((tiles.splits, rows, width), jnp.int32),
+        grid=(-(-width // tiles.outputs), -(-rows // tiles.rows), tiles.splits),
+        out_shape=jax.ShapeDtypeStruct(
+            (tiles.splits, rows, width), dtype if whole else jnp.int32
+        ),
         compiler_params=plt.CompilerParams(
             num_warps=tiles.warps, num_stages=tiles.stages
         ),
-        interpret=_interpreted(),
-        name="ternary_matrix",
-    )(q, kernel.codes)
-    total = jnp.sum(sums, axis=0) if tiles.splits > 1 else sums[0]
-    row, scale = _factors(bound, kernel)
-    return total.astype(jnp.float32) * (row * scale[None, :])
+        interpret=interpreted(),
+        name=f"ternary_matrix_{4 * depth}_{width}",
+    )(q, bound, kernel.codes, kernel.scale.reshape(-1))
+    if whole:
+        return out[0]
+    sums = jnp.sum(out, axis=0).astype(jnp.float32)
+    return to_dtype(sums * output_scale(bound[:, None], kernel.scale, 2), dtype)
 
 
 def _matrix_kernel(
-    q_ref: Any, codes_ref: Any, out_ref: Any, *, steps: int, tiles: MatrixTiles
+    q_ref: Any,
+    bound_ref: Any,
+    codes_ref: Any,
+    scale_ref: Any,
+    out_ref: Any,
+    *,
+    steps: int,
+    tiles: MatrixTiles,
 ) -> None:
     """One tile of the output, of one part of K."""
     _, height, width = out_ref.shape
@@ -278,9 +424,15 @@ def _matrix_kernel(
         return total
 
     zero = jnp.zeros((tiles.outputs, tiles.rows), jnp.int32)
-    total = jax.lax.fori_loop(0, steps, step, zero)
+    value = jax.lax.fori_loop(0, steps, step, zero).T
+    valid = outputs < width
+    if tiles.splits == 1:
+        scale, per_tensor = _scale(scale_ref, outputs, valid)
+        bound = plt.load(bound_ref.at[rows], mask=rows < height, other=0.0)
+        scale = scale if per_tensor else scale[None, :]
+        value = value.astype(jnp.float32) * _factor(bound[:, None], scale, per_tensor)
     plt.store(
         out_ref.at[split, rows[:, None], outputs[None, :]],
-        total.T,
-        mask=there & (outputs < width)[None, :],
+        value.astype(out_ref.dtype),
+        mask=there & valid[None, :],
     )

@@ -42,10 +42,42 @@ class MatrixTiles:
     stages: int = 3
 
 
+@dataclasses.dataclass(frozen=True)
+class AttentionTiles:
+    """Of `gpu_attention._kernel`.
+
+    Attributes:
+      slots: of the cache at a time; a power of two, 16 at least.
+      parts: programs that share the slots of a row and head.
+      warps: of a program.
+    """
+
+    slots: int = 64
+    parts: int = 1
+    warps: int = 4
+
+
+PROGRAMS = 264  # two for each multiprocessor of an H100
+SLOTS = 256  # at least, of a part
+
+
+def attention_tiles(groups: int, slots: int) -> AttentionTiles:
+    """For rows times key-value heads, and slots of the cache."""
+    parts = max(1, min(PROGRAMS // groups, slots // SLOTS))
+    return AttentionTiles(parts=parts)
+
+
 def vector_tiles(rows: int, depth: int, outputs: int) -> VectorTiles:
-    """For M rows, bytes of codes of each output, and outputs of all kernels."""
-    del rows, depth, outputs
-    return VectorTiles()
+    """For M rows, bytes of codes of each output, and outputs of all kernels.
+
+    Of an H100, one row, layers of 2B4T: the fewer outputs there are, or the longer
+    they are, the fewer of them make a program, down to the bytes of one load.
+    """
+    if rows > 1:
+        return VectorTiles(outputs=8)
+    if depth > 1024:
+        return VectorTiles(outputs=4, depth=512)
+    return VectorTiles(outputs=8 if outputs > 8192 else 4)
 
 
 def matrix_tiles(rows: int, depth: int, outputs: int) -> MatrixTiles:

@@ -21,6 +21,7 @@ import numpy as np
 
 from vaani_jax.devices.mesh import BATCH, constrain
 from vaani_jax.kernels import cpu, floats
+from vaani_jax.kernels.choice import backend
 from vaani_jax.model.config import Architecture, Execution, Quantization
 from vaani_jax.model.linear import BitLinear, project
 from vaani_jax.model.norm import NORMS, Norm
@@ -101,6 +102,11 @@ class MultiHeadAttention(nn.Module):
             constrain(heads, BATCH, None, "tensor", None)
             for heads in (q_BTNH, k_BTKH, v_BTKH)
         )
+        if cache is not None and decodes_at_once(q_BTNH, cache):
+            y_BTNH, cache = _decoded(
+                q_BTNH, k_BTKH, v_BTKH, rotary, cache, positions, start
+            )
+            return self._projected(y_BTNH, x, train, mix), cache
         q_BTNH = rotary_embedding(q_BTNH, *rotary)
         k_BTKH = rotary_embedding(k_BTKH, *rotary)
         if cache is None:
@@ -123,10 +129,45 @@ class MultiHeadAttention(nn.Module):
                 start,
                 (cache[2], cache[3]) if coded else None,
             )
-        y = y_BTNH.reshape(*x.shape[:-1], a.n_heads * a.head_dim)
-        y = constrain(y, BATCH, None, "tensor")
-        (y,) = project(y, (self.o_proj,), norm=self.sub_norm, train=train, mix=mix)
-        return y, cache
+        return self._projected(y_BTNH, x, train, mix), cache
+
+    def _projected(
+        self, y_BTNH: Array, x: Array, train: bool, mix: Array | None
+    ) -> Array:
+        y = constrain(y_BTNH.reshape(*x.shape[:-1], -1), BATCH, None, "tensor")
+        return project(y, (self.o_proj,), norm=self.sub_norm, train=train, mix=mix)[0]
+
+
+def decodes_at_once(q_BTNH: Array, cache: tuple[Array, ...]) -> bool:
+    """Whether one kernel rotates, writes to the cache and attends."""
+    mesh = jax.sharding.get_abstract_mesh()
+    whole = mesh.empty or mesh.size == 1
+    return q_BTNH.shape[1] == 1 and len(cache) == 2 and whole and backend() == "gpu"
+
+
+def _decoded(
+    q_BTNH: Array,
+    k_BTKH: Array,
+    v_BTKH: Array,
+    rotary: tuple[Any, Any],
+    cache: tuple[Array, ...],
+    positions: Array,
+    start: Array | None,
+) -> tuple[Array, tuple[Array, ...]]:
+    from vaani_jax.kernels.gpu_attention import decode_attention
+
+    batch, _, _, size = q_BTNH.shape
+    cos, sin = (jnp.broadcast_to(x, (batch, 1, size // 2))[:, 0] for x in rotary)
+    y, (keys, values) = decode_attention(
+        q_BTNH[:, 0],
+        k_BTKH[:, 0],
+        v_BTKH[:, 0],
+        (cos, sin),
+        (cache[0], cache[1]),
+        positions[0],
+        jnp.zeros(batch, jnp.int32) if start is None else start,
+    )
+    return y[:, None], (keys, values)
 
 
 Implementation = Literal["auto", "library", "explicit"]
