@@ -171,7 +171,9 @@ def _divided(x: Array, y: Array) -> Array:
 def rounded_product(x: Array, y: Array) -> Array:
     """``x y``, rounded before anything is added to it."""
     y = jnp.broadcast_to(y, x.shape)
-    return rounded(x * y) if interpreted() else _on_floats("mul.rn.f32 $0, $1, $2;", x, y)
+    return (
+        rounded(x * y) if interpreted() else _on_floats("mul.rn.f32 $0, $1, $2;", x, y)
+    )
 
 
 def _nearest_product(x: Array, y: Array) -> Array:
@@ -344,8 +346,7 @@ def _dp4a(codes: Array, q: Array, total: Array) -> Array:
     if interpreted():
         return total + codes.astype(jnp.int32) * q.astype(jnp.int32)
     (total,) = plt.elementwise_inline_asm(
-        "dp4a.u32.s32 $0, $4, $5, $6;"
-        "mov.b32 $1, $7; mov.b32 $2, $8; mov.b32 $3, $9;",
+        "dp4a.u32.s32 $0, $4, $5, $6;mov.b32 $1, $7; mov.b32 $2, $8; mov.b32 $3, $9;",
         args=[codes, q, total],
         constraints="=&r,=&r,=&r,=&r,r,r,r,r,r,r",
         pack=4,

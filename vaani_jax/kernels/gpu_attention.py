@@ -185,9 +185,7 @@ def _kernel(
         return new, total * kept + jnp.sum(weights, axis=1), *sums
 
     blocks = (first // tiles.slots, (last + tiles.slots - 1) // tiles.slots)
-    largest, total, *found = jax.lax.fori_loop(
-        *blocks, step, (largest, total, *sums)
-    )
+    largest, total, *found = jax.lax.fori_loop(*blocks, step, (largest, total, *sums))
     if tiles.parts == 1:
         found = [x * (1.0 / total[:, None]) for x in found]
     else:

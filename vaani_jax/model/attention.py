@@ -194,13 +194,27 @@ def causal_attention(
     if implementation == "auto":
         implementation = "explicit" if jax.default_backend() == "cpu" else "library"
     if implementation == "library":
-        return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True)
+        return jax.nn.dot_product_attention(
+            q_BTNH,
+            k_BTKH,
+            v_BTKH,
+            is_causal=True,
+            implementation="cudnn" if _fits_cudnn(q_BTNH) else None,
+        )
     batch, length, heads, size = q_BTNH.shape
     q = _grouped(q_BTNH * size**-0.5, k_BTKH.shape[2])
     k = k_BTKH.transpose(0, 2, 1, 3)
     v = v_BTKH.transpose(0, 2, 1, 3)
     y = _explicit(q, k, v)
     return y.reshape(batch, heads, length, size).transpose(0, 2, 1, 3)
+
+
+def _fits_cudnn(q_BTNH: Array) -> bool:
+    """Whether cuDNN's fused attention takes it: it never stores [T, T] of anything."""
+    device = jax.devices()[0]
+    nvidia = device.platform == "gpu" and "cuda" in device.client.platform_version
+    size = q_BTNH.shape[-1]
+    return nvidia and q_BTNH.dtype == jnp.bfloat16 and size % 8 == 0 and size <= 128
 
 
 @jax.custom_vjp

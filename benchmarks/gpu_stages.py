@@ -1,0 +1,942 @@
+"""The stages of gpu.py, each part in a process of its own.
+
+    python benchmarks/gpu_stages.py STAGE PART FOLDER SECONDS [--rehearse] [--data=FILE]
+
+A part appends what it finds to rows.jsonl in the folder, a row at a time, and prints
+it. Rows whose names are there already it leaves out: `gpu.py --resume` goes on so. At
+toy size every stage runs on a CPU, the kernels in Pallas's interpreter.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import glob
+import itertools
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "MemoryError", "Out of memory")
+REFERENCE = ROOT / "benchmarks" / "results" / "gpu_losses.json"
+MAIN_STEPS = 300
+VOCABULARY = 50_304  # of the training stage: GPT-2's, rounded up
+
+
+@dataclasses.dataclass
+class Part:
+    """What a part of a stage is called with.
+
+    Attributes:
+      stage, name: which one.
+      folder: of the results.
+      seconds: until it is killed.
+      toy: whether sizes are those of a rehearsal.
+      data: a text file, or "".
+    """
+
+    stage: str
+    name: str
+    folder: pathlib.Path
+    seconds: float
+    toy: bool
+    data: str
+    start: float = dataclasses.field(default_factory=time.monotonic)
+
+    @property
+    def left(self) -> float:
+        """Seconds until it is killed."""
+        return self.seconds - (time.monotonic() - self.start)
+
+    @functools.cached_property
+    def found(self) -> set[str]:
+        """Names of rows that an earlier process of this stage has found."""
+        path, names = self.folder / "rows.jsonl", set()
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if row["stage"] == self.stage and not row.get("note"):
+                    names.add(row.get("name"))
+        return names
+
+    def row(self, name: str, **values: Any) -> None:
+        """Keeps what was found, at once, and shows it."""
+        row = {"stage": self.stage, "part": self.name, "name": name, **values}
+        with open(self.folder / "rows.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        shown = (
+            f"{key} {value:,.4g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in values.items()
+            if value is not None
+        )
+        print(f"  {name}: {', '.join(shown)}", flush=True)
+
+    @contextlib.contextmanager
+    def trying(self, name: str) -> Iterator[None]:
+        """Keeps a failure as a row, and goes on after it."""
+        try:
+            yield
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            self.row(name, note=reason_of(text.splitlines()) or text[:200])
+
+
+def reason_of(lines: list[str]) -> str:
+    """Why something failed, in a few words, from what it said last; or ""."""
+    if any(words in line for line in lines for words in OUT_OF_MEMORY):
+        return "out of memory"
+    return lines[-1][:200] if lines else ""
+
+
+def seconds_of(run: Callable[[], Any], repeats: int = 5) -> float:
+    """The least of some times of what returns arrays, after a first."""
+    import jax
+
+    jax.block_until_ready(run())
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def device_kind() -> str:
+    import jax
+
+    return jax.devices()[0].device_kind
+
+
+def bandwidth() -> float | None:
+    """Of the chip's memory by its data sheet, B/s."""
+    from vaani_jax.devices.chips import chip_of
+
+    chip = chip_of(device_kind())
+    return chip.memory_bandwidth if chip else None
+
+
+# -- The machine ----------------------------------------------------------------------
+
+
+def machine(part: Part) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    device = jax.devices()[0]
+    part.row("chip", value=device.device_kind)
+    stats = device.memory_stats() or {}
+    part.row("memory", value=stats.get("bytes_limit", 0) / 1e9, unit="GB for JAX")
+    driver = ""
+    if shutil.which("nvidia-smi"):
+        driver = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+    part.row("driver", value=driver or "-")
+    part.row("jax", value=jax.__version__)
+    part.row("python", value=sys.version.split()[0])
+
+    size = 2**12 if part.toy else 2**29
+    x = jnp.ones(size, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    with part.trying("copy bandwidth"):
+        rate = 2 * x.nbytes / seconds_of(lambda: copy(x))
+        part.row("copy bandwidth", value=rate / 1e9, unit="GB/s, read and written")
+    side = 256 if part.toy else 8192
+    key = jax.random.key(0)
+    for name, dtype, total, unit in (
+        ("bfloat16 product", jnp.bfloat16, jnp.float32, "TFLOP/s"),
+        ("int8 product", jnp.int8, jnp.int32, "TOP/s"),
+    ):
+        with part.trying(name):
+            a, b = (
+                jax.random.randint(k, (side, side), -100, 100).astype(dtype)
+                for k in jax.random.split(key)
+            )
+            dot = jax.jit(functools.partial(jnp.dot, preferred_element_type=total))
+            rate = 2 * side**3 / seconds_of(functools.partial(dot, a, b))
+            part.row(name, value=rate / 1e12, unit=unit)
+    with part.trying("a kernel in a loop"):
+        steps = 1000
+
+        @jax.jit
+        def loop(x: Any) -> Any:
+            sort = lambda x: jnp.cumsum(x) * 0.5  # noqa: E731
+            return jax.lax.fori_loop(0, steps, lambda i, x: sort(x), x)
+
+        spent = seconds_of(lambda: loop(jnp.ones(64))) / steps
+        part.row("a kernel in a loop", value=1e6 * spent, unit="us")
+
+
+# -- Kernels against the reference ----------------------------------------------------
+
+ROWS = (1, 2, 3, 5, 8, 9, 16, 17, 31, 32, 33, 64, 100, 128, 512)
+SHAPES = {(100, 72): ROWS, (17, 33): ROWS, (1, 1): (1, 40), (768, 2048): (1, 8, 33)}
+SHAPES |= {(2560, 640): (1, 8, 512), (6912, 2560): (1, 8, 64)}
+TOY_SHAPES = {(100, 72): (1, 3, 33)}
+
+
+def kernels(part: Part) -> None:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from vaani_jax.kernels import ternary_matmul
+    from vaani_jax.quant.packed import pack, unpack
+
+    rng = np.random.default_rng(0)
+    using: Any = "tpu" if jax.default_backend() == "tpu" else "gpu"
+    layout: Any = "planes" if using == "tpu" else "rows"
+    for (k, n), counts in (TOY_SHAPES if part.toy else SHAPES).items():
+        half = max(1, n // 2)
+        weights = [jnp.asarray(rng.integers(-1, 2, (k, w))) for w in (n, half)]
+        scales = jnp.float32(0.02), jnp.asarray(rng.uniform(0.5, 2, half), jnp.float32)
+        packed = [pack(w, s, layout) for w, s in zip(weights, scales, strict=True)]
+        for rows in counts:
+            name = f"{k} x {n}, {rows} rows"
+            if name in part.found:
+                continue
+            with part.trying(name):
+                different = 0
+                for dtype in (jnp.float32, jnp.bfloat16):
+                    x = jnp.asarray(rng.normal(size=(rows, k)), dtype)
+                    product = jax.jit(ternary_matmul, static_argnames="using")
+                    got = product(x, packed, using=using)
+                    expected = product(x, packed, using="reference")
+                    different += sum(
+                        int((np.asarray(a) != np.asarray(b)).sum())
+                        for a, b in zip(got, expected, strict=True)
+                    )
+                assert (np.asarray(unpack(packed[0])) == np.asarray(weights[0])).all()
+                part.row(name, outputs=rows * (n + half) * 2, different=different)
+
+
+def products(part: Part) -> None:
+    """The kernels' times in the layers of the 2B4T shape, by tiles."""
+    import jax
+    import jax.numpy as jnp
+
+    from vaani_jax.kernels import gpu, tiles
+
+    layers = 1 if part.toy else 6  # which no cache holds
+    shapes = [(2560, (2560, 640, 640)), (2560, (2560,))]
+    shapes += [(2560, (6912, 6912)), (6912, (2560,))]
+    if part.toy:
+        shapes = [(64, (32, 16))]
+    key = jax.random.key(0)
+    weights = [
+        [[random_kernel(key, k, n) for n in widths] for k, widths in shapes]
+        for _ in range(layers)
+    ]
+    candidates: dict[int, list[Any]] = {
+        rows: [tiles.VectorTiles(*t) for t in choices]
+        for rows, choices in {
+            1: [(8, 128, 4), (4, 128, 4), (4, 512, 4), (2, 256, 1), (4, 64, 2)],
+            8: [(8, 128, 4), (4, 128, 4), (16, 128, 4)],
+        }.items()
+    } | {
+        rows: [tiles.MatrixTiles(*t) for t in choices]
+        for rows, choices in {
+            32: [
+                (64, 32, 128, 1, 4, 3),
+                (64, 32, 128, 4, 4, 3),
+                (64, 32, 64, 2, 4, 4),
+                (128, 32, 128, 2, 8, 3),
+            ],
+            512: [
+                (128, 128, 128, 1, 8, 3),
+                (64, 128, 128, 1, 4, 3),
+                (128, 256, 64, 1, 8, 3),
+                (128, 128, 64, 1, 8, 4),
+            ],
+        }.items()
+    }
+    if part.toy:
+        candidates = {rows: choices[:1] for rows, choices in candidates.items()}
+        candidates.pop(512)
+    for rows, choices in candidates.items():
+        xs = [jax.random.normal(key, (rows, k), jnp.bfloat16) for k, _ in shapes]
+        name_of = "vector_tiles" if rows <= gpu.FEW_ROWS else "matrix_tiles"
+        for choice in [None, *choices]:
+            cut = ", ".join(map(str, dataclasses.astuple(choice))) if choice else "ours"
+            row = f"{rows} rows, {cut}"
+            if row in part.found or part.left < 10:
+                continue
+            chosen = getattr(gpu, name_of)
+            with part.trying(row):
+                if choice:
+                    setattr(gpu, name_of, lambda *shape, choice=choice: choice)
+                try:
+
+                    @jax.jit
+                    def run(weights: Any, xs: Any) -> Any:
+                        total = jnp.bfloat16(0)
+                        for layer in weights:
+                            for x, kernels in zip(xs, layer, strict=True):
+                                ys = gpu.ternary_matmul(x + total, kernels, None)
+                                total = ys[0][0, 0] * 1e-9
+                        return total
+
+                    call = functools.partial(run, weights, xs)
+                    seconds_of(call, 1)
+                    spent = profiled(lambda call=call: jax.block_until_ready(call()))
+                finally:
+                    setattr(gpu, name_of, chosen)
+                for kernel, (count, seconds) in sorted(spent.items()):
+                    if kernel.startswith("ternary"):
+                        part.row(f"{row}: {kernel}", us=1e6 * seconds / count)
+                part.row(row, us=1e6 * sum(s for _, s in spent.values()) / layers)
+
+
+def profiled(run: Callable[[], Any]) -> dict[str, tuple[int, float]]:
+    """Kernels of a device, or operations of a CPU: how often, and seconds in all."""
+    import tempfile
+
+    import jax
+
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
+        data = jax.profiler.ProfileData.from_file(path)
+    counts: Counter[str] = Counter()
+    seconds: Counter[str] = Counter()
+    accelerated = jax.default_backend() != "cpu"
+    for plane in data.planes:
+        if accelerated and not plane.name.startswith("/device:"):
+            continue
+        for line in plane.lines:
+            wanted = ("Stream", "XLA Ops") if accelerated else ("tf_", "Eigen")
+            if not any(words in line.name for words in wanted):
+                continue
+            for event in line.events:
+                counts[event.name] += 1
+                seconds[event.name] += event.duration_ns * 1e-9  # type: ignore[assignment]
+    return {name: (counts[name], seconds[name]) for name in counts}
+
+
+# -- Models of random weights ---------------------------------------------------------
+
+MODELS: dict[str, dict[str, Any]] = {
+    "2b4t": {
+        "vocab_size": 128_256,
+        "dim": 2560,
+        "n_layers": 30,
+        "n_heads": 20,
+        "n_kv_heads": 5,
+        "ffn_dim": 6912,
+        "activation": "relu2",
+    },
+    "700m": {
+        "vocab_size": 32_000,
+        "dim": 1536,
+        "n_layers": 24,
+        "n_heads": 16,
+        "ffn_dim": 4096,
+    },
+    "125m": {
+        "vocab_size": 32_000,
+        "dim": 768,
+        "n_layers": 12,
+        "n_heads": 12,
+        "ffn_dim": 2048,
+    },
+    "toy": {"vocab_size": 256, "dim": 64, "n_layers": 1, "n_heads": 2, "ffn_dim": 64},
+}
+
+
+def random_kernel(key: Any, k: int, n: int) -> Any:
+    """A packed kernel [k, n] in the layout of a GPU; one code in two is a 1."""
+    import jax.numpy as jnp
+
+    from vaani_jax.quant.packed import PackedTernary
+
+    shape = (-(-n // 128) * 128, -(-k // 64) * 16)
+    return PackedTernary(_codes(key, shape), jnp.float32(0.02), (k, n), "rows")
+
+
+def _codes(key: Any, shape: tuple[int, ...]) -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    @jax.jit
+    def draw(key: Any) -> Any:
+        bits = jax.random.bits(key, shape, jnp.uint8)
+        return bits ^ (((bits >> 1) & bits & 0x55) << 1)  # 3 becomes 1
+
+    return draw(key)
+
+
+def random_variables(shapes: Any, dtype: Any) -> Any:
+    """Numbers for a tree of shapes, drawn on the device; matrices in ``dtype``."""
+    import jax
+    import jax.numpy as jnp
+
+    from vaani_jax.quant.packed import PackedRows, PackedTernary
+
+    def fill(leaf: Any) -> Any:
+        key = jax.random.key(0)
+        if isinstance(leaf, PackedTernary):
+            scale = jnp.full(leaf.scale.shape, 0.02, jnp.float32)
+            return dataclasses.replace(
+                leaf, codes=_codes(key, leaf.codes.shape), scale=scale
+            )
+        if isinstance(leaf, PackedRows):
+            codes = jax.random.bits(key, leaf.codes.shape, jnp.uint8)
+            scale = jnp.full(leaf.scale.shape, 2e-4, jnp.float32)
+            return PackedRows(jax.lax.bitcast_convert_type(codes, jnp.int8), scale)
+        if leaf.ndim < 2:
+            return jnp.ones(leaf.shape, leaf.dtype)
+        return jax.random.normal(key, leaf.shape, dtype) * 0.02
+
+    packed = lambda x: isinstance(x, PackedTernary | PackedRows)  # noqa: E731
+    return jax.tree.map(fill, shapes, is_leaf=packed)
+
+
+def random_model(name: str, quantize: bool) -> tuple[Any, Any]:
+    """A module, and its variables: packed, or a twin's with matrices in bfloat16."""
+    import jax
+    import jax.numpy as jnp
+
+    from vaani_jax.kernels import layout
+    from vaani_jax.model.config import Architecture, Quantization
+    from vaani_jax.model.packing import pack_variables
+    from vaani_jax.model.transformer import Vaani, init_variables
+
+    module = Vaani(
+        Architecture(**MODELS[name], max_seq_len=2048),
+        Quantization(dtype="bfloat16", quantize=quantize),
+    )
+
+    def make() -> Any:
+        variables = init_variables(module, jax.random.key(0))
+        if not quantize:
+            return variables
+        return pack_variables(variables, module.spec, embedding="int8", layout=layout())
+
+    return module, random_variables(jax.eval_shape(make), jnp.bfloat16)
+
+
+def decode(part: Part) -> None:
+    """Generation, then prefill, of packed weights beside XLA's in bfloat16."""
+    import jax
+
+    batches = (1,) if part.toy else (1, 8, 32)
+    models: dict[bool, Any] = {}
+    rates: dict[Any, float] = {}
+    for measure in (_generation, _prefill):
+        for batch, packed in itertools.product(batches, (True, False)):
+            kind = "packed" if packed else "bfloat16"
+            what = measure.__name__.strip("_")
+            name = f"{part.name} {kind}, batch {batch}, {what}"
+            if name in part.found:
+                continue
+            if part.left < 20:
+                part.row(name, note="no time left")
+                continue
+            with part.trying(name):
+                if packed not in models:
+                    models[packed] = random_model(part.name, packed)
+                module, variables = models[packed]
+                start = time.monotonic()
+                tokens, steps, run = measure(module, variables, batch, part.toy)
+                spent = seconds_of(run, 3)
+                rates[what, batch, packed] = rate = tokens / spent
+                other = rates.get((what, batch, True))
+                nbytes = sum(x.nbytes for x in jax.tree.leaves(variables))
+                moved, peak = nbytes * steps / spent, bandwidth()
+                part.row(
+                    name,
+                    tokens_s=rate,
+                    packed_is=other / rate if other and not packed else None,
+                    ms=1e3 * spent / steps,
+                    gb=nbytes / 1e9,
+                    gb_s=moved / 1e9,
+                    of_peak=moved / peak if peak else None,
+                    starting=time.monotonic() - start,
+                )
+                if batch == 1 and measure is _generation:
+                    _expensive(
+                        part,
+                        name,
+                        profiled(lambda run=run: jax.block_until_ready(run())),
+                        steps,
+                    )
+
+
+Measured = tuple[
+    int, int, Callable[[], Any]
+]  # tokens, passes over the weights, the call
+
+
+def _generation(module: Any, variables: Any, batch: int, toy: bool) -> Measured:
+    """128 tokens in one compiled loop, behind 512."""
+    import jax
+    import jax.numpy as jnp
+
+    from vaani_jax.inference.generate import decode as generate
+    from vaani_jax.inference.sampling import SamplerConfig
+    from vaani_jax.model.cache import KVCache
+
+    steps, before, capacity = (4, 16, 64) if toy else (128, 512, 1024)
+    cache = KVCache.create(module.architecture, batch, capacity, "bfloat16")
+    cache = dataclasses.replace(cache, length=jnp.int32(before))
+    logits = jnp.zeros((batch, module.architecture.vocab_size), jnp.float32)
+
+    def run() -> Any:
+        nonlocal logits, cache
+        _, _, logits, cache = generate(
+            module,
+            SamplerConfig(temperature=0),
+            steps,
+            variables,
+            logits,
+            dataclasses.replace(cache, length=jnp.int32(before)),
+            jax.random.key(0),
+            jnp.int32(0),
+        )
+        return logits
+
+    return batch * steps, steps, run
+
+
+def _prefill(module: Any, variables: Any, batch: int, toy: bool) -> Measured:
+    """512 tokens a row."""
+    import jax.numpy as jnp
+
+    from vaani_jax.inference.generate import prefill
+
+    length, capacity = (16, 64) if toy else (512, 1024)
+    ids = jnp.ones((batch, length), jnp.int32)
+    run = functools.partial(
+        prefill,
+        module,
+        variables,
+        ids,
+        jnp.int32(length),
+        jnp.zeros(batch, jnp.int32),
+        capacity=capacity,
+        kv_dtype="bfloat16",
+    )
+    return batch * length, 1, run
+
+
+def _expensive(
+    part: Part, name: str, found: dict[str, tuple[int, float]], steps: int
+) -> None:
+    """The ten kernels that take most, of so many steps."""
+    whole = sum(seconds for _, seconds in found.values())
+    part.row(
+        f"{name}: kernels",
+        count=sum(count for count, _ in found.values()) / steps,
+        ms=1e3 * whole / steps,
+    )
+    most = sorted(found.items(), key=lambda item: -item[1][1])[:10]
+    for kernel, (count, seconds) in most:
+        part.row(
+            f"{name}: {kernel[:60]}",
+            count=count / steps,
+            ms=1e3 * seconds / steps,
+            share=seconds / whole,
+        )
+
+
+# -- Training -------------------------------------------------------------------------
+
+# Batch, and what of a block is recomputed: what fits an H100's 80 GB.
+SIZES: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
+    "125m": (
+        {"dim": 768, "n_layers": 12, "n_heads": 12, "ffn_dim": 2048},
+        16,
+        {"scan_layers": True, "remat": True, "remat_save": "products"},
+    ),
+    "350m": (
+        {"dim": 1024, "n_layers": 24, "n_heads": 16, "ffn_dim": 2816},
+        16,
+        {"scan_layers": True, "remat": True, "remat_save": "products"},
+    ),
+    "1.3b": (
+        {"dim": 2048, "n_layers": 24, "n_heads": 16, "ffn_dim": 5504},
+        8,
+        {"scan_layers": True, "remat": True, "remat_save": "products"},
+    ),
+    "toy": ({"dim": 64, "n_layers": 1, "n_heads": 2, "ffn_dim": 64}, 2, {}),
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "twin": {"quantize": False},
+    "ternary, bfloat16": {"quantize": True, "operands": "bfloat16"},
+    "ternary, int8": {"quantize": True, "operands": "int8"},
+}
+
+
+def make_step(size: str, variant: str, toy: bool) -> tuple[Callable[[int], Any], Any]:
+    """A training step on random tokens, which runs so often; and its model."""
+    import jax
+    import numpy as np
+
+    from vaani_jax.model.config import Architecture, Execution, Quantization
+    from vaani_jax.model.transformer import Vaani
+    from vaani_jax.train.config import OptimConfig
+    from vaani_jax.train.optimizers import make_optimizer
+    from vaani_jax.train.schedules import Schedule
+    from vaani_jax.train.state import init_state
+    from vaani_jax.train.steps import make_train_step
+
+    shape, batch, how = SIZES[size]
+    context, vocabulary = (32, 256) if toy else (2048, VOCABULARY)
+    if size == "1.3b":
+        vocabulary = 32_000  # as the paper's
+    model = Vaani(
+        Architecture(**shape, vocab_size=vocabulary, max_seq_len=context),
+        Quantization(dtype="bfloat16"),
+        Execution(**how),
+    ).changed(**VARIANTS[variant])
+    optim = OptimConfig(name="adamw")
+    optimizer = make_optimizer(optim)
+    step = jax.jit(
+        make_train_step(model, optimizer, Schedule(optim, 1e-3, 1_000_000)),
+        donate_argnums=0,
+    )
+    state = jax.jit(lambda: init_state(model, optimizer, 0, None))()
+    ids = np.random.default_rng(0).integers(0, vocabulary, (batch, context + 1))
+    tokens = jax.device_put(ids.astype(np.int32))
+
+    def run(count: int) -> Any:
+        nonlocal state
+        for _ in range(count):
+            state, metrics = step(state, tokens)
+        return metrics["train/loss"].block_until_ready()
+
+    return run, model
+
+
+def training(part: Part) -> None:
+    import jax
+
+    from vaani_jax.devices.chips import chip_of
+    from vaani_jax.model.size import flops_per_token, model_size
+
+    size, _, variant = part.name.partition(", ")
+    start = time.monotonic()
+    run, model = make_step(size, variant, part.toy)
+    run(1)
+    first = time.monotonic() - start
+    run(1 if part.toy else 3)
+    count, times = 1 if part.toy else 5, []
+    for _ in range(3):
+        begin = time.perf_counter()
+        loss = run(count)
+        times.append((time.perf_counter() - begin) / count)
+    batch, context = SIZES[size][1], model.architecture.max_seq_len
+    rate = batch * context / sorted(times)[1]
+    device = jax.devices()[0]
+    chip = chip_of(device.device_kind)
+    flops = flops_per_token(model, context)
+    peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    part.row(
+        part.name,
+        batch=batch,
+        tokens_s=rate,
+        mfu=rate * flops / chip.bf16_flops if chip else None,
+        gb=peak / 1e9 if peak else None,
+        ms=1e3 * sorted(times)[1],
+        starting=first,
+        parameters=model_size(model).parameters,
+        loss=float(loss),
+    )
+
+
+def profile(part: Part) -> None:
+    size, _, variant = part.name.partition(", ")
+    run, _ = make_step(size, variant, part.toy)
+    run(2)
+    _expensive(part, part.name, profiled(lambda: run(2)), 2)
+
+
+# -- Attention ------------------------------------------------------------------------
+
+
+def attention(part: Part) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    from vaani_jax.model.attention import causal_attention
+
+    library = jax.nn.dot_product_attention
+    ways: dict[str, Callable[..., Any]] = {
+        "ours": causal_attention,
+        "cudnn": functools.partial(library, is_causal=True, implementation="cudnn"),
+        "xla": functools.partial(library, is_causal=True, implementation="xla"),
+    }
+    if jax.default_backend() != "gpu":
+        del ways["cudnn"]
+    lengths = (64,) if part.toy else (2048, 8192, 32_768)
+    heads, size = (2, 16) if part.toy else (16, 128)
+    for length in lengths:
+        batch = max(1, lengths[0] // length * 4)
+        x = jax.random.normal(jax.random.key(0), (batch, length, heads, size))
+        x = x.astype(jnp.bfloat16)
+        for way, function in ways.items():
+            name = f"{length} tokens, {way}"
+            if name in part.found or part.left < 8:
+                continue
+            with part.trying(name):
+
+                @jax.jit
+                def run(q: Any, k: Any, v: Any, function: Any = function) -> Any:
+                    def total(*qkv: Any) -> Any:
+                        return jnp.sum(function(*qkv).astype(jnp.float32))
+
+                    return jax.grad(total, (0, 1, 2))(q, k, v)
+
+                spent = seconds_of(functools.partial(run, x, x, x), 3)
+                # Of the causal half: 2 products forward, 5 backward.
+                flops = 7 * batch * heads * size * length**2
+                part.row(
+                    name, batch=batch, ms=1e3 * spent, tflop_s=flops / spent / 1e12
+                )
+
+
+# -- Whole runs -----------------------------------------------------------------------
+
+
+def word_salad(path: pathlib.Path) -> pathlib.Path:
+    """A text that is the same everywhere: sentences of invented words, 400 kB."""
+    draw = random.Random(0)
+    syllables = [
+        a + b for a in "bdfgklmnprstv" for b in ("a", "e", "i", "o", "u", "an")
+    ]
+    words = [
+        "".join(draw.choices(syllables, k=draw.choice((1, 2, 2, 3))))
+        for _ in range(800)
+    ]
+    weights = [1 / (rank + 1) for rank in range(len(words))]
+    lines, size = [], 0
+    while size < 400_000:
+        chosen = draw.choices(words, weights, k=draw.randint(4, 12))
+        line = " ".join(chosen).capitalize() + draw.choice(".,;?!")
+        lines.append(line)
+        size += len(line) + 1
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def _command(*arguments: str) -> tuple[str, float]:
+    """Runs a command of the project: its standard output, and seconds."""
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip()[-500:] or done.stdout.strip()[-500:])
+    return done.stdout, time.monotonic() - start
+
+
+def _losses(workdir: pathlib.Path) -> dict[str, float]:
+    """Training and validation losses by step."""
+    found = {}
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        for key in ("train/loss", "eval/loss"):
+            if row.get(key) is not None:
+                found[f"{key} {row['step']}"] = row[key]
+    return found
+
+
+def main_job(part: Part) -> None:
+    """`configs/small.py`, then generation from masters, packing, and from packed."""
+    room = part.folder / "main_job"
+    shutil.rmtree(room, ignore_errors=True)
+    room.mkdir()
+    text = word_salad(room / "text.txt")
+    steps = 4 if part.toy else MAIN_STEPS
+    work = room / "run"
+    config = "debug" if part.toy else "small"
+    _, spent = _command(
+        "train.py",
+        f"--config=configs/{config}.py",
+        f"--workdir={work}",
+        f"--config.data.path={text}",
+        f"--config.num_steps={steps}",
+        "--config.use_tuner=False",
+        "--config.learning_rate=0.012",
+        "--config.log_interval=20",
+        f"--config.eval_interval={steps}",
+        f"--config.save_interval={steps}",
+    )
+    losses = _losses(work)
+    part.row("training", seconds=spent, loss=losses.get(f"eval/loss {steps}"))
+    if not part.toy:
+        (part.folder / "losses.json").write_text(json.dumps(losses, indent=1) + "\n")
+        if REFERENCE.exists():
+            expected = json.loads(REFERENCE.read_text())
+            apart = {key: abs(losses[key] - expected[key]) for key in expected}
+            part.row(
+                "beside the CPU",
+                largest=max(apart.values()),
+                last=apart[f"eval/loss {steps}"],
+                loss=expected[f"eval/loss {steps}"],
+            )
+    options = ["--prompt=Ba", "--max-new-tokens=64", "--temperature=0"]
+    masters, spent = _command(
+        "-m", "vaani_jax", "generate", f"--workdir={work}", *options
+    )
+    part.row("generation, masters", seconds=spent)
+    _, spent = _command(
+        "-m", "vaani_jax", "pack", f"--workdir={work}", f"--out={room / 'packed'}"
+    )
+    part.row("packing", seconds=spent)
+    packed, spent = _command(
+        "-m", "vaani_jax", "generate", f"--workdir={room / 'packed'}", *options
+    )
+    part.row("generation, packed", seconds=spent, same_text=masters == packed)
+
+
+def medium(part: Part) -> None:
+    """`configs/medium.py` for as long as there is time; the same again goes on."""
+    work = part.folder / "medium"
+    text = part.data or str(word_salad(part.folder / "text.txt"))
+    config = "debug" if part.toy else "medium"
+    arguments = [
+        "train.py",
+        f"--config=configs/{config}.py",
+        f"--workdir={work}",
+        f"--config.data.path={pathlib.Path(text).resolve()}",
+    ]
+    if part.toy:
+        arguments += ["--config.num_steps=4"]
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        process.wait(max(1.0, part.left - 25))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)  # saves, and says how to go on
+        process.wait(20)
+    losses = _losses(work)
+    evaluations = {key: value for key, value in losses.items() if "eval" in key}
+    last = max((int(key.split()[1]) for key in losses), default=0)
+    for key, value in evaluations.items():
+        part.row(key, loss=value)
+    part.row("steps", steps=last, status=process.returncode)
+    # What comes back: curves, rows and the weights in two bits, not the optimizer.
+    packed = part.folder / "medium-packed"
+    shutil.rmtree(packed, ignore_errors=True)
+    _command("-m", "vaani_jax", "pack", f"--workdir={work}", f"--out={packed}")
+    with tarfile.open(part.folder / "medium.tar.gz", "w:gz") as archive:
+        for path in (packed, work / "metrics.jsonl", work / "training_curves.png"):
+            if path.exists():
+                archive.add(path, path.name)
+
+
+# -- The table ------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A row of the table of stages.
+
+    Attributes:
+      run: does a part.
+      parts: each a process; ``toys`` in a rehearsal.
+      seconds: that a part may take.
+      columns: of its table, from its rows.
+    """
+
+    run: Callable[[Part], None]
+    parts: tuple[str, ...]
+    toys: tuple[str, ...]
+    seconds: float
+    columns: tuple[str, ...]
+
+
+TRAINED = tuple(
+    f"{size}, {variant}" for size in ("1.3b", "125m", "350m") for variant in VARIANTS
+)
+EXPENSIVE = ("count", "ms", "share", "note")
+STAGES = {
+    "machine": Stage(machine, ("all",), ("all",), 60, ("value", "unit", "note")),
+    "kernels": Stage(
+        kernels, ("bits",), ("bits",), 80, ("outputs", "different", "note")
+    ),
+    "main_job": Stage(
+        main_job,
+        ("small",),
+        ("debug",),
+        120,
+        ("seconds", "loss", "largest", "last", "same_text", "note"),
+    ),
+    "decode": Stage(
+        decode,
+        ("2b4t", "700m", "125m"),
+        ("toy",),
+        150,
+        ("tokens_s", "packed_is", "gb", "gb_s", "of_peak", *EXPENSIVE),
+    ),
+    "training": Stage(
+        training,
+        TRAINED,
+        tuple(f"toy, {variant}" for variant in VARIANTS),
+        75,
+        ("batch", "tokens_s", "mfu", "gb", "ms", "starting", "note"),
+    ),
+    "attention": Stage(
+        attention, ("all",), ("all",), 60, ("batch", "ms", "tflop_s", "note")
+    ),
+    "profile": Stage(
+        profile,
+        ("1.3b, twin", "1.3b, ternary, bfloat16"),
+        ("toy, ternary, bfloat16",),
+        60,
+        EXPENSIVE,
+    ),
+    "products": Stage(products, ("2b4t",), ("toy",), 90, ("us", "note")),
+    "medium": Stage(medium, ("medium",), ("debug",), 600, ("steps", "loss", "note")),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("stage", choices=list(STAGES))
+    parser.add_argument("part")
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("seconds", type=float)
+    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--data", default="")
+    given = parser.parse_args()
+    STAGES[given.stage].run(
+        Part(
+            given.stage,
+            given.part,
+            given.folder,
+            given.seconds,
+            given.rehearse,
+            given.data,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
