@@ -34,6 +34,7 @@ from vaani_jax.files import to_json, write_atomically  # noqa: E402
 ROWS = "rows.jsonl"
 LEAST = 20.0  # seconds that a part is started with
 LAST_LINES = 3  # of what failed
+COMPILING = 0.4  # of the time that is left, at most
 
 
 class Rows:
@@ -103,36 +104,94 @@ def _cell(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def run_part(options: argparse.Namespace, stage: str, part: str, limit: float) -> None:
-    """One process; what it doesn't say itself is said for it."""
+def start_part(
+    options: argparse.Namespace,
+    stage: str,
+    part: str,
+    limit: float,
+    output: Any,
+    *,
+    compile_only: bool = False,
+) -> subprocess.Popen[bytes]:
+    """A process of its own, in a session of its own; ``output`` takes its errors."""
     command = [sys.executable, str(pathlib.Path(gpu_stages.__file__).resolve())]
     command += [stage, part, str(options.out), str(limit)]
     if options.rehearse:
         command.append("--rehearse")
     if options.data:
         command.append(f"--data={options.data}")
-    environment = dict(os.environ)
-    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(options.out / "compiled"))
-    environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    environment = {
+        "JAX_COMPILATION_CACHE_DIR": str(options.out / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
+        **os.environ,
+    }
     if options.rehearse:
         environment["JAX_PLATFORMS"] = "cpu"
+    if compile_only:
+        command.append("--compile")
+        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    return subprocess.Popen(
+        command, stderr=output, start_new_session=True, env=environment
+    )
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends it, with all that it has started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def compile_parts(
+    options: argparse.Namespace, parts: list[tuple[str, str]], limit: float
+) -> None:
+    """Fills the compilation cache, several parts side by side.
+
+    Compiling takes longer than measuring, and most of it one processor.
+    """
+    most = max(2, (os.cpu_count() or 2) // 3)
+    print(f"compiling {len(parts)} parts, {most} at a time ({limit:.0f} s at most)")
+    waiting = list(parts)
+    running: dict[subprocess.Popen[bytes], str] = {}
+    start = time.monotonic()
+    with open(options.out / "compile.log", "ab") as output:
+        try:
+            while (waiting or running) and time.monotonic() - start < limit:
+                while waiting and len(running) < most:
+                    stage, part = waiting.pop(0)
+                    process = start_part(
+                        options, stage, part, limit, output, compile_only=True
+                    )
+                    running[process] = f"{stage}, {part}"
+                time.sleep(0.2)
+                for process in [p for p in running if p.poll() is not None]:
+                    name, spent = running.pop(process), time.monotonic() - start
+                    failed = f", status {process.returncode}"
+                    result = failed if process.returncode else ""
+                    print(f"  {name}: {spent:.0f} s{result}", flush=True)
+        finally:
+            for process in running:
+                end(process)
+
+
+def run_part(options: argparse.Namespace, stage: str, part: str, limit: float) -> None:
+    """One process; what it doesn't say itself is said for it."""
     log = options.out / f"{stage}.log"
     start = time.monotonic()
     rows = Rows(options.out)
     with open(log, "ab") as output:
         begin = output.tell()
-        process = subprocess.Popen(
-            command, stderr=output, start_new_session=True, env=environment
-        )
+        process = start_part(options, stage, part, limit, output)
+        status = None
         try:
             status = process.wait(limit)
             reason = f"killed by signal {-status}" if status < 0 else f"status {status}"
         except subprocess.TimeoutExpired:
-            status, reason = None, f"took more than {limit:.0f} s"
+            reason = f"took more than {limit:.0f} s"
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            end(process)
     seconds = round(time.monotonic() - start, 1)
     if status == 0:
         rows.add({"stage": stage, "part": part, "ended": True, "seconds": seconds})
@@ -141,7 +200,7 @@ def run_part(options: argparse.Namespace, stage: str, part: str, limit: float) -
         file.seek(begin)
         lines = file.read().decode(errors="replace").splitlines()
     lines = [line.strip()[:300] for line in lines if line.strip()]
-    note = gpu_stages.reason_of(lines) or reason
+    note = reason if status is None else gpu_stages.reason_of(lines) or reason
     print(f"  {part}: {note}", flush=True)
     rows.add(
         {
@@ -164,6 +223,7 @@ def main() -> int:
     parser.add_argument(
         "--stages", default=",".join(names), help=f"of {', '.join(names)}; all"
     )
+    parser.add_argument("--only", default="", help="parts with one of these words")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("gpu"))
     parser.add_argument("--resume", action="store_true", help="only what is not done")
     parser.add_argument(
@@ -185,20 +245,32 @@ def main() -> int:
     command = " ".join(["python benchmarks/gpu.py", *sys.argv[1:]])
     print(f"Python {platform.python_version()}; results in {options.out}", flush=True)
     deadline = time.monotonic() + 60 * options.minutes
+    parts = [
+        (name, part)
+        for name in wanted
+        for part in getattr(
+            gpu_stages.STAGES[name], "toys" if options.rehearse else "parts"
+        )
+        if not (options.resume and rows.done(name, part))
+        and (not options.only or any(t in part for t in options.only.split(",")))
+    ]
+    compiled = False
     try:
-        for name in wanted:
+        for name, part in parts:
             stage = gpu_stages.STAGES[name]
-            for part in stage.toys if options.rehearse else stage.parts:
-                if options.resume and rows.done(name, part):
-                    continue
+            left = deadline - time.monotonic()
+            if stage.compiles and not compiled:
+                compiled = True
+                slow = [p for p in parts if gpu_stages.STAGES[p[0]].compiles]
+                compile_parts(options, slow, left * COMPILING)
                 left = deadline - time.monotonic()
-                if left < LEAST:
-                    print(f"{name}, {part}: no time left", flush=True)
-                    continue
-                limit = min(stage.seconds, left)
-                print(f"{name}, {part} ({limit:.0f} s at most)", flush=True)
-                run_part(options, name, part, limit)
-                rows.assemble(command, options.rehearse)
+            if left < LEAST:
+                print(f"{name}, {part}: no time left", flush=True)
+                continue
+            limit = min(stage.seconds, left)
+            print(f"{name}, {part} ({limit:.0f} s at most)", flush=True)
+            run_part(options, name, part, limit)
+            rows.assemble(command, options.rehearse)
     except KeyboardInterrupt:
         print("interrupted: what was found so far is kept", file=sys.stderr)
         return 130

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import glob
-import itertools
 import json
 import os
 import pathlib
@@ -23,7 +22,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -46,6 +45,7 @@ class Part:
       seconds: until it is killed.
       toy: whether sizes are those of a rehearsal.
       data: a text file, or "".
+      compile_only: whether to fill the compilation cache and do nothing else.
     """
 
     stage: str
@@ -54,6 +54,7 @@ class Part:
     seconds: float
     toy: bool
     data: str
+    compile_only: bool
     start: float = dataclasses.field(default_factory=time.monotonic)
 
     @property
@@ -280,7 +281,7 @@ def products(part: Part) -> None:
             chosen = getattr(gpu, name_of)
             with part.trying(row):
                 if choice:
-                    setattr(gpu, name_of, lambda *shape, choice=choice: choice)
+                    setattr(gpu, name_of, functools.partial(_always, choice))
                 try:
 
                     @jax.jit
@@ -300,7 +301,13 @@ def products(part: Part) -> None:
                 for kernel, (count, seconds) in sorted(spent.items()):
                     if kernel.startswith("ternary"):
                         part.row(f"{row}: {kernel}", us=1e6 * seconds / count)
-                part.row(row, us=1e6 * sum(s for _, s in spent.values()) / layers)
+                # Two calls; the rest is quantization.
+                whole = sum(seconds for _, seconds in spent.values())
+                part.row(row, us=1e6 * whole / 2 / layers)
+
+
+def _always(choice: Any, *shape: int) -> Any:
+    return choice
 
 
 def profiled(run: Callable[[], Any]) -> dict[str, tuple[int, float]]:
@@ -309,14 +316,17 @@ def profiled(run: Callable[[], Any]) -> dict[str, tuple[int, float]]:
 
     import jax
 
+    accelerated = jax.default_backend() != "cpu"
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    options.host_tracer_level = 0 if accelerated else 2
     with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
+        with jax.profiler.trace(folder, profiler_options=options):
             run()
         (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
         data = jax.profiler.ProfileData.from_file(path)
     counts: Counter[str] = Counter()
-    seconds: Counter[str] = Counter()
-    accelerated = jax.default_backend() != "cpu"
+    seconds: defaultdict[str, float] = defaultdict(float)
     for plane in data.planes:
         if accelerated and not plane.name.startswith("/device:"):
             continue
@@ -326,7 +336,7 @@ def profiled(run: Callable[[], Any]) -> dict[str, tuple[int, float]]:
                 continue
             for event in line.events:
                 counts[event.name] += 1
-                seconds[event.name] += event.duration_ns * 1e-9  # type: ignore[assignment]
+                seconds[event.name] += event.duration_ns * 1e-9
     return {name: (counts[name], seconds[name]) for name in counts}
 
 
@@ -382,7 +392,7 @@ def _codes(key: Any, shape: tuple[int, ...]) -> Any:
     return draw(key)
 
 
-def random_variables(shapes: Any, dtype: Any) -> Any:
+def drawn(shapes: Any, dtype: Any) -> Any:
     """Numbers for a tree of shapes, drawn on the device; matrices in ``dtype``."""
     import jax
     import jax.numpy as jnp
@@ -393,9 +403,8 @@ def random_variables(shapes: Any, dtype: Any) -> Any:
         key = jax.random.key(0)
         if isinstance(leaf, PackedTernary):
             scale = jnp.full(leaf.scale.shape, 0.02, jnp.float32)
-            return dataclasses.replace(
-                leaf, codes=_codes(key, leaf.codes.shape), scale=scale
-            )
+            codes = _codes(key, leaf.codes.shape)
+            return dataclasses.replace(leaf, codes=codes, scale=scale)
         if isinstance(leaf, PackedRows):
             codes = jax.random.bits(key, leaf.codes.shape, jnp.uint8)
             scale = jnp.full(leaf.scale.shape, 2e-4, jnp.float32)
@@ -404,12 +413,17 @@ def random_variables(shapes: Any, dtype: Any) -> Any:
             return jnp.ones(leaf.shape, leaf.dtype)
         return jax.random.normal(key, leaf.shape, dtype) * 0.02
 
-    packed = lambda x: isinstance(x, PackedTernary | PackedRows)  # noqa: E731
-    return jax.tree.map(fill, shapes, is_leaf=packed)
+    return jax.tree.map(fill, shapes, is_leaf=_is_packed)
 
 
-def random_model(name: str, quantize: bool) -> tuple[Any, Any]:
-    """A module, and its variables: packed, or a twin's with matrices in bfloat16."""
+def _is_packed(leaf: Any) -> bool:
+    from vaani_jax.quant.packed import PackedRows, PackedTernary
+
+    return isinstance(leaf, PackedTernary | PackedRows)
+
+
+def model_shapes(name: str, packed: bool) -> tuple[Any, Any]:
+    """A module, and shapes of its variables: packed, or a twin's in bfloat16."""
     import jax
     import jax.numpy as jnp
 
@@ -420,71 +434,21 @@ def random_model(name: str, quantize: bool) -> tuple[Any, Any]:
 
     module = Vaani(
         Architecture(**MODELS[name], max_seq_len=2048),
-        Quantization(dtype="bfloat16", quantize=quantize),
+        Quantization(dtype="bfloat16", quantize=packed),
     )
 
     def make() -> Any:
         variables = init_variables(module, jax.random.key(0))
-        if not quantize:
-            return variables
-        return pack_variables(variables, module.spec, embedding="int8", layout=layout())
+        if packed:
+            how: Any = {"embedding": "int8", "layout": layout()}
+            return pack_variables(variables, module.spec, **how)
+        narrow = lambda x: x.astype(jnp.bfloat16) if x.ndim > 1 else x  # noqa: E731
+        return jax.tree.map(narrow, variables)
 
-    return module, random_variables(jax.eval_shape(make), jnp.bfloat16)
+    return module, jax.eval_shape(make)
 
 
 def decode(part: Part) -> None:
-    """Generation, then prefill, of packed weights beside XLA's in bfloat16."""
-    import jax
-
-    batches = (1,) if part.toy else (1, 8, 32)
-    models: dict[bool, Any] = {}
-    rates: dict[Any, float] = {}
-    for measure in (_generation, _prefill):
-        for batch, packed in itertools.product(batches, (True, False)):
-            kind = "packed" if packed else "bfloat16"
-            what = measure.__name__.strip("_")
-            name = f"{part.name} {kind}, batch {batch}, {what}"
-            if name in part.found:
-                continue
-            if part.left < 20:
-                part.row(name, note="no time left")
-                continue
-            with part.trying(name):
-                if packed not in models:
-                    models[packed] = random_model(part.name, packed)
-                module, variables = models[packed]
-                start = time.monotonic()
-                tokens, steps, run = measure(module, variables, batch, part.toy)
-                spent = seconds_of(run, 3)
-                rates[what, batch, packed] = rate = tokens / spent
-                other = rates.get((what, batch, True))
-                nbytes = sum(x.nbytes for x in jax.tree.leaves(variables))
-                moved, peak = nbytes * steps / spent, bandwidth()
-                part.row(
-                    name,
-                    tokens_s=rate,
-                    packed_is=other / rate if other and not packed else None,
-                    ms=1e3 * spent / steps,
-                    gb=nbytes / 1e9,
-                    gb_s=moved / 1e9,
-                    of_peak=moved / peak if peak else None,
-                    starting=time.monotonic() - start,
-                )
-                if batch == 1 and measure is _generation:
-                    _expensive(
-                        part,
-                        name,
-                        profiled(lambda run=run: jax.block_until_ready(run())),
-                        steps,
-                    )
-
-
-Measured = tuple[
-    int, int, Callable[[], Any]
-]  # tokens, passes over the weights, the call
-
-
-def _generation(module: Any, variables: Any, batch: int, toy: bool) -> Measured:
     """128 tokens in one compiled loop, behind 512."""
     import jax
     import jax.numpy as jnp
@@ -493,47 +457,75 @@ def _generation(module: Any, variables: Any, batch: int, toy: bool) -> Measured:
     from vaani_jax.inference.sampling import SamplerConfig
     from vaani_jax.model.cache import KVCache
 
-    steps, before, capacity = (4, 16, 64) if toy else (128, 512, 1024)
+    steps, before, capacity = (4, 16, 64) if part.toy else (128, 512, 1024)
+    module, shapes, batch = _served(part)
     cache = KVCache.create(module.architecture, batch, capacity, "bfloat16")
-    cache = dataclasses.replace(cache, length=jnp.int32(before))
     logits = jnp.zeros((batch, module.architecture.vocab_size), jnp.float32)
+    rest = jax.random.key(0), jnp.int32(0)
+    sampler = SamplerConfig(temperature=0)
+    lowered = generate.lower(module, sampler, steps, shapes, logits, cache, *rest)
+    compiled = lowered.compile()
+    if part.compile_only:
+        return
+    variables = drawn(shapes, jnp.bfloat16)
+    state: dict[str, Any] = {"logits": logits, "cache": cache}
 
     def run() -> Any:
-        nonlocal logits, cache
-        _, _, logits, cache = generate(
-            module,
-            SamplerConfig(temperature=0),
-            steps,
-            variables,
-            logits,
-            dataclasses.replace(cache, length=jnp.int32(before)),
-            jax.random.key(0),
-            jnp.int32(0),
-        )
+        # What is donated is handed on.
+        cache = dataclasses.replace(state["cache"], length=jnp.int32(before))
+        _, _, logits, cache = compiled(variables, state["logits"], cache, *rest)
+        state.update(logits=logits, cache=cache)
         return logits
 
-    return batch * steps, steps, run
+    _speed(part, variables, run, batch * steps, steps)
+    if batch == 1:
+        found = profiled(lambda: jax.block_until_ready(run()))
+        _expensive(part, part.name, found, steps)
 
 
-def _prefill(module: Any, variables: Any, batch: int, toy: bool) -> Measured:
-    """512 tokens a row."""
+def prefill(part: Part) -> None:
+    """512 tokens a row, read at once."""
     import jax.numpy as jnp
 
-    from vaani_jax.inference.generate import prefill
+    from vaani_jax.inference.generate import prefill as read
 
-    length, capacity = (16, 64) if toy else (512, 1024)
+    length, capacity = (16, 64) if part.toy else (512, 1024)
+    module, shapes, batch = _served(part)
     ids = jnp.ones((batch, length), jnp.int32)
-    run = functools.partial(
-        prefill,
-        module,
-        variables,
-        ids,
-        jnp.int32(length),
-        jnp.zeros(batch, jnp.int32),
-        capacity=capacity,
-        kv_dtype="bfloat16",
+    rest = ids, jnp.int32(length), jnp.zeros(batch, jnp.int32)
+    how: Any = {"capacity": capacity, "kv_dtype": "bfloat16"}
+    compiled = read.lower(module, shapes, *rest, **how).compile()
+    if part.compile_only:
+        return
+    variables = drawn(shapes, jnp.bfloat16)
+    run = functools.partial(compiled, variables, *rest)
+    _speed(part, variables, run, batch * length, 1)
+
+
+def _served(part: Part) -> tuple[Any, Any, int]:
+    """Of a part's name, "model, kind, batch": module, shapes of variables, batch."""
+    name, kind, batch = part.name.split(", ")
+    return *model_shapes(name, kind == "packed"), int(batch)
+
+
+def _speed(
+    part: Part, variables: Any, run: Callable[[], Any], tokens: int, passes: int
+) -> None:
+    """A row of tokens and of bytes of weights, each read once a pass."""
+    import jax
+
+    spent = seconds_of(run, 3)
+    nbytes = sum(x.nbytes for x in jax.tree.leaves(variables))
+    moved, peak = nbytes * passes / spent, bandwidth()
+    part.row(
+        part.name,
+        tokens_s=tokens / spent,
+        ms=1e3 * spent / passes,
+        gb=nbytes / 1e9,
+        gb_s=moved / 1e9,
+        of_peak=moved / peak if peak else None,
+        starting=time.monotonic() - part.start,
     )
-    return batch * length, 1, run
 
 
 def _expensive(
@@ -571,7 +563,13 @@ SIZES: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
         {"scan_layers": True, "remat": True, "remat_save": "products"},
     ),
     "1.3b": (
-        {"dim": 2048, "n_layers": 24, "n_heads": 16, "ffn_dim": 5504},
+        {
+            "dim": 2048,
+            "n_layers": 24,
+            "n_heads": 16,
+            "ffn_dim": 5504,
+            "vocab_size": 32_000,
+        },
         8,
         {"scan_layers": True, "remat": True, "remat_save": "products"},
     ),
@@ -584,11 +582,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_step(size: str, variant: str, toy: bool) -> tuple[Callable[[int], Any], Any]:
-    """A training step on random tokens, which runs so often; and its model."""
+def make_step(part: Part) -> tuple[Callable[[int], Any], Any] | None:
+    """A training step on random tokens, which runs so often; and its model.
+
+    None where it was only to be compiled.
+    """
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
+    from vaani_jax import leaves
     from vaani_jax.model.config import Architecture, Execution, Quantization
     from vaani_jax.model.transformer import Vaani
     from vaani_jax.train.config import OptimConfig
@@ -597,29 +600,39 @@ def make_step(size: str, variant: str, toy: bool) -> tuple[Callable[[int], Any],
     from vaani_jax.train.state import init_state
     from vaani_jax.train.steps import make_train_step
 
+    size, _, variant = part.name.partition(", ")
     shape, batch, how = SIZES[size]
-    context, vocabulary = (32, 256) if toy else (2048, VOCABULARY)
-    if size == "1.3b":
-        vocabulary = 32_000  # as the paper's
+    context, vocabulary = (32, 256) if part.toy else (2048, VOCABULARY)
     model = Vaani(
-        Architecture(**shape, vocab_size=vocabulary, max_seq_len=context),
+        Architecture(**{"vocab_size": vocabulary, **shape, "max_seq_len": context}),
         Quantization(dtype="bfloat16"),
         Execution(**how),
     ).changed(**VARIANTS[variant])
     optim = OptimConfig(name="adamw")
     optimizer = make_optimizer(optim)
-    step = jax.jit(
-        make_train_step(model, optimizer, Schedule(optim, 1e-3, 1_000_000)),
-        donate_argnums=0,
-    )
-    state = jax.jit(lambda: init_state(model, optimizer, 0, None))()
+    step = make_train_step(model, optimizer, Schedule(optim, 1e-3, 1_000_000))
+    shapes = jax.eval_shape(lambda: init_state(model, optimizer, 0, None))
+    vocabulary = model.architecture.vocab_size
     ids = np.random.default_rng(0).integers(0, vocabulary, (batch, context + 1))
     tokens = jax.device_put(ids.astype(np.int32))
+    compiled = jax.jit(step, donate_argnums=0).lower(shapes, tokens).compile()
+    if part.compile_only:
+        return None
+
+    def fill(path: Any, leaf: Any) -> Any:
+        name = leaves.name(path)
+        if name.startswith("params/"):
+            return drawn(leaf, jnp.float32)
+        constant = {"threshold": 0.5, "clip_norm": 1.0}.get(name.rpartition("/")[2], 0)
+        return jnp.full(leaf.shape, constant, leaf.dtype)
+
+    # Not by init_state, which takes as long to compile as the step.
+    state = jax.tree_util.tree_map_with_path(fill, shapes)
 
     def run(count: int) -> Any:
         nonlocal state
         for _ in range(count):
-            state, metrics = step(state, tokens)
+            state, metrics = compiled(state, tokens)
         return metrics["train/loss"].block_until_ready()
 
     return run, model
@@ -631,18 +644,20 @@ def training(part: Part) -> None:
     from vaani_jax.devices.chips import chip_of
     from vaani_jax.model.size import flops_per_token, model_size
 
-    size, _, variant = part.name.partition(", ")
-    start = time.monotonic()
-    run, model = make_step(size, variant, part.toy)
+    made = make_step(part)
+    if made is None:
+        return
+    run, model = made
     run(1)
-    first = time.monotonic() - start
+    first = time.monotonic() - part.start
     run(1 if part.toy else 3)
     count, times = 1 if part.toy else 5, []
     for _ in range(3):
         begin = time.perf_counter()
         loss = run(count)
         times.append((time.perf_counter() - begin) / count)
-    batch, context = SIZES[size][1], model.architecture.max_seq_len
+    batch = SIZES[part.name.partition(", ")[0]][1]
+    context = model.architecture.max_seq_len
     rate = batch * context / sorted(times)[1]
     device = jax.devices()[0]
     chip = chip_of(device.device_kind)
@@ -662,8 +677,10 @@ def training(part: Part) -> None:
 
 
 def profile(part: Part) -> None:
-    size, _, variant = part.name.partition(", ")
-    run, _ = make_step(size, variant, part.toy)
+    made = make_step(part)
+    if made is None:
+        return
+    run, _ = made
     run(2)
     _expensive(part, part.name, profiled(lambda: run(2)), 2)
 
@@ -863,6 +880,7 @@ class Stage:
       parts: each a process; ``toys`` in a rehearsal.
       seconds: that a part may take.
       columns: of its table, from its rows.
+      compiles: whether its parts can be compiled before, side by side.
     """
 
     run: Callable[[Part], None]
@@ -870,8 +888,15 @@ class Stage:
     toys: tuple[str, ...]
     seconds: float
     columns: tuple[str, ...]
+    compiles: bool = False
 
 
+SERVED = tuple(
+    f"{name}, {kind}, {batch}"
+    for batch in (1, 8, 32)
+    for name in ("2b4t", "700m", "125m")
+    for kind in ("packed", "bfloat16")
+)
 TRAINED = tuple(
     f"{size}, {variant}" for size in ("1.3b", "125m", "350m") for variant in VARIANTS
 )
@@ -890,10 +915,11 @@ STAGES = {
     ),
     "decode": Stage(
         decode,
-        ("2b4t", "700m", "125m"),
-        ("toy",),
-        150,
-        ("tokens_s", "packed_is", "gb", "gb_s", "of_peak", *EXPENSIVE),
+        SERVED,
+        ("toy, packed, 1", "toy, bfloat16, 1"),
+        60,
+        ("tokens_s", "gb", "gb_s", "of_peak", *EXPENSIVE),
+        compiles=True,
     ),
     "training": Stage(
         training,
@@ -901,6 +927,15 @@ STAGES = {
         tuple(f"toy, {variant}" for variant in VARIANTS),
         75,
         ("batch", "tokens_s", "mfu", "gb", "ms", "starting", "note"),
+        compiles=True,
+    ),
+    "prefill": Stage(
+        prefill,
+        SERVED,
+        ("toy, packed, 1", "toy, bfloat16, 1"),
+        60,
+        ("tokens_s", "ms", "gb", "note"),
+        compiles=True,
     ),
     "attention": Stage(
         attention, ("all",), ("all",), 60, ("batch", "ms", "tflop_s", "note")
@@ -911,6 +946,7 @@ STAGES = {
         ("toy, ternary, bfloat16",),
         60,
         EXPENSIVE,
+        compiles=True,
     ),
     "products": Stage(products, ("2b4t",), ("toy",), 90, ("us", "note")),
     "medium": Stage(medium, ("medium",), ("debug",), 600, ("steps", "loss", "note")),
@@ -925,6 +961,7 @@ def main() -> None:
     parser.add_argument("seconds", type=float)
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--data", default="")
+    parser.add_argument("--compile", action="store_true")
     given = parser.parse_args()
     STAGES[given.stage].run(
         Part(
@@ -934,6 +971,7 @@ def main() -> None:
             given.seconds,
             given.rehearse,
             given.data,
+            given.compile,
         )
     )
 

@@ -21,6 +21,7 @@ from vaani_jax.kernels.gpu import interpreted, rounded_product
 from vaani_jax.kernels.tiles import AttentionTiles, attention_tiles
 
 Array = jax.Array
+Halves = tuple[Array, Array]  # of vectors: what the rotation turns into each other
 
 LOWEST = -0.7 * 3.4e38  # a score of nothing: differences of two such are finite
 
@@ -108,34 +109,23 @@ def _kernel(
     cos = plt.load(cos_ref.at[row, column], mask=inside, other=0.0)
     sin = plt.load(sin_ref.at[row, column], mask=inside, other=0.0)
 
-    def rotated(low: Array, high: Array, cos: Array, sin: Array) -> tuple[Array, Array]:
-        low, high = low.astype(jnp.float32), high.astype(jnp.float32)
+    def rotated(x: Halves, cos: Array, sin: Array) -> Halves:
+        low, high = (half.astype(jnp.float32) for half in x)
         first = rounded_product(low, cos) - rounded_product(high, sin)
         second = rounded_product(high, cos) + rounded_product(low, sin)
         return first.astype(dtype), second.astype(dtype)
 
-    q = rotated(
-        *(
-            plt.load(q_ref.at[row, query, at + column[None, :]], mask=queries, other=0)
-            for at in (0, half)
-        ),
-        cos[None, :],
-        sin[None, :],
-    )
+    def halves(ref: Any, *index: Any, mask: Array) -> Halves:
+        across = column if len(mask.shape) == 1 else column[None, :]
+        low = plt.load(ref.at[*index, across], mask=mask, other=0)
+        return low, plt.load(ref.at[*index, half + across], mask=mask, other=0)
+
+    q = halves(q_ref, row, query, mask=queries)
+    q_low, q_high = rotated(q, cos[None, :], sin[None, :])
     scale = jnp.asarray(size**-0.5, dtype)
-    q = (q[0] * scale, q[1] * scale)
-    k = rotated(
-        *(
-            plt.load(k_ref.at[row, head, at + column], mask=inside, other=0)
-            for at in (0, half)
-        ),
-        cos,
-        sin,
-    )
-    v = tuple(
-        plt.load(v_ref.at[row, head, at + column], mask=inside, other=0)
-        for at in (0, half)
-    )
+    q = (q_low * scale, q_high * scale)
+    k = rotated(halves(k_ref, row, head, mask=inside), cos, sin)
+    v = halves(v_ref, row, head, mask=inside)
     # One part has the slot of the token.
     mine = position // length == part
     for at, new_k, new_v in zip((0, half), k, v, strict=True):
@@ -146,16 +136,17 @@ def _kernel(
                 mask=inside & mine,
             )
     # Of the token itself, as it is in the cache.
-    k = tuple(x.astype(keys_ref.dtype).astype(dtype).astype(jnp.float32) for x in k)
-    v = tuple(x.astype(values_ref.dtype).astype(dtype).astype(jnp.float32) for x in v)
+    stored = [
+        x.astype(keys_ref.dtype).astype(dtype).astype(jnp.float32) for x in (*k, *v)
+    ]
     score = sum(
         jnp.sum(x.astype(jnp.float32) * y[None, :], axis=1)
-        for x, y in zip(q, k, strict=True)
+        for x, y in zip(q, stored[:2], strict=True)
     )
     counted = jnp.broadcast_to(mine, member.shape)
     largest = jnp.where(counted, score, LOWEST)
     total = counted.astype(jnp.float32)
-    sums = tuple(total[:, None] * x[None, :] for x in v)
+    sums = [total[:, None] * x[None, :] for x in stored[2:]]
 
     first = jnp.maximum(start_ref[row], part * length)
     last = jnp.minimum(position, (part + 1) * length)

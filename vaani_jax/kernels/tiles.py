@@ -52,13 +52,13 @@ class AttentionTiles:
       warps: of a program.
     """
 
-    slots: int = 64
+    slots: int = 128
     parts: int = 1
     warps: int = 4
 
 
 PROGRAMS = 264  # two for each multiprocessor of an H100
-SLOTS = 256  # at least, of a part
+SLOTS = 128  # at least, of a part: read at once
 
 
 def attention_tiles(groups: int, slots: int) -> AttentionTiles:
