@@ -124,6 +124,7 @@ def project(
         [layer.weight_quantizer.tau() for layer in layers],
         spec=first.spec,
         scales=[layer.weight_quantizer.stored() for layer in layers],
+        given=[layer.weight_quantizer.given() for layer in layers],
         activation_range=first.activation_quantizer.observe(x, train=train),
         mix=mix,
         split=first.split,

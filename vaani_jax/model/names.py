@@ -95,3 +95,21 @@ def ternary_codes(spec: TernarySpec, variables: Tree) -> dict[str, tuple[Array, 
         t, scale = function(entry.kernel, entry.threshold, entry.scale)
         codes[entry.name] = (t.astype(jnp.int8), scale)
     return codes
+
+
+def quantized_once(spec: TernarySpec, variables: Tree) -> Tree:
+    """The collection ``ternary``: what every kernel is, for passes that follow.
+
+    A step that goes through a model several times, for micro-batches or to recompute
+    what it has not stored, quantizes its kernels once with this. Results are the same.
+    """
+    tree: Tree = {}
+    for name, (codes, scale) in ternary_codes(spec, variables).items():
+        if name == "head":
+            tree["head_quantizer"] = {"codes": codes, "scale": scale}
+            continue
+        node = tree
+        for key in name.split("/"):
+            node = node.setdefault(key, {})
+        node["weight_quantizer"] = {"codes": codes, "scale": scale}
+    return tree

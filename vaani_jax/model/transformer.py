@@ -82,7 +82,7 @@ class Vaani(nn.Module):
         if e.scan_layers:
             self.layers = nn.scan(
                 block,
-                variable_axes={"params": 0, "quant": 0},
+                variable_axes={"params": 0, "quant": 0, "ternary": 0},
                 split_rngs={"params": True},
                 in_axes=(0, 0, *[nn.broadcast] * 5),
                 length=a.n_layers,
@@ -216,6 +216,7 @@ class Vaani(nn.Module):
                 (self.head_quantizer.tau(),),
                 spec=self.spec,
                 scales=(self.head_quantizer.stored(),),
+                given=(self.head_quantizer.given(),),
                 mix=mix,
             )
             return logits.astype(jnp.float32)

@@ -15,7 +15,7 @@ from vaani_jax.quant.activations import (
 from vaani_jax.quant.barriers import to_dtype
 from vaani_jax.quant.rounding import LARGEST
 from vaani_jax.quant.spec import Split, TernarySpec, operand_dtype
-from vaani_jax.quant.weights import ternarize
+from vaani_jax.quant.weights import Ternary, ternarize
 from vaani_jax.quant.wire import STORED, receive, send
 
 Array = jax.Array
@@ -57,6 +57,7 @@ def ternary_dot(
     *,
     spec: TernarySpec = TernarySpec(),
     scales: Sequence[Array | None] | None = None,
+    given: Sequence[Ternary | None] | None = None,
     activation_range: Array | None = None,
     mix: Array | None = None,
     split: Split = "out",
@@ -72,6 +73,8 @@ def ternary_dot(
       thresholds: tau of each kernel, scalars.
       spec: how to quantize.
       scales: of each kernel, where they are "stored".
+      given: codes and scale of each kernel, int8 and float32, where they have been
+        computed before, by `ternarize`: once for several passes.
       activation_range: see `quantize_activations`.
       mix: lambda in [0, 1], a scalar, may be traced: 0 multiplies the full-precision
         operands, 1 the quantized ones. None stands for 1 and is faster. At 1 both
@@ -84,9 +87,10 @@ def ternary_dot(
       thresholds, range and mix receive zeros.
     """
     stored = (None,) * len(kernels) if scales is None else tuple(scales)
+    before = (None,) * len(kernels) if given is None else tuple(given)
     taus = tuple(thresholds)
     return _ternary_dot(
-        spec, split, x, tuple(kernels), taus, stored, activation_range, mix
+        spec, split, x, tuple(kernels), taus, stored, before, activation_range, mix
     )
 
 
@@ -98,11 +102,12 @@ def _ternary_dot(
     kernels: tuple[Array, ...],
     thresholds: tuple[Array, ...],
     stored: tuple[Array | None, ...],
+    given: tuple[Ternary | None, ...],
     activation_range: Array | None,
     mix: Array | None,
 ) -> tuple[Array, ...]:
     return _ternary_dot_fwd(
-        spec, split, x, kernels, thresholds, stored, activation_range, mix
+        spec, split, x, kernels, thresholds, stored, given, activation_range, mix
     )[0]
 
 
@@ -113,6 +118,7 @@ def _ternary_dot_fwd(
     kernels: tuple[Array, ...],
     thresholds: tuple[Array, ...],
     stored: tuple[Array | None, ...],
+    given: tuple[Ternary | None, ...],
     activation_range: Array | None,
     mix: Array | None,
 ) -> tuple[tuple[Array, ...], Any]:
@@ -127,10 +133,13 @@ def _ternary_dot_fwd(
         q = q + rest * (x.astype(jnp.float32) / s - q)
     q = _as_rows(q.astype(dtype))
     outputs, quantized = [], []
-    for w, threshold, kept in zip(kernels, thresholds, stored, strict=True):
-        t, scale = ternarize(w, threshold, spec, kept)
+    for w, threshold, kept, before in zip(
+        kernels, thresholds, stored, given, strict=True
+    ):
+        t, scale = before or ternarize(w, threshold, spec, kept)
         wire = spec.wire
         if rest is not None:
+            t = t.astype(jnp.float32)
             t = t + rest * (w.astype(jnp.float32) / _along_last(scale, 2) - t)
             wire = "float"
         sent = send(t, dtype, wire, split)
@@ -139,16 +148,14 @@ def _ternary_dot_fwd(
         sums = sums.astype(jnp.float32).reshape(*x.shape[:-1], t.shape[-1])
         outputs.append(to_dtype(sums * output_scale(bound, scale, x.ndim), x.dtype))
         quantized.append((sent, scale))  # cut, so that no kernel is kept whole
-    rest_of_arguments = (thresholds, stored, activation_range, mix)
-    residuals = (x, q, s, quantized, kernels, rest_of_arguments)
-    return tuple(outputs), residuals
+    return tuple(outputs), (x, q, s, quantized, kernels)
 
 
 def _ternary_dot_bwd(
     spec: TernarySpec, split: Split, residuals: Any, gs: tuple[Array, ...]
 ) -> Any:
     del spec
-    x, q, s, quantized, kernels, rest_of_arguments = residuals
+    x, q, s, quantized, kernels = residuals
     dtype = gs[0].dtype
     s = s if s.ndim == 0 else _as_rows(s)
     x_quantized = (q.astype(jnp.float32) * s).astype(dtype)
@@ -164,7 +171,7 @@ def _ternary_dot_bwd(
     return (
         dx.astype(x.dtype).reshape(x.shape),
         tuple(dws),
-        *jax.tree.map(jnp.zeros_like, rest_of_arguments),
+        *[None] * 5,  # zeros for all else
     )
 
 

@@ -13,7 +13,12 @@ import jax.numpy as jnp
 import optax
 
 from vaani_jax.devices.mesh import BATCH, constrain
-from vaani_jax.model.names import ternary_codes, ternary_kernels, with_settings
+from vaani_jax.model.names import (
+    quantized_once,
+    ternary_codes,
+    ternary_kernels,
+    with_settings,
+)
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.train.losses import cross_entropy
 from vaani_jax.train.schedules import Schedule
@@ -61,11 +66,21 @@ def make_train_step(
       parameters as they were, and what is not sound leaves everything but the count.
     """
 
+    # Else each pass quantizes what it multiplies, and nothing has to be kept of it.
+    once = model.quantization.quantize and (
+        accumulation_steps > 1 or model.execution.remat
+    )
+
     def loss_of(
-        params: Tree, quant: Tree, tokens: Array, key: Array, mix: Array | None
+        params: Tree,
+        quant: Tree,
+        tokens: Array,
+        key: Array,
+        mix: Array | None,
+        ternary: Tree,
     ) -> tuple[Array, Tree]:
         logits, changed = model.apply(
-            {"params": params, "quant": quant},
+            {"params": params, "quant": quant, "ternary": ternary},
             tokens[:, :-1],
             train=True,
             mix=mix,
@@ -79,15 +94,18 @@ def make_train_step(
     ) -> tuple[Array, Tree, Tree]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         compute = jax.value_and_grad(loss_of, has_aux=True)
+        ternary = quantized_once(model.spec, state.variables) if once else {}
         if accumulation_steps == 1:
-            (loss, quant), grads = compute(state.params, state.quant, tokens, key, mix)
+            (loss, quant), grads = compute(
+                state.params, state.quant, tokens, key, mix, ternary
+            )
             return loss, quant, grads
 
         def body(carry: Any, xs: Any) -> tuple[Any, None]:
             index, part = xs
             total, quant, grads = carry
             (loss, quant), more = compute(
-                state.params, quant, part, jax.random.fold_in(key, index), mix
+                state.params, quant, part, jax.random.fold_in(key, index), mix, ternary
             )
             return (total + loss, quant, jax.tree.map(jnp.add, grads, more)), None
 
