@@ -71,21 +71,23 @@ class Rows:
     def assemble(self, command: str, rehearsal: bool) -> None:
         """Writes gpu.json: the latest row of each name, as tables of `docs/`."""
         tables: dict[str, Any] = {}
-        rows = self.all()
         machine = "not known"
-        for name, stage in gpu_stages.STAGES.items():
-            latest: dict[str, dict[str, Any]] = {}
-            for row in rows:
-                if row["stage"] == name and "name" in row:
-                    latest[row["name"]] = row
-            if name == "machine" and latest:
-                machine = str(latest.get("chip", {}).get("value", machine))
-            if latest:
-                lines = [
-                    [key, *(_cell(row.get(column)) for column in stage.columns)]
-                    for key, row in latest.items()
-                ]
-                tables[name] = {"columns": ["", *stage.columns], "rows": lines}
+        for name, columns in gpu_stages.TABLES.items():
+            found = {
+                row["name"]: row
+                for row in self.all()
+                if row.get("table", row["stage"]) == name and "name" in row
+            }
+            if not found:
+                continue
+            if name == "machine":
+                machine = str(found.get("chip", {}).get("value", machine))
+            used = [c for c in columns if any(c in row for row in found.values())]
+            lines = [
+                [key, *(_cell(row.get(column)) for column in used)]
+                for key, row in found.items()
+            ]
+            tables[name] = {"columns": ["", *used], "rows": lines}
         about = "a rehearsal at toy sizes, of no meaning" if rehearsal else "one device"
         content = {
             "about": f"{about}; {__doc__.splitlines()[0].lower()}",
@@ -223,7 +225,9 @@ def main() -> int:
     parser.add_argument(
         "--stages", default=",".join(names), help=f"of {', '.join(names)}; all"
     )
-    parser.add_argument("--only", default="", help="parts with one of these words")
+    parser.add_argument(
+        "--only", default="", help="parts whose names hold one of these, cut at ;"
+    )
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("gpu"))
     parser.add_argument("--resume", action="store_true", help="only what is not done")
     parser.add_argument(
@@ -252,7 +256,7 @@ def main() -> int:
             gpu_stages.STAGES[name], "toys" if options.rehearse else "parts"
         )
         if not (options.resume and rows.done(name, part))
-        and (not options.only or any(t in part for t in options.only.split(",")))
+        and (not options.only or any(t in part for t in options.only.split(";")))
     ]
     compiled = False
     try:

@@ -74,9 +74,10 @@ class Part:
                     names.add(row.get("name"))
         return names
 
-    def row(self, name: str, **values: Any) -> None:
-        """Keeps what was found, at once, and shows it."""
+    def row(self, name: str, *, table: str = "", **values: Any) -> None:
+        """Keeps what was found, at once, and shows it; ``table`` is the stage's."""
         row = {"stage": self.stage, "part": self.name, "name": name, **values}
+        row["table"] = table or self.stage
         with open(self.folder / "rows.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         shown = (
@@ -295,7 +296,7 @@ def products(part: Part) -> None:
 
                     call = functools.partial(run, weights, xs)
                     seconds_of(call, 1)
-                    spent = profiled(lambda call=call: jax.block_until_ready(call()))
+                    spent = profiled(functools.partial(seconds_of, call, 1))
                 finally:
                     setattr(gpu, name_of, chosen)
                 for kernel, (count, seconds) in sorted(spent.items()):
@@ -534,7 +535,8 @@ def _expensive(
     """The ten kernels that take most, of so many steps."""
     whole = sum(seconds for _, seconds in found.values())
     part.row(
-        f"{name}: kernels",
+        f"{name}: all",
+        table="expensive",
         count=sum(count for count, _ in found.values()) / steps,
         ms=1e3 * whole / steps,
     )
@@ -542,6 +544,7 @@ def _expensive(
     for kernel, (count, seconds) in most:
         part.row(
             f"{name}: {kernel[:60]}",
+            table="expensive",
             count=count / steps,
             ms=1e3 * seconds / steps,
             share=seconds / whole,
@@ -900,7 +903,6 @@ SERVED = tuple(
 TRAINED = tuple(
     f"{size}, {variant}" for size in ("1.3b", "125m", "350m") for variant in VARIANTS
 )
-EXPENSIVE = ("count", "ms", "share", "note")
 STAGES = {
     "machine": Stage(machine, ("all",), ("all",), 60, ("value", "unit", "note")),
     "kernels": Stage(
@@ -918,7 +920,7 @@ STAGES = {
         SERVED,
         ("toy, packed, 1", "toy, bfloat16, 1"),
         60,
-        ("tokens_s", "gb", "gb_s", "of_peak", *EXPENSIVE),
+        ("tokens_s", "ms", "gb", "gb_s", "of_peak", "note"),
         compiles=True,
     ),
     "training": Stage(
@@ -945,12 +947,16 @@ STAGES = {
         ("1.3b, twin", "1.3b, ternary, bfloat16"),
         ("toy, ternary, bfloat16",),
         60,
-        EXPENSIVE,
+        ("note",),
         compiles=True,
     ),
     "products": Stage(products, ("2b4t",), ("toy",), 90, ("us", "note")),
     "medium": Stage(medium, ("medium",), ("debug",), 600, ("steps", "loss", "note")),
 }
+
+
+TABLES = {name: stage.columns for name, stage in STAGES.items()}
+TABLES["expensive"] = ("count", "ms", "share")  # kernels of a token, or of a step
 
 
 def main() -> None:

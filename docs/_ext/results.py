@@ -9,6 +9,7 @@ import pathlib
 from typing import Any
 
 from docutils import nodes
+from docutils.parsers.rst import directives
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
@@ -20,9 +21,13 @@ def _row(cells: list[Any]) -> str:
 
 
 class Results(SphinxDirective):
-    """Renders one table; a line under it says what was measured, how and when."""
+    """Renders one table; a line under it says what was measured, how and when.
+
+    With ``:optional:``, a table that is not there yet says so.
+    """
 
     required_arguments = 2
+    option_spec = {"optional": directives.flag}  # noqa: RUF012
 
     def run(self) -> list[nodes.Node]:
         name, key = self.arguments
@@ -32,6 +37,8 @@ class Results(SphinxDirective):
             result = json.loads(path.read_text(encoding="utf-8"))
             table = result["tables"][key]
         except (OSError, KeyError, ValueError) as problem:
+            if "optional" in self.options and not isinstance(problem, ValueError):
+                return self.parse_text_to_nodes("Not run yet.")
             raise self.error(f"no table {key!r} in {path.name}: {problem}") from problem
         columns, rows = table["columns"], table["rows"]
         if any(len(row) != len(columns) for row in rows):
