@@ -64,7 +64,8 @@ class Rows:
 
     def add(self, row: dict[str, Any]) -> None:
         text = json.dumps(row) + "\n"
-        whole = not self._path.exists() or self._path.read_bytes().endswith(b"\n")
+        before = self._path.read_bytes() if self._path.exists() else b"\n"
+        whole = before.endswith(b"\n")
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(text if whole else "\n" + text)
 

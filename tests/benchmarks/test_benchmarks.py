@@ -19,6 +19,18 @@ TABLES = {
         r"damaged checkpoints +\d+ +\d+ +0 +0 +0",
         r"write errors, train +1 +1 +0 +0 +0",
     ],
+    "gpu": [
+        r"chip: value cpu",
+        r"100 x 72, 33 rows: outputs 7128, different 0",
+        r"generation, packed: .*same_text True",
+        r"toy, packed, 1: tokens_s",
+        r"toy, bfloat16, 1: tokens_s",
+        r"toy, ternary, int8: batch 2, tokens_s",
+        r"64 tokens, ours: batch 4, ms",
+        r"toy, ternary, bfloat16: all: count",
+        r"32 rows, ours: us",
+        r"steps: steps 4, status 0",
+    ],
     "gguf_parity": [r"4 windows of 64 tokens", r"\| Vaani \| \| \d"],
     "interop": [r"\| export tq2_0 \| \d", r"\| import packed \| \d"],
     "law": [r"packed, 4 together +\S +6 of 6 \S +200 of 200 \S +120 of 120"],
@@ -32,8 +44,8 @@ TABLES = {
         r"x 100, 20 steps +with +\d+\.\d{4}",
     ],
 }
-# Imported by train_step; by faults.
-NOT_SCRIPTS = {"bitnet_torch", "mutations", "sessions"}
+# Imported by train_step; by faults; by gpu.
+NOT_SCRIPTS = {"bitnet_torch", "mutations", "sessions", "gpu_stages"}
 
 
 def test_every_script_is_run():

@@ -31,7 +31,7 @@ def ternary(k, n, seed=0):
     return np.random.default_rng(seed).integers(-1, 2, (k, n)).astype(np.float32)
 
 
-@pytest.mark.parametrize("layout", ["tiles", "planes"])
+@pytest.mark.parametrize("layout", ["tiles", "rows", "planes"])
 @pytest.mark.parametrize(("k", "n"), SHAPES)
 def test_unpack_undoes_pack(k, n, layout):
     w = ternary(k, n)
@@ -60,6 +60,17 @@ def test_planes_are_where_the_description_says():
     for i in range(300):
         byte = int(codes[i % 128, 7])
         assert (byte >> (2 * (i // 128)) & 3) - 1 == w[i, 7]
+
+
+@pytest.mark.parametrize(("k", "n"), SHAPES)
+def test_rows_are_where_the_description_says(k, n):
+    w = ternary(k, n)
+    codes = np.asarray(pack(w, jnp.float32(1), "rows").codes)
+    assert codes.shape == (-(-n // 128) * 128, -(-k // 64) * 16)
+    for i in range(k):
+        for j in range(0, n, max(1, n // 5)):
+            byte = int(codes[j, 4 * (i // 16) + i % 4])
+            assert (byte >> (2 * (i % 16 // 4)) & 3) - 1 == w[i, j]
 
 
 def byte_of(weights):
@@ -102,11 +113,12 @@ def test_padding_holds_zeros():
     assert not padded[:, 5:].any()
 
 
+@pytest.mark.parametrize("layout", ["rows", "planes"])
 @pytest.mark.parametrize(("k", "n"), SHAPES)
-def test_relayout_there_and_back(k, n):
+def test_relayout_there_and_back(k, n, layout):
     packed = pack(ternary(k, n), jnp.ones(n))
-    there = relayout(packed, "planes")
-    assert there.layout == "planes"
+    there = relayout(packed, layout)
+    assert there.layout == layout
     back = relayout(there, "tiles")
     np.testing.assert_array_equal(back.codes, packed.codes)
     assert relayout(packed, "tiles") is packed

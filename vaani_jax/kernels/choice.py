@@ -1,6 +1,7 @@
 """Which backend this process computes packed products with."""
 
 import functools
+import importlib.util
 import logging
 import os
 from typing import Literal
@@ -36,21 +37,31 @@ def backend() -> Backend:
             raise VaaniError(
                 f"VAANI_KERNELS is {forced}, but JAX runs on {platform} here: unset it"
             )
-        if forced == "cpu" and (missing := cpu.missing()):
-            raise VaaniError(f"VAANI_KERNELS is cpu, but {missing}")
+        missing = {"cpu": cpu.missing, "gpu": gpu_missing}.get(forced, lambda: "")()
+        if missing:
+            raise VaaniError(f"VAANI_KERNELS is {forced}, but {missing}")
         log.info("kernels: %s (forced)", _described(forced))
         return forced
     choice: Backend = "reference"
-    if platform in ("gpu", "tpu"):
-        choice = "gpu" if platform == "gpu" else "tpu"
-    elif platform == "cpu":
-        missing = cpu.missing()
+    if platform == "tpu":
+        choice = "tpu"
+    elif platform in ("gpu", "cpu"):
+        missing = gpu_missing() if platform == "gpu" else cpu.missing()
         if missing:
             log.warning("slow products: %s", missing)
         else:
-            choice = "cpu"
+            choice = "gpu" if platform == "gpu" else "cpu"
     log.info("kernels: %s", _described(choice))
     return choice
+
+
+def gpu_missing() -> str:
+    """Why the kernels for GPUs can't run here; empty where they can."""
+    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        return "this JAX has no Pallas through Triton any more"
+    if "cuda" not in jax.devices()[0].client.platform_version:
+        return "they are written for NVIDIA's GPUs"
+    return ""
 
 
 def _described(name: str) -> str:

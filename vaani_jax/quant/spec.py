@@ -64,8 +64,8 @@ def operand_dtype(choice: OperandDtype) -> Any:
     Accelerators multiply bfloat16 at full speed and so do CPUs with AVX-512 BF16 or
     AMX; elsewhere float32 is faster. "auto" never takes int8: the matrix units of GPUs
     and most TPUs are twice as fast in it on paper, but no one has measured a training
-    step with it yet (``benchmarks/gpu.py --stages=training`` does). It does halve what the backward
-    pass keeps of the operands. XLA's CPU code multiplies int8 slowly.
+    step with it yet (``benchmarks/gpu.py --stages=training`` does). It does halve what
+    the backward pass keeps of the operands. XLA's CPU code multiplies int8 slowly.
     """
     if choice == "auto":
         fast = jax.default_backend() != "cpu" or _cpu_multiplies_bfloat16()
