@@ -32,6 +32,7 @@ COMMANDS = {
 }
 
 
+NO_MEMORY = ("RESOURCE_EXHAUSTED", "std::bad_alloc")  # as XLA spells it
 ROOM = ": make room there, or choose another place, and run the same command again"
 
 
@@ -69,7 +70,7 @@ def _guarded(main: Callable[[Any], int], argument: Any) -> int:
     except MemoryError as error:
         return _said(_too_large(error))
     except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):  # as XLA spells it
+        if not any(words in str(error) for words in NO_MEMORY):
             raise
         return _said(_too_large(error))
 

@@ -6,7 +6,7 @@
 Backends, all equal to the bit in `ternary_matmul`:
 
 * "reference": plain JAX, on any platform;
-* "cpu": native code through `jax.ffi` (`cpu.cc`), built with the package;
+* "cpu": native code through `jax.ffi` (`cpu/kernels.cc`), built with the package;
 * "gpu", "tpu": Pallas (`pallas.py`).
 
 The backend is chosen once, by the platform, and told once; ``VAANI_KERNELS`` in the
