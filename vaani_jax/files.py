@@ -6,6 +6,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -85,7 +86,15 @@ def appearing(target: pathlib.Path, *, folder: bool) -> Iterator[pathlib.Path]:
                 yield temporary
                 os.replace(temporary, target)
         finally:
-            shutil.rmtree(room, ignore_errors=True)
+            _remove(room)
+
+
+def _remove(folder: pathlib.Path) -> None:
+    """Removes a folder that threads of a library may still be writing to."""
+    deadline = time.monotonic() + 5.0
+    while folder.exists() and time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.05 if folder.exists() else 0.0)
 
 
 @contextmanager

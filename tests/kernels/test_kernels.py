@@ -1,6 +1,9 @@
 """Every backend and every instruction set against training's own product."""
 
 import functools
+import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -244,9 +247,10 @@ def test_a_log_of_a_sum_has_the_written_order(isa):
     np.testing.assert_array_equal(y, top[:, 0] + wide.astype(np.float32))
     exact = np.log(np.exp(x.astype(np.float64) - top).sum(-1)) + top[:, 0]
     np.testing.assert_allclose(y, exact, rtol=1e-6, atol=1e-6)
-    x[2, 5], x[3, 6] = np.nan, np.inf
-    lost = np.isnan(cpu.log_sum_exp(jnp.asarray(x)))
-    np.testing.assert_array_equal(lost, [False, False, True, True, False])
+    x[2, 5], x[3, 6], x[4] = np.nan, np.inf, -np.inf
+    y = np.asarray(cpu.log_sum_exp(jnp.asarray(x)))
+    np.testing.assert_array_equal(np.isnan(y), [False, False, True, True, False])
+    assert y[4] == -np.inf
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
@@ -256,7 +260,7 @@ def test_swiglu_is_one_polynomial(isa, f):
     gate, up = (5 * rng.normal(size=(2, 7, f))).astype(np.float32)
     gate[0, :4] = 0.0, -0.0, 90.0, -90.0
     one = np.float32(1)
-    e = exponential(-np.abs(gate))
+    e = np.where(np.abs(gate) > 87, np.float32(0), exponential(-np.abs(gate)))
     sigmoid = np.where(gate < 0, e, one) / (one + e)
     y, kept = jax.jit(cpu.swiglu)(gate, up)
     np.testing.assert_array_equal(kept, sigmoid)
@@ -264,10 +268,73 @@ def test_swiglu_is_one_polynomial(isa, f):
     wide = gate.astype(np.float64)
     exact = wide / (1 + np.exp(-wide)) * up
     np.testing.assert_allclose(y, exact, rtol=5e-7, atol=1e-30)
-    gate[1, 2], gate[2, 3] = np.nan, np.inf
+    gate[1, 2], gate[2, 3], gate[3, 0], gate[4, 1] = np.nan, np.inf, -np.inf, -3e38
     y, _ = cpu.swiglu(jnp.asarray(gate), jnp.asarray(up))
     assert np.isnan(y[1, 2])
     assert np.isinf(y[2, 3])
+    assert np.isnan(y[3, 0])  # minus infinity times 0, as in XLA
+    assert y[4, 1] == 0
+
+
+OUT_OF_MEMORY = r"""
+import re, resource
+import jax, jax.numpy as jnp
+from vaani_jax.kernels import cpu
+
+slots, unlimited = 1 << 21, resource.RLIM_INFINITY
+q = jnp.ones((1, 4, 2, 128))
+codes, scales = jnp.zeros((1, slots, 1, 128), jnp.int8), jnp.zeros((1, slots, 1))
+attend = jax.jit(lambda q: cpu.attention(
+    q, codes, codes, jnp.int32(slots - 4), jnp.zeros(1, jnp.int32), (scales, scales)
+))
+product = jax.jit(lambda x: cpu.float_matmul(x, x))
+x = jax.block_until_ready(jnp.ones((512, 512)))
+attend.lower(q).compile(), product.lower(x).compile()
+status = open("/proc/self/status").read()
+taken = 1024 * int(re.search(r"VmSize:\s+(\d+)", status).group(1))
+resource.setrlimit(resource.RLIMIT_AS, (taken + (400 << 20), unlimited))
+try:
+    jax.block_until_ready(attend(q))
+except RuntimeError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, (unlimited, unlimited))
+for _ in range(50):
+    y = jax.block_until_ready(product(x))
+print(float(y[0, 0]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of Linux")
+def test_without_memory_a_kernel_fails_and_the_next_call_is_well():
+    done = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    said, value = done.stdout.splitlines()
+    assert "RESOURCE_EXHAUSTED" in said or "bad_alloc" in said
+    assert value == "512.0"
+
+
+def test_an_empty_cache_is_refused():
+    empty = jnp.zeros((1, 0, 2, 8))
+    with pytest.raises(Exception, match="do not fit"):
+        cpu.attention(
+            jnp.ones((1, 1, 2, 8)), empty, empty, jnp.int32(0), jnp.zeros(1, jnp.int32)
+        )
+
+
+def test_a_library_of_another_version_says_to_build(monkeypatch):
+    monkeypatch.setattr(cpu, "VERSION", -1)
+    cpu._library.cache_clear()
+    try:
+        assert re.search("older version: .*pip install", cpu.missing())
+    finally:
+        monkeypatch.undo()
+        cpu._library.cache_clear()
+        assert not cpu.missing()
 
 
 def cache_of(dtype, b, s, k, h):

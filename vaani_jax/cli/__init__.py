@@ -32,11 +32,18 @@ COMMANDS = {
 }
 
 
+NO_MEMORY = ("RESOURCE_EXHAUSTED", "std::bad_alloc")  # as XLA spells it
 ROOM = ": make room there, or choose another place, and run the same command again"
 
 
 def run_guarded(main: Callable[[Any], int], argument: Any) -> int:
     """Runs a command; what a user can mend becomes one line and status 1."""
+    status = _guarded(main, argument)
+    _drop_output()
+    return status
+
+
+def _guarded(main: Callable[[Any], int], argument: Any) -> int:
     # Orbax logs through absl, with traces of all its threads, what it then raises: we
     # say it once.
     for library in ("absl", "asyncio"):
@@ -52,21 +59,18 @@ def run_guarded(main: Callable[[Any], int], argument: Any) -> int:
     except VaaniError as error:
         return _said(str(error))
     except BrokenPipeError:
-        _drop_output()  # whoever read it has left
-        return 141
+        return 141  # whoever read it has left
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         hint = ROOM if error.errno in NO_ROOM else ""
-        status = _said(f"{error.strerror or error}{where}{hint}")
-        _drop_output()
-        return status
+        return _said(f"{error.strerror or error}{where}{hint}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except MemoryError as error:
         return _said(_too_large(error))
     except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):  # as XLA spells it
+        if not any(words in str(error) for words in NO_MEMORY):
             raise
         return _said(_too_large(error))
 

@@ -307,8 +307,8 @@ def segments(
 ) -> Iterator[Segment]:
     """Continues prompts, a segment at a time, until all rows have ended.
 
-    Each prompt continues as it does alone, to the bit on a CPU with native kernels,
-    elsewhere up to the order of float sums.
+    Each prompt continues as it does alone: a ternary model to the bit on a CPU with
+    native kernels, else up to the order of float sums.
 
     Args:
       model: packed or not.

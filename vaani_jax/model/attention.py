@@ -184,7 +184,8 @@ def causal_attention(
     Args:
       q_BTNH: queries; N is a multiple of K.
       k_BTKH, v_BTKH: keys and values.
-      implementation: "library" or "explicit"; "auto" takes the latter on CPUs.
+      implementation: "library" or "explicit"; "auto" takes the native kernel where
+        there is one, else the former on accelerators and the latter on CPUs.
 
     Returns:
       [B, T, N, H], in the dtype of the queries.
@@ -332,7 +333,7 @@ def cached_attention(
 
     Returns:
       [B, T, N, H], in the dtype of the queries; softmax in float32. Native kernels,
-      where they are in use, take single queries and read only the slots that count.
+      where they are in use, read only the slots that count.
     """
     batch, length, heads, size = q_BTNH.shape
     if floats.native():

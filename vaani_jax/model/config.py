@@ -144,8 +144,9 @@ class Execution:
     )
     attention: Literal["auto", "library", "explicit"] = key(
         "auto",
-        '"library" (`jax.nn.dot_product_attention`), "explicit", or "auto": the '
-        "former on accelerators, the latter on CPUs",
+        '"library" (`jax.nn.dot_product_attention`), "explicit" (products and a '
+        'softmax), or "auto": the native kernel on CPUs, which serving uses too, the '
+        "library on accelerators",
     )
     scan_layers: bool = key(
         False, "one traced block under `nn.scan`: compiles faster, same results"

@@ -31,12 +31,17 @@ HANDLERS = (
 )
 
 
+VERSION = 2  # of kernels.cc
+
+
 def missing() -> str:
     """Why the kernels can't be used; empty where they can."""
     try:
         return "" if _library() else f"the native CPU kernels are not built: {HINT}"
     except OSError as error:
         return f"the native CPU kernels do not load ({error}): {HINT}"
+    except AttributeError:
+        return f"the native CPU kernels were built of an older version: {HINT}"
 
 
 @functools.cache
@@ -46,14 +51,15 @@ def _library() -> ctypes.CDLL | None:
     if not found:
         return None
     library = ctypes.CDLL(str(found[0]))
+    if library.vaani_version() != VERSION:
+        raise AttributeError("another version")
+    handlers = {name: getattr(library, name) for name in HANDLERS}
     library.vaani_isa.restype = ctypes.c_char_p
     library.vaani_isa_name.restype = ctypes.c_char_p
     library.vaani_isa_name.argtypes = [ctypes.c_int]
     library.vaani_choose_isa.argtypes = [ctypes.c_char_p]
-    for name in HANDLERS:
-        jax.ffi.register_ffi_target(
-            name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu"
-        )
+    for name, handler in handlers.items():
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
     return library
 
 

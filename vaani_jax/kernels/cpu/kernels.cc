@@ -1,6 +1,6 @@
 // Products of 8-bit activations with packed weights on a CPU, for jax.ffi.
 //
-// Ternary weights [K, N] come as tiles (pack.py): block (n / 16, k / 16) is 64 bytes;
+// Ternary weights [K, N] come as tiles (quant/packed.py): block (n / 16, k / 16) is 64 bytes;
 // byte 4 * (n % 16) + k % 4 holds, two bits each and lowest first, the codes
 // (weight + 1) of the four k with the same k % 4. A 64-byte vector therefore is, for
 // each of its four pairs of bits, sixteen outputs times four inputs: what one
@@ -10,7 +10,7 @@
 //
 // so codes stay unsigned and the sum of the activations is subtracted at the end.
 // All sums are exact in int32; the two roundings of the result, of scale products and
-// of the output, are those of quant.py, in its order.
+// of the output, are those of quant/, in its order.
 //
 // Every instruction set has its own functions behind one table, in one binary; the
 // best one that the processor has is chosen when the library is loaded.
@@ -49,7 +49,7 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr float kEpsilon = 1e-5f;  // as EPSILON in quant.py
+constexpr float kEpsilon = 1e-5f;  // as EPSILON in quant/rounding.py
 constexpr int64_t kTile = 16;      // outputs and inputs of a block
 constexpr int64_t kBlock = 64;     // its bytes
 // Rows of activation codes are padded to this, and to whole AMX tiles.
@@ -139,7 +139,7 @@ struct Isa {
   // log(sum(exp(x))) of one row.
   float (*log_sum_exp)(const float* x, int64_t k);
   // Row `b` of the batch, head `head` of the queries, queries [begin, end); one function
-  // per dtype of the cache. `scratch` holds (kTogether + h) rows of `width` numbers.
+  // per dtype of the cache. `scratch` holds kTogether rows of `width` numbers, h more for as many queries.
   void (*attend[3])(const Attention&, int64_t b, int64_t head, int64_t begin,
                     int64_t end, int64_t width, float* scratch);
   // Row `b` of the batch, key-value head `shared`.
@@ -157,7 +157,7 @@ float bound_of(float range, bool finite, float* factor) {
   return finite ? bound : std::numeric_limits<float>::quiet_NaN();
 }
 
-// As output_scale in quant.py.
+// As output_scale in quant/product.py.
 constexpr float kPart = 1.0f / 127.0f;
 
 // -- Float parts ------------------------------------------------------------------
@@ -243,9 +243,9 @@ VAANI_LANE Lanes nearest(const Lanes& x) {
 }
 VAANI_LANE Lanes power(const Lanes& n) {
   return by_lane([&](int i) {
-    // NaN has no exponent, and stays NaN by what it is multiplied with.
-    const int32_t whole = n.v[i] == n.v[i] ? static_cast<int32_t>(n.v[i]) : 0;
-    const int32_t bits = (whole + 127) << 23;
+    // What is no exponent is NaN or infinite, and stays so by what it is multiplied with.
+    const bool normal = n.v[i] >= -126.0f && n.v[i] <= 127.0f;
+    const uint32_t bits = ((normal ? static_cast<int32_t>(n.v[i]) : 0) + 127) << 23;
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
@@ -1073,13 +1073,19 @@ struct Work {
   int64_t parts;
   bool lingers;  // whether the next call comes soon
   std::atomic<int64_t> next{0}, done{0};
+  std::atomic<bool> failed{false};  // for want of memory
 
   void take() {
     [[maybe_unused]] const FlushTiny flush;
     for (;;) {
       const int64_t part = next.fetch_add(1, std::memory_order_relaxed);
       if (part >= parts) return;
-      run(function, part);
+      // Nothing may leave by an exception: others count on every part.
+      try {
+        run(function, part);
+      } catch (const std::bad_alloc&) {
+        failed.store(true);
+      }
       done.fetch_add(1, std::memory_order_release);
     }
   }
@@ -1092,7 +1098,12 @@ class Crew {
     if (busy_.exchange(true)) return false;
     for (int64_t i = helpers_.load() + 1; i < threads; ++i) {
       helpers_.fetch_add(1);
-      pool.Schedule([this] { help(); });
+      try {
+        pool.Schedule([this] { help(); });
+      } catch (const std::bad_alloc&) {  // then with those that are there
+        helpers_.fetch_sub(1);
+        break;
+      }
     }
     work_.store(&work);
     work.take();
@@ -1153,12 +1164,15 @@ Crew& crew() {
 constexpr int64_t kDecoded = 64;  // rows of a call, where it is one of decoding
 
 template <typename F>
-void parallel(ffi::ThreadPool& pool, int64_t rows, int64_t threads, int64_t parts,
-              const F& function) {
+ffi::Error parallel(ffi::ThreadPool& pool, int64_t rows, int64_t threads, int64_t parts,
+                    const F& function) {
   threads = std::min(threads, parts);
   Work work{[](const void* f, int64_t part) { (*static_cast<const F*>(f))(part); },
             &function, parts, rows <= kDecoded};
   if (threads <= 1 || !crew().run(pool, threads, work)) work.take();
+  if (!work.failed.load()) return ffi::Error::Success();
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted,
+                    "no memory for the scratch of a kernel");
 }
 
 // Fewer byte-rows than this a thread cost more to hand over than to do.
@@ -1251,7 +1265,8 @@ ffi::Error ternary_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   const int64_t threads = useful_threads(pool, work);
 
   constexpr int64_t kBatch = 8;  // rows quantized at a time
-  parallel(pool, m, useful_threads(pool, m * k), (m + kBatch - 1) / kBatch,
+  const ffi::Error quantized = parallel(
+      pool, m, useful_threads(pool, m * k), (m + kBatch - 1) / kBatch,
            [=, &isa](int64_t part) {
              thread_local std::vector<float> normal;
              if (norm_scale && static_cast<int64_t>(normal.size()) < k)
@@ -1270,6 +1285,7 @@ ffi::Error ternary_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
                             row_sums + row, row_bounds + row);
              }
            });
+  if (quantized.failure()) return quantized;
 
   // Blocks of all products in one row, cut in parts of even numbers of blocks.
   const Activations activations{codes, row_sums, row_bounds, m, stride};
@@ -1279,7 +1295,7 @@ ffi::Error ternary_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   const int64_t total = starts.back();
   const int64_t parts = threads == 1 ? 1 : std::min(total / 2, 4 * threads);
   const int64_t each = rounded((total + parts - 1) / parts, 2);
-  parallel(pool, m, threads, (total + each - 1) / each, [=, &isa](int64_t part) {
+  return parallel(pool, m, threads, (total + each - 1) / each, [=, &isa](int64_t part) {
     const int64_t begin = part * each, end = std::min(total, begin + each);
     for (size_t i = 0; i < products.size(); ++i) {
       const int64_t blocks = rounded(products[i].n, kTile) / kTile;
@@ -1288,7 +1304,6 @@ ffi::Error ternary_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
       if (first < last) isa.multiply(activations, products[i], first, last);
     }
   });
-  return ffi::Error::Success();
 }
 
 // x [m, d] float32, codes [v, d] int8, scales [v] float32 -> [m, v] float32. The
@@ -1335,11 +1350,10 @@ ffi::Error rows_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   const int64_t threads = useful_threads(pool, v * d * m);
   const int64_t parts = threads == 1 ? 1 : std::min(v, 4 * threads);
   const int64_t each = (v + parts - 1) / parts;
-  parallel(pool, m, threads, parts, [=, &isa](int64_t part) {
+  return parallel(pool, m, threads, parts, [=, &isa](int64_t part) {
     const int64_t begin = part * each, end = std::min(v, begin + each);
     if (begin < end) isa.rows(activations, rows, begin, end);
   });
-  return ffi::Error::Success();
 }
 
 // Attention of queries q [b, t, n, h] float32, in consecutive slots from `slot` [] on, to
@@ -1358,8 +1372,8 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q,
   if (keys.element_type() == ffi::S8) kind = 2;
   auto out = results.get<ffi::Buffer<ffi::F32>>(0);
   if (kind < 0 || from.size() != 4 || cache.size() != 4 || from[0] != cache[0] ||
-      from[3] != cache[3] || cache[2] == 0 || from[2] % cache[2] ||
-      values.element_type() != keys.element_type() ||
+      from[3] != cache[3] || cache[1] == 0 || cache[2] == 0 || cache[3] == 0 ||
+      from[2] % cache[2] || values.element_type() != keys.element_type() ||
       values.element_count() != keys.element_count() ||
       starts.element_count() != static_cast<size_t>(from[0]) || !out ||
       (*out)->element_count() != q.element_count() ||
@@ -1399,16 +1413,16 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q,
   const int64_t units = from[0] * a.n * pieces;
   const int64_t length = std::clamp<int64_t>(a.slot + a.t, 1, a.s);
   const int64_t threads = useful_threads(pool, 2 * from[0] * a.n * a.t * length * a.h);
-  parallel(pool, from[0] * a.t, threads, units, [=, &isa](int64_t unit) {
+  return parallel(pool, from[0] * a.t, threads, units, [=, &isa](int64_t unit) {
     thread_local std::vector<float> scratch;
     // Whole vectors are written from any slot on.
-    const int64_t width = a.s + 2 * kLanes, size = (kTogether + a.h) * width;
-    if (static_cast<int64_t>(scratch.size()) < size) scratch.resize(size);
     const int64_t head = unit / pieces % a.n, begin = unit % pieces * kQueries;
-    isa.attend[kind](a, unit / pieces / a.n, head, begin,
-                     std::min(a.t, begin + kQueries), width, scratch.data());
+    const int64_t end = std::min(a.t, begin + kQueries);
+    const int64_t width = a.s + 2 * kLanes;
+    const int64_t size = (kTogether + (end - begin < kTogether ? 0 : a.h)) * width;
+    if (static_cast<int64_t>(scratch.size()) < size) scratch.resize(size);
+    isa.attend[kind](a, unit / pieces / a.n, head, begin, end, width, scratch.data());
   });
-  return ffi::Error::Success();
 }
 
 // Gradients of causal attention: of q [b, t, n, h], keys and values [b, t, k, h], y and
@@ -1437,13 +1451,12 @@ ffi::Error attention_gradient(
                             dvalues->typed_data()};
   if (queries == 0) return ffi::Error::Success();
   const int64_t threads = useful_threads(pool, 5 * from[0] * a.n * a.t * a.t * a.h);
-  parallel(pool, from[0] * a.t, threads, from[0] * a.k, [=, &isa](int64_t unit) {
+  return parallel(pool, from[0] * a.t, threads, from[0] * a.k, [=, &isa](int64_t unit) {
     thread_local std::vector<float> scratch;
     const int64_t width = a.t + 2 * kLanes, size = (kQueries + a.h) * width;
     if (static_cast<int64_t>(scratch.size()) < size) scratch.resize(size);
     isa.attend_back(a, unit / a.k, unit % a.k, width, scratch.data());
   });
-  return ffi::Error::Success();
 }
 
 // x [m, d], scale [d] -> x / sqrt(mean(x^2) + epsilon) * scale, and the factor of x of
@@ -1461,13 +1474,12 @@ ffi::Error rms_norm(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   const float *from = x.typed_data(), *weights = scale.typed_data();
   float *to = out->typed_data(), *factors = inverse->typed_data();
   constexpr int64_t kBatch = 16;  // rows at a time
-  parallel(pool, m, useful_threads(pool, m * d / 4), (m + kBatch - 1) / kBatch,
+  return parallel(pool, m, useful_threads(pool, m * d / 4), (m + kBatch - 1) / kBatch,
            [=, &isa](int64_t part) {
              const int64_t row = part * kBatch, count = std::min(m - row, kBatch);
              isa.norm(from + row * d, weights, count, d, epsilon, to + row * d,
                       factors + row);
            });
-  return ffi::Error::Success();
 }
 
 // gate, up [m, f] -> gate sigmoid(gate) up and sigmoid(gate), [m, f]; all float32.
@@ -1483,12 +1495,11 @@ ffi::Error swiglu(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> gate,
   const float *from = gate.typed_data(), *other = up.typed_data();
   float *to = out->typed_data(), *kept = sigmoid->typed_data();
   constexpr int64_t kBatch = 4096;  // numbers at a time
-  parallel(pool, gate.dimensions()[0], useful_threads(pool, count),
+  return parallel(pool, gate.dimensions()[0], useful_threads(pool, count),
            (count + kBatch - 1) / kBatch, [=, &isa](int64_t part) {
              const int64_t i = part * kBatch, n = std::min(kBatch, count - i);
              isa.swiglu(from + i, other + i, n, to + i, kept + i);
            });
-  return ffi::Error::Success();
 }
 
 // x [m, v] -> log(sum(exp(x))) of each row, [m]; both float32. NaN where a number is NaN
@@ -1503,13 +1514,12 @@ ffi::Error log_sum_exp(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   const float* from = x.typed_data();
   float* to = out->typed_data();
   constexpr int64_t kBatch = 16;  // rows at a time
-  parallel(pool, m, useful_threads(pool, 4 * m * v), (m + kBatch - 1) / kBatch,
+  return parallel(pool, m, useful_threads(pool, 4 * m * v), (m + kBatch - 1) / kBatch,
            [=, &isa](int64_t part) {
              const int64_t stop = std::min(m, (part + 1) * kBatch);
              for (int64_t row = part * kBatch; row < stop; ++row)
                to[row] = isa.log_sum_exp(from + row * v, v);
            });
-  return ffi::Error::Success();
 }
 
 // x [m, k] and w [n, k], or [k, n] where `columns` -> [m, n]; all float32.
@@ -1526,13 +1536,12 @@ ffi::Error float_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   // Weights of a part stay in the cache, while its rows pass by.
   constexpr int64_t kPanel = 64;
   const int64_t panels = (f.n + kPanel - 1) / kPanel, pieces = (f.m + kPanel - 1) / kPanel;
-  parallel(pool, f.m, useful_threads(pool, f.m * f.n * f.k), panels * pieces,
+  return parallel(pool, f.m, useful_threads(pool, f.m * f.n * f.k), panels * pieces,
            [=, &isa](int64_t part) {
              const int64_t begin = part / pieces * kPanel, top = part % pieces * kPanel;
              isa.floats(f, top, std::min(f.m, top + kPanel), begin,
                         std::min(f.n, begin + kPanel));
            });
-  return ffi::Error::Success();
 }
 
 }  // namespace
@@ -1610,6 +1619,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(vaani_rows_matmul, rows_matmul,
                                   .Arg<ffi::Buffer<ffi::S8>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
+
+// Of what the functions compute, and take: raised with every change of either.
+extern "C" int vaani_version() { return 2; }
 
 // The name of instruction set `index` in order of preference, null beyond the last.
 extern "C" const char* vaani_isa_name(int index) {
