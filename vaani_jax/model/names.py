@@ -1,13 +1,15 @@
 """The names of leaves: which parameters are ternary kernels, and what is theirs."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from vaani_jax import leaves
-from vaani_jax.quant.spec import TernarySpec
+from vaani_jax.quant.held import Held, hold
+from vaani_jax.quant.spec import Split, TernarySpec
 from vaani_jax.quant.weights import ternarize
 
 Array = jax.Array
@@ -25,6 +27,11 @@ class TernaryKernel:
     kernel: Array
     threshold: Array
     scale: Array | None = None
+
+    @property
+    def split(self) -> Split:
+        """Which side the mesh axis ``tensor`` cuts, see `ternary_dot`."""
+        return "in" if self.name.endswith(("o_proj", "down_proj")) else "out"
 
 
 def ternary_kernels(variables: Tree) -> list[TernaryKernel]:
@@ -78,6 +85,38 @@ def with_settings(quant: Tree, thresholds: dict[str, Array], momentum: Array) ->
         )
 
     return jax.tree_util.tree_map_with_path(visit, quant)
+
+
+def held(spec: TernarySpec, variables: Tree, *, whole: bool) -> Tree:
+    """Every ternary kernel quantized: the collection ``held`` of a model.
+
+    Products of a model that is given it quantize no kernel. Stacked kernels are
+    quantized one by one, in no more memory than in the blocks.
+
+    Args:
+      spec: how to quantize.
+      variables: ``params`` and ``quant``.
+      whole: see `hold`.
+    """
+    found: dict[str, Any] = {}
+    for entry in ternary_kernels(variables):
+        function = functools.partial(_hold, spec, entry.split, whole)
+        arguments = (entry.kernel, entry.threshold, entry.scale)
+        stacked = entry.kernel.ndim == 3
+        kept = jax.lax.map(function, arguments) if stacked else function(arguments)
+        if entry.name == "head":
+            found["head"] = kept
+            continue
+        node = found
+        for part in entry.name.split("/"):
+            node = node.setdefault(part, {})
+        node["kernel"] = kept
+    return found
+
+
+def _hold(spec: TernarySpec, split: Split, whole: bool, arguments: Any) -> Held:
+    kernel, threshold, scale = arguments
+    return hold(kernel, threshold, spec, scale, split, whole=whole)
 
 
 def ternary_codes(spec: TernarySpec, variables: Tree) -> dict[str, tuple[Array, Array]]:

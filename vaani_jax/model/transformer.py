@@ -82,7 +82,7 @@ class Vaani(nn.Module):
         if e.scan_layers:
             self.layers = nn.scan(
                 block,
-                variable_axes={"params": 0, "quant": 0},
+                variable_axes={"params": 0, "quant": 0, "held": 0},
                 split_rngs={"params": True},
                 in_axes=(0, 0, *[nn.broadcast] * 5),
                 length=a.n_layers,
@@ -94,6 +94,7 @@ class Vaani(nn.Module):
         masters = self.packed_head is None
         if q.ternary_head and q.quantize and a.tie_embeddings and masters:
             self.head_quantizer = TernaryQuantizer(q.threshold, self.spec)
+            self.held_head: Any = self.get_variable("held", "head")
         if not a.tie_embeddings:
             head = dataclasses.replace(q, quantize=q.quantize and q.ternary_head)
             self.lm_head = BitLinear(a.vocab_size, head, e, a.init_std)
@@ -216,6 +217,7 @@ class Vaani(nn.Module):
                 (self.head_quantizer.tau(),),
                 spec=self.spec,
                 scales=(self.head_quantizer.stored(),),
+                held=(self.held_head,),
                 mix=mix,
             )
             return logits.astype(jnp.float32)

@@ -37,15 +37,24 @@ def send(t: Array, dtype: Any, wire: Wire, split: Split) -> Array:
     return pack_neighbors(t, axis)
 
 
-def receive(sent: Array, dtype: Any, split: Split) -> Array:
-    """What `send` made of operands, whole along ``fsdp``, as [K, N] in ``dtype``."""
+def gather(sent: Array, split: Split) -> Array:
+    """What `send` made of operands, whole along ``fsdp``."""
     if shards("fsdp") == 1:
         return sent
     sent = constrain(sent, *STORED[split])
-    sent = constrain(sent, *_MULTIPLIED[split])
-    if sent.dtype != jnp.uint8:
-        return sent.astype(dtype)
-    return unpack_neighbors(sent, _PACKED[split]).astype(dtype)
+    return constrain(sent, *_MULTIPLIED[split])
+
+
+def opened(sent: Array, dtype: Any, split: Split) -> Array:
+    """What `send` made of operands, as [K, N] in ``dtype``."""
+    if sent.dtype == jnp.uint8:
+        sent = unpack_neighbors(sent, _PACKED[split])
+    return sent.astype(dtype)
+
+
+def receive(sent: Array, dtype: Any, split: Split) -> Array:
+    """What `send` made of operands, whole along ``fsdp``, as [K, N] in ``dtype``."""
+    return opened(gather(sent, split), dtype, split)
 
 
 def whole_kernel(w: Array, dtype: Any, split: Split) -> Array:

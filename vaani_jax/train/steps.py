@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from vaani_jax.devices.mesh import BATCH, constrain
-from vaani_jax.model.names import ternary_codes, ternary_kernels, with_settings
+from vaani_jax.model.names import held, ternary_codes, ternary_kernels, with_settings
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.train.losses import cross_entropy
 from vaani_jax.train.schedules import Schedule
@@ -62,10 +62,15 @@ def make_train_step(
     """
 
     def loss_of(
-        params: Tree, quant: Tree, tokens: Array, key: Array, mix: Array | None
+        params: Tree,
+        quant: Tree,
+        codes: Tree,
+        tokens: Array,
+        key: Array,
+        mix: Array | None,
     ) -> tuple[Array, Tree]:
         logits, changed = model.apply(
-            {"params": params, "quant": quant},
+            {"params": params, "quant": quant, "held": codes},
             tokens[:, :-1],
             train=True,
             mix=mix,
@@ -80,17 +85,20 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         compute = jax.value_and_grad(loss_of, has_aux=True)
         if accumulation_steps == 1:
-            (loss, quant), grads = compute(state.params, state.quant, tokens, key, mix)
+            (loss, quant), grads = compute(
+                state.params, state.quant, {}, tokens, key, mix
+            )
             return loss, quant, grads
 
         def body(carry: Any, xs: Any) -> tuple[Any, None]:
             index, part = xs
             total, quant, grads = carry
             (loss, quant), more = compute(
-                state.params, quant, part, jax.random.fold_in(key, index), mix
+                state.params, quant, codes, part, jax.random.fold_in(key, index), mix
             )
             return (total + loss, quant, jax.tree.map(jnp.add, grads, more)), None
 
+        codes = held(model.spec, state.variables, whole=True)
         parts = tokens.reshape(accumulation_steps, -1, tokens.shape[-1])
         parts = constrain(parts, None, BATCH, None)
         zeros = jax.tree.map(jnp.zeros_like, state.params)
