@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vaani_jax.devices.mesh import BATCH, constrain
+from vaani_jax.devices.apart import mapped_axes
+from vaani_jax.devices.mesh import BATCH, constrain, constrain_weights
 from vaani_jax.errors import VaaniError
 from vaani_jax.kernels import rows_matmul, ternary_matmul
 from vaani_jax.kernels.floats import float_matmul
@@ -157,9 +158,12 @@ class Vaani(nn.Module):
         if isinstance(self.embedding, PackedRows):
             x = to_dtype(take_rows(self.embedding, tokens), dtype)
         else:
-            # Each device looks up its columns for all rows of its group.
-            rows = constrain(tokens, "data", None)
-            x = to_dtype(jnp.take(self.embedding, rows, axis=0), dtype)
+            # Each device looks up its columns for all rows of its group; where rows are
+            # apart, all columns for its own.
+            table, rows = self.embedding, constrain(tokens, "data", None)
+            if "fsdp" in mapped_axes():
+                table = constrain_weights(table, None, None)
+            x = to_dtype(jnp.take(table, rows, axis=0), dtype)
         x = dropout(x, a.dropout, None if keys is None else keys[-1])
         # Then those of a group exchange columns for rows.
         x = constrain(x, "data", None, "fsdp")
@@ -222,8 +226,9 @@ class Vaani(nn.Module):
             )
             return logits.astype(jnp.float32)
         # Cut along V first, which moves nothing; then only that part is gathered.
-        embedding = constrain(self.embedding.astype(x.dtype), "tensor", "fsdp")
-        return float_matmul(x, constrain(embedding, "tensor", None))
+        embedding = self.embedding.astype(x.dtype)
+        embedding = constrain_weights(embedding, "tensor", "fsdp")
+        return float_matmul(x, constrain_weights(embedding, "tensor", None))
 
 
 def stack_layers(tree: Tree, n_layers: int) -> Tree:

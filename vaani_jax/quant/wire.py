@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vaani_jax.devices.mesh import constrain, shards
+from vaani_jax.devices.mesh import constrain_weights, shards
 from vaani_jax.quant.packed import pack_neighbors, unpack_neighbors
 from vaani_jax.quant.spec import Split, Wire
 
@@ -41,8 +41,8 @@ def gather(sent: Array, split: Split) -> Array:
     """What `send` made of operands, whole along ``fsdp``."""
     if shards("fsdp") == 1:
         return sent
-    sent = constrain(sent, *STORED[split])
-    return constrain(sent, *_MULTIPLIED[split])
+    sent = constrain_weights(sent, *STORED[split])
+    return constrain_weights(sent, *_MULTIPLIED[split])
 
 
 def opened(sent: Array, dtype: Any, split: Split) -> Array:

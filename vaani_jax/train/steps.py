@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vaani_jax.devices.mesh import BATCH, constrain
+from vaani_jax.devices.apart import each_apart, zeros_apart
+from vaani_jax.devices.mesh import BATCH, Exchange, constrain, shards
 from vaani_jax.model.names import held, ternary_codes, ternary_kernels, with_settings
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.train.losses import cross_entropy
@@ -38,6 +39,7 @@ def make_train_step(
     schedule: Schedule,
     *,
     accumulation_steps: int = 1,
+    exchange: Exchange = "step",
     mix_steps: int = 0,
     tuner: HyperparameterTuner | None = None,
 ) -> Callable[[TrainState, Array], tuple[TrainState, Metrics]]:
@@ -48,6 +50,7 @@ def make_train_step(
       optimizer: of `make_optimizer`.
       schedule: gives learning rate and weight decay.
       accumulation_steps: micro-batches that one batch is cut into.
+      exchange: when gradients and codes cross ``fsdp``, see `MeshConfig`.
       mix_steps: steps over which quantization is phased in, ``lambda = step / n``; 0
         quantizes from the start.
       tuner: judges every step, and sets learning rate and clipping; None leaves both to
@@ -90,23 +93,38 @@ def make_train_step(
             )
             return loss, quant, grads
 
+        once = exchange == "step"
+        codes = held(model.spec, state.variables, whole=once and mix is None)
+        axes = BATCH if once else ("data",)
+        devices = shards(axes)
+        parts = tokens.reshape(accumulation_steps, -1, tokens.shape[-1])
+        parts = constrain(parts, None, BATCH, None)
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        if devices > 1:
+            parts = parts.reshape(accumulation_steps, devices, -1, tokens.shape[-1])
+            parts = constrain(parts, None, axes, None if once else "fsdp", None)
+            zeros = zeros_apart(state.params, axes, devices)
+            compute = each_apart(
+                compute, axes, (None, None, None, 0, None, None), ((0, None), 0)
+            )
+
         def body(carry: Any, xs: Any) -> tuple[Any, None]:
             index, part = xs
             total, quant, grads = carry
             (loss, quant), more = compute(
                 state.params, quant, codes, part, jax.random.fold_in(key, index), mix
             )
+            if devices > 1:
+                loss = loss.mean()
             return (total + loss, quant, jax.tree.map(jnp.add, grads, more)), None
 
-        codes = held(model.spec, state.variables, whole=True)
-        parts = tokens.reshape(accumulation_steps, -1, tokens.shape[-1])
-        parts = constrain(parts, None, BATCH, None)
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
         (loss, quant, grads), _ = jax.lax.scan(
             body,
             (jnp.zeros(()), state.quant, zeros),
             (jnp.arange(accumulation_steps), parts),
         )
+        if devices > 1:
+            grads = jax.tree.map(lambda g: jnp.mean(g, axis=0), grads)
         mean = lambda x: x / accumulation_steps  # noqa: E731
         return mean(loss), quant, jax.tree.map(mean, grads)
 
