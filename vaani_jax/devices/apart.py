@@ -76,21 +76,21 @@ def largest(x: Array) -> Array:
 
 
 def draw(sample: Callable[..., Array], key: Array, shape: Sequence[int]) -> Array:
-    """``sample(key, shape)``; where rows are apart, this device's part of all rows'.
+    """``sample(key, shape=shape)``; this device's part of it where rows are apart.
 
-    So every mesh draws the same. The first dimension is that of the rows.
+    It is a part of what is drawn for all rows: every mesh draws the same. The first dimension is that of the rows.
     """
     if not mapped_axes():
-        return sample(key, tuple(shape))
+        return sample(key, shape=tuple(shape))
 
     @jax.custom_batching.custom_vmap
     def drawn(key: Array, device: Array) -> Array:
         del device  # is there to be mapped
-        return sample(key, tuple(shape))
+        return sample(key, shape=tuple(shape))
 
     @drawn.def_vmap
     def _(devices: int, batched: Any, key: Array, device: Array) -> tuple[Array, bool]:
         del batched, device
-        return sample(key, (devices, *shape)), True
+        return sample(key, shape=(devices, *shape)), True
 
     return drawn(key, jax.lax.axis_index(_ROWS))

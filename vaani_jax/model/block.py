@@ -1,5 +1,6 @@
 """A transformer block: attention and feed-forward on the residual stream."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -21,9 +22,7 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
     """Inverted dropout; the identity where ``key`` is None or the rate is 0."""
     if key is None or rate == 0.0:
         return x
-    keep = draw(
-        lambda *how: jax.random.bernoulli(how[0], 1.0 - rate, how[1]), key, x.shape
-    )
+    keep = draw(partial(jax.random.bernoulli, p=1.0 - rate), key, x.shape)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 

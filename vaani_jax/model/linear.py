@@ -72,7 +72,7 @@ class BitLinear(nn.Module):
         )
 
     def held(self) -> Held | None:
-        """Codes and scale of the kernel, where the caller has them: see `names.held`."""
+        """Codes and scale of the kernel, where they are given: see `names.held`."""
         found: Any = self.get_variable("held", "kernel")
         return found
 

@@ -160,10 +160,10 @@ class Vaani(nn.Module):
         else:
             # Each device looks up its columns for all rows of its group; where rows are
             # apart, all columns for its own.
-            table, rows = self.embedding, constrain(tokens, "data", None)
+            matrix, rows = self.embedding, constrain(tokens, "data", None)
             if "fsdp" in mapped_axes():
-                table = constrain_weights(table, None, None)
-            x = to_dtype(jnp.take(table, rows, axis=0), dtype)
+                matrix = constrain_weights(matrix, None, None)
+            x = to_dtype(jnp.take(matrix, rows, axis=0), dtype)
         x = dropout(x, a.dropout, None if keys is None else keys[-1])
         # Then those of a group exchange columns for rows.
         x = constrain(x, "data", None, "fsdp")

@@ -86,15 +86,15 @@ def ternary_dot(
       One [..., N_i] in ``x.dtype`` per kernel. Gradients are straight-through:
       thresholds, range and mix receive zeros.
     """
-    none = (None,) * len(kernels)
+    nothing = (None,) * len(kernels)
     return _ternary_dot(
         spec,
         split,
         x,
         tuple(kernels),
-        none if held is None else tuple(held),
+        nothing if held is None else tuple(held),
         tuple(thresholds),
-        none if scales is None else tuple(scales),
+        nothing if scales is None else tuple(scales),
         activation_range,
         mix,
     )

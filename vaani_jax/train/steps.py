@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vaani_jax.devices.apart import each_apart, zeros_apart
-from vaani_jax.devices.mesh import BATCH, Exchange, constrain, shards
+from vaani_jax.devices.mesh import Exchange
 from vaani_jax.model.names import held, ternary_codes, ternary_kernels, with_settings
 from vaani_jax.model.transformer import Vaani
+from vaani_jax.train.accumulation import accumulated
 from vaani_jax.train.losses import cross_entropy
 from vaani_jax.train.schedules import Schedule
 from vaani_jax.train.state import TrainState, codes_of, layer_norms
@@ -64,69 +64,41 @@ def make_train_step(
       parameters as they were, and what is not sound leaves everything but the count.
     """
 
-    def loss_of(
-        params: Tree,
-        quant: Tree,
-        codes: Tree,
-        tokens: Array,
-        key: Array,
-        mix: Array | None,
-    ) -> tuple[Array, Tree]:
-        logits, changed = model.apply(
-            {"params": params, "quant": quant, "held": codes},
-            tokens[:, :-1],
-            train=True,
-            mix=mix,
-            rngs={"dropout": key},
-            mutable=["quant"],
-        )
-        return cross_entropy(logits, tokens[:, 1:]), changed.get("quant", quant)
-
     def gradients(
         state: TrainState, tokens: Array, mix: Array | None
     ) -> tuple[Array, Tree, Tree]:
+        codes: Tree = {}
+
+        def loss_of(
+            params: Tree, quant: Tree, tokens: Array, key: Array
+        ) -> tuple[Array, Tree]:
+            logits, changed = model.apply(
+                {"params": params, "quant": quant, "held": codes},
+                tokens[:, :-1],
+                train=True,
+                mix=mix,
+                rngs={"dropout": key},
+                mutable=["quant"],
+            )
+            return cross_entropy(logits, tokens[:, 1:]), changed.get("quant", quant)
+
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         compute = jax.value_and_grad(loss_of, has_aux=True)
         if accumulation_steps == 1:
-            (loss, quant), grads = compute(
-                state.params, state.quant, {}, tokens, key, mix
-            )
+            (loss, quant), grads = compute(state.params, state.quant, tokens, key)
             return loss, quant, grads
-
-        once = exchange == "step"
-        codes = held(model.spec, state.variables, whole=once and mix is None)
-        axes = BATCH if once else ("data",)
-        devices = shards(axes)
-        parts = tokens.reshape(accumulation_steps, -1, tokens.shape[-1])
-        parts = constrain(parts, None, BATCH, None)
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        if devices > 1:
-            parts = parts.reshape(accumulation_steps, devices, -1, tokens.shape[-1])
-            parts = constrain(parts, None, axes, None if once else "fsdp", None)
-            zeros = zeros_apart(state.params, axes, devices)
-            compute = each_apart(
-                compute, axes, (None, None, None, 0, None, None), ((0, None), 0)
-            )
-
-        def body(carry: Any, xs: Any) -> tuple[Any, None]:
-            index, part = xs
-            total, quant, grads = carry
-            (loss, quant), more = compute(
-                state.params, quant, codes, part, jax.random.fold_in(key, index), mix
-            )
-            if devices > 1:
-                loss = loss.mean()
-            return (total + loss, quant, jax.tree.map(jnp.add, grads, more)), None
-
-        (loss, quant, grads), _ = jax.lax.scan(
-            body,
-            (jnp.zeros(()), state.quant, zeros),
-            (jnp.arange(accumulation_steps), parts),
+        # A mix crosses the wire as floats, in every product.
+        whole = exchange == "step" and mix is None
+        codes = held(model.spec, state.variables, whole=whole)
+        return accumulated(
+            compute,
+            state.params,
+            state.quant,
+            tokens,
+            key,
+            micro_batches=accumulation_steps,
+            exchange=exchange,
         )
-        if devices > 1:
-            grads = jax.tree.map(lambda g: jnp.mean(g, axis=0), grads)
-        mean = lambda x: x / accumulation_steps  # noqa: E731
-        return mean(loss), quant, jax.tree.map(mean, grads)
 
     def train_step(state: TrainState, tokens: Array) -> tuple[TrainState, Metrics]:
         mix = None
