@@ -78,7 +78,7 @@ def largest(x: Array) -> Array:
 def draw(sample: Callable[..., Array], key: Array, shape: Sequence[int]) -> Array:
     """``sample(key, shape=shape)``; this device's part of it where rows are apart.
 
-    It is a part of what is drawn for all rows: every mesh draws the same. The first dimension is that of the rows.
+    So every mesh draws the same. The first dimension of ``shape`` is that of the rows.
     """
     if not mapped_axes():
         return sample(key, shape=tuple(shape))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from vaani_jax import leaves
-from vaani_jax.quant.held import Held, hold
+from vaani_jax.quant.held import hold
 from vaani_jax.quant.spec import Split, TernarySpec
 from vaani_jax.quant.weights import ternarize
 
@@ -90,8 +90,7 @@ def with_settings(quant: Tree, thresholds: dict[str, Array], momentum: Array) ->
 def held(spec: TernarySpec, variables: Tree, *, whole: bool) -> Tree:
     """Every ternary kernel quantized: the collection ``held`` of a model.
 
-    Products of a model that is given it quantize no kernel. Stacked kernels are
-    quantized one by one, in no more memory than in the blocks.
+    Products of a model that is given it quantize no kernel.
 
     Args:
       spec: how to quantize.
@@ -100,10 +99,11 @@ def held(spec: TernarySpec, variables: Tree, *, whole: bool) -> Tree:
     """
     found: dict[str, Any] = {}
     for entry in ternary_kernels(variables):
-        function = functools.partial(_hold, spec, entry.split, whole)
-        arguments = (entry.kernel, entry.threshold, entry.scale)
-        stacked = entry.kernel.ndim == 3
-        kept = jax.lax.map(function, arguments) if stacked else function(arguments)
+        function = functools.partial(hold, spec=spec, split=entry.split, whole=whole)
+        if entry.kernel.ndim == 3:
+            # All at once: XLA's CPU code does not order what several loops send.
+            function = jax.vmap(function)
+        kept = function(entry.kernel, entry.threshold, entry.scale)
         if entry.name == "head":
             found["head"] = kept
             continue
@@ -112,11 +112,6 @@ def held(spec: TernarySpec, variables: Tree, *, whole: bool) -> Tree:
             node = node.setdefault(part, {})
         node["kernel"] = kept
     return found
-
-
-def _hold(spec: TernarySpec, split: Split, whole: bool, arguments: Any) -> Held:
-    kernel, threshold, scale = arguments
-    return hold(kernel, threshold, spec, scale, split, whole=whole)
 
 
 def ternary_codes(spec: TernarySpec, variables: Tree) -> dict[str, tuple[Array, Array]]:

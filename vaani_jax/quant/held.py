@@ -41,17 +41,17 @@ class Held:
 def hold(
     w: Array,
     threshold: Array,
-    spec: TernarySpec,
     stored: Array | None,
-    split: Split,
     *,
+    spec: TernarySpec,
+    split: Split,
     whole: bool,
 ) -> Held:
     """Quantizes a kernel for several products.
 
     Args:
       w: master kernel [K, N].
-      threshold, spec, stored: as in `ternarize`.
+      threshold, stored, spec: as in `ternarize`.
       split: as in `ternary_dot`.
       whole: whether to gather codes that are cut over ``fsdp``, for a quarter of a byte
         a weight on each device (``spec.wire`` "2bit"); else every product does it. What
