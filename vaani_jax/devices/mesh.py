@@ -17,16 +17,18 @@ several. The first rule that matches wins. Stacked layers keep their leading axi
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vaani_jax import leaves
+from vaani_jax.devices.apart import mapped_axes
 from vaani_jax.errors import VaaniError
 from vaani_jax.settings import check, key
 
@@ -51,6 +53,9 @@ RULES = (
 )
 
 
+Exchange = Literal["step", "micro_batch"]
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """How the devices of a run are arranged."""
@@ -59,6 +64,14 @@ class MeshConfig:
     fsdp: int = key(1, "parts that parameters and the optimizer's state are cut into")
     tensor: int = key(1, "parts that heads, feed-forward and vocabulary are cut into")
     rules: tuple[str, ...] = key((), "tried before `RULES`")
+    exchange: Exchange = key(
+        "step",
+        "how often gradients and ternary codes cross ``fsdp`` where a step has several "
+        'micro-batches: once a "step", for which every device holds two gradients and '
+        "the codes of the whole model, 8.25 bytes a parameter (over ``tensor``); or in "
+        'every "micro_batch". Gradients cross ``data`` once a step with either. Equal '
+        "results, up to the order of sums",
+    )
 
     def __post_init__(self) -> None:
         check(self, "mesh.")
@@ -238,9 +251,36 @@ def constrain(x: Array, *axes: Any) -> Array:
     """``x``, cut as said; an axis that does not divide its dimension is left out.
 
     Args:
-      x: any array, traced under `jax.set_mesh`.
+      x: an array that depends on the rows of a batch, traced under `jax.set_mesh`.
+        Where these are kept apart (`devices/apart.py`), so is it.
       axes: one entry per dimension: a name, several, or None.
     """
+    return _constrain(x, [_rest(entry, mapped_axes()) for entry in axes])
+
+
+def constrain_weights(w: Array, *axes: Any) -> Array:
+    """As `constrain`, of an array that depends on no row; its gradient does."""
+    return _constrain_weights(axes, w) if mapped_axes() else _constrain(w, axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _constrain_weights(axes: tuple[Any, ...], w: Array) -> Array:
+    return _constrain(w, axes)
+
+
+_constrain_weights.defvjp(
+    lambda axes, w: (_constrain(w, axes), None),
+    lambda axes, _, g: (constrain(g, *axes),),
+)
+
+
+def _rest(entry: Any, without: Sequence[str]) -> Any:
+    """An entry of a spec without some axes."""
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    return tuple(name for name in names if name not in without) or None
+
+
+def _constrain(x: Array, axes: Sequence[Any]) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x

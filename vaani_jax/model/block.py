@@ -1,11 +1,13 @@
 """A transformer block: attention and feed-forward on the residual stream."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vaani_jax.devices.apart import draw
 from vaani_jax.devices.mesh import BATCH, constrain
 from vaani_jax.model.attention import MultiHeadAttention
 from vaani_jax.model.config import Architecture, Execution, Quantization
@@ -20,7 +22,7 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
     """Inverted dropout; the identity where ``key`` is None or the rate is 0."""
     if key is None or rate == 0.0:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    keep = draw(partial(jax.random.bernoulli, p=1.0 - rate), key, x.shape)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 

@@ -12,6 +12,7 @@ from vaani_jax.kernels import rows_matmul, ternary_matmul
 from vaani_jax.model.config import Execution, Quantization, ternary_spec
 from vaani_jax.model.norm import Norm, RMSNorm
 from vaani_jax.quant.activations import ActivationQuantizer
+from vaani_jax.quant.held import Held
 from vaani_jax.quant.packed import PackedRows, PackedTernary
 from vaani_jax.quant.product import ternary_dot
 from vaani_jax.quant.spec import Split, TernarySpec
@@ -70,6 +71,11 @@ class BitLinear(nn.Module):
             jnp.float32,
         )
 
+    def held(self) -> Held | None:
+        """Codes and scale of the kernel, where they are given: see `names.held`."""
+        found: Any = self.get_variable("held", "kernel")
+        return found
+
     def __call__(
         self, x: Array, *, train: bool = False, mix: Array | None = None
     ) -> Array:
@@ -124,7 +130,7 @@ def project(
         [layer.weight_quantizer.tau() for layer in layers],
         spec=first.spec,
         scales=[layer.weight_quantizer.stored() for layer in layers],
-        given=[layer.weight_quantizer.given() for layer in layers],
+        held=[layer.held() for layer in layers],
         activation_range=first.activation_quantizer.observe(x, train=train),
         mix=mix,
         split=first.split,

@@ -1,13 +1,15 @@
 """The names of leaves: which parameters are ternary kernels, and what is theirs."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from vaani_jax import leaves
-from vaani_jax.quant.spec import TernarySpec
+from vaani_jax.quant.held import hold
+from vaani_jax.quant.spec import Split, TernarySpec
 from vaani_jax.quant.weights import ternarize
 
 Array = jax.Array
@@ -25,6 +27,11 @@ class TernaryKernel:
     kernel: Array
     threshold: Array
     scale: Array | None = None
+
+    @property
+    def split(self) -> Split:
+        """Which side the mesh axis ``tensor`` cuts, see `ternary_dot`."""
+        return "in" if self.name.endswith(("o_proj", "down_proj")) else "out"
 
 
 def ternary_kernels(variables: Tree) -> list[TernaryKernel]:
@@ -80,6 +87,33 @@ def with_settings(quant: Tree, thresholds: dict[str, Array], momentum: Array) ->
     return jax.tree_util.tree_map_with_path(visit, quant)
 
 
+def held(spec: TernarySpec, variables: Tree, *, whole: bool) -> Tree:
+    """Every ternary kernel quantized: the collection ``held`` of a model.
+
+    Products of a model that is given it quantize no kernel.
+
+    Args:
+      spec: how to quantize.
+      variables: ``params`` and ``quant``.
+      whole: see `hold`.
+    """
+    found: dict[str, Any] = {}
+    for entry in ternary_kernels(variables):
+        function = functools.partial(hold, spec=spec, split=entry.split, whole=whole)
+        if entry.kernel.ndim == 3:
+            # All at once: XLA's CPU code does not order what several loops send.
+            function = jax.vmap(function)
+        kept = function(entry.kernel, entry.threshold, entry.scale)
+        if entry.name == "head":
+            found["head"] = kept
+            continue
+        node = found
+        for part in entry.name.split("/"):
+            node = node.setdefault(part, {})
+        node["kernel"] = kept
+    return found
+
+
 def ternary_codes(spec: TernarySpec, variables: Tree) -> dict[str, tuple[Array, Array]]:
     """Codes (int8, as the kernel) and scales (float32) of every ternary kernel.
 
@@ -95,21 +129,3 @@ def ternary_codes(spec: TernarySpec, variables: Tree) -> dict[str, tuple[Array, 
         t, scale = function(entry.kernel, entry.threshold, entry.scale)
         codes[entry.name] = (t.astype(jnp.int8), scale)
     return codes
-
-
-def quantized_once(spec: TernarySpec, variables: Tree) -> Tree:
-    """The collection ``ternary``: what every kernel is, for passes that follow.
-
-    A step that goes through a model several times, for micro-batches or to recompute
-    what it has not stored, quantizes its kernels once with this. Results are the same.
-    """
-    tree: Tree = {}
-    for name, (codes, scale) in ternary_codes(spec, variables).items():
-        if name == "head":
-            tree["head_quantizer"] = {"codes": codes, "scale": scale}
-            continue
-        node = tree
-        for key in name.split("/"):
-            node = node.setdefault(key, {})
-        node["weight_quantizer"] = {"codes": codes, "scale": scale}
-    return tree

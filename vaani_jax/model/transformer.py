@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vaani_jax.devices.mesh import BATCH, constrain
+from vaani_jax.devices.apart import mapped_axes
+from vaani_jax.devices.mesh import BATCH, constrain, constrain_weights
 from vaani_jax.errors import VaaniError
 from vaani_jax.kernels import rows_matmul, ternary_matmul
 from vaani_jax.kernels.floats import float_matmul
@@ -82,7 +83,7 @@ class Vaani(nn.Module):
         if e.scan_layers:
             self.layers = nn.scan(
                 block,
-                variable_axes={"params": 0, "quant": 0, "ternary": 0},
+                variable_axes={"params": 0, "quant": 0, "held": 0},
                 split_rngs={"params": True},
                 in_axes=(0, 0, *[nn.broadcast] * 5),
                 length=a.n_layers,
@@ -94,6 +95,7 @@ class Vaani(nn.Module):
         masters = self.packed_head is None
         if q.ternary_head and q.quantize and a.tie_embeddings and masters:
             self.head_quantizer = TernaryQuantizer(q.threshold, self.spec)
+            self.held_head: Any = self.get_variable("held", "head")
         if not a.tie_embeddings:
             head = dataclasses.replace(q, quantize=q.quantize and q.ternary_head)
             self.lm_head = BitLinear(a.vocab_size, head, e, a.init_std)
@@ -156,9 +158,12 @@ class Vaani(nn.Module):
         if isinstance(self.embedding, PackedRows):
             x = to_dtype(take_rows(self.embedding, tokens), dtype)
         else:
-            # Each device looks up its columns for all rows of its group.
-            rows = constrain(tokens, "data", None)
-            x = to_dtype(jnp.take(self.embedding, rows, axis=0), dtype)
+            # Each device looks up its columns for all rows of its group; where rows are
+            # apart, all columns for its own.
+            matrix, rows = self.embedding, constrain(tokens, "data", None)
+            if "fsdp" in mapped_axes():
+                matrix = constrain_weights(matrix, None, None)
+            x = to_dtype(jnp.take(matrix, rows, axis=0), dtype)
         x = dropout(x, a.dropout, None if keys is None else keys[-1])
         # Then those of a group exchange columns for rows.
         x = constrain(x, "data", None, "fsdp")
@@ -216,13 +221,14 @@ class Vaani(nn.Module):
                 (self.head_quantizer.tau(),),
                 spec=self.spec,
                 scales=(self.head_quantizer.stored(),),
-                given=(self.head_quantizer.given(),),
+                held=(self.held_head,),
                 mix=mix,
             )
             return logits.astype(jnp.float32)
         # Cut along V first, which moves nothing; then only that part is gathered.
-        embedding = constrain(self.embedding.astype(x.dtype), "tensor", "fsdp")
-        return float_matmul(x, constrain(embedding, "tensor", None))
+        embedding = self.embedding.astype(x.dtype)
+        embedding = constrain_weights(embedding, "tensor", "fsdp")
+        return float_matmul(x, constrain_weights(embedding, "tensor", None))
 
 
 def stack_layers(tree: Tree, n_layers: int) -> Tree:

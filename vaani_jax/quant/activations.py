@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vaani_jax.devices.apart import largest
 from vaani_jax.quant.rounding import EPSILON, LARGEST, to_codes
 from vaani_jax.quant.straight_through import straight_through
 
@@ -83,13 +84,12 @@ class ActivationQuantizer(nn.Module):
         momentum = self.variable(
             "quant", "momentum", lambda: jnp.asarray(self.momentum, jnp.float32)
         )
-        largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
-        largest = jax.lax.stop_gradient(largest)
+        found = largest(x)
         if not train or self.is_initializing():
-            return jnp.where(tracked.value > 0, tracked.value, largest)
+            return jnp.where(tracked.value > 0, tracked.value, found)
         m = momentum.value
         updated = jnp.where(
-            tracked.value > 0, m * tracked.value + (1 - m) * largest, largest
+            tracked.value > 0, m * tracked.value + (1 - m) * found, found
         )
         tracked.value = updated
         return updated

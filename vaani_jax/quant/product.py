@@ -13,10 +13,11 @@ from vaani_jax.quant.activations import (
     quantize_activations,
 )
 from vaani_jax.quant.barriers import to_dtype
+from vaani_jax.quant.held import Held
 from vaani_jax.quant.rounding import LARGEST
 from vaani_jax.quant.spec import Split, TernarySpec, operand_dtype
-from vaani_jax.quant.weights import Ternary, ternarize
-from vaani_jax.quant.wire import STORED, receive, send
+from vaani_jax.quant.weights import ternarize
+from vaani_jax.quant.wire import STORED, opened, receive, send
 
 Array = jax.Array
 
@@ -57,7 +58,7 @@ def ternary_dot(
     *,
     spec: TernarySpec = TernarySpec(),
     scales: Sequence[Array | None] | None = None,
-    given: Sequence[Ternary | None] | None = None,
+    held: Sequence[Held | None] | None = None,
     activation_range: Array | None = None,
     mix: Array | None = None,
     split: Split = "out",
@@ -73,8 +74,7 @@ def ternary_dot(
       thresholds: tau of each kernel, scalars.
       spec: how to quantize.
       scales: of each kernel, where they are "stored".
-      given: codes and scale of each kernel, int8 and float32, where they have been
-        computed before, by `ternarize`: once for several passes.
+      held: codes and scale of each kernel, where they have been computed before.
       activation_range: see `quantize_activations`.
       mix: lambda in [0, 1], a scalar, may be traced: 0 multiplies the full-precision
         operands, 1 the quantized ones. None stands for 1 and is faster. At 1 both
@@ -86,11 +86,17 @@ def ternary_dot(
       One [..., N_i] in ``x.dtype`` per kernel. Gradients are straight-through:
       thresholds, range and mix receive zeros.
     """
-    stored = (None,) * len(kernels) if scales is None else tuple(scales)
-    before = (None,) * len(kernels) if given is None else tuple(given)
-    taus = tuple(thresholds)
+    nothing = (None,) * len(kernels)
     return _ternary_dot(
-        spec, split, x, tuple(kernels), taus, stored, before, activation_range, mix
+        spec,
+        split,
+        x,
+        tuple(kernels),
+        nothing if held is None else tuple(held),
+        tuple(thresholds),
+        nothing if scales is None else tuple(scales),
+        activation_range,
+        mix,
     )
 
 
@@ -100,14 +106,14 @@ def _ternary_dot(
     split: Split,
     x: Array,
     kernels: tuple[Array, ...],
+    held: tuple[Held | None, ...],
     thresholds: tuple[Array, ...],
     stored: tuple[Array | None, ...],
-    given: tuple[Ternary | None, ...],
     activation_range: Array | None,
     mix: Array | None,
 ) -> tuple[Array, ...]:
     return _ternary_dot_fwd(
-        spec, split, x, kernels, thresholds, stored, given, activation_range, mix
+        spec, split, x, kernels, held, thresholds, stored, activation_range, mix
     )[0]
 
 
@@ -116,9 +122,9 @@ def _ternary_dot_fwd(
     split: Split,
     x: Array,
     kernels: tuple[Array, ...],
+    held: tuple[Held | None, ...],
     thresholds: tuple[Array, ...],
     stored: tuple[Array | None, ...],
-    given: tuple[Ternary | None, ...],
     activation_range: Array | None,
     mix: Array | None,
 ) -> tuple[tuple[Array, ...], Any]:
@@ -133,37 +139,50 @@ def _ternary_dot_fwd(
         q = q + rest * (x.astype(jnp.float32) / s - q)
     q = _as_rows(q.astype(dtype))
     outputs, quantized = [], []
-    for w, threshold, kept, before in zip(
-        kernels, thresholds, stored, given, strict=True
+    for w, ready, threshold, kept in zip(
+        kernels, held, thresholds, stored, strict=True
     ):
-        t, scale = before or ternarize(w, threshold, spec, kept)
-        wire = spec.wire
+        if ready is None:
+            t, scale = ternarize(w, threshold, spec, kept)
+        else:
+            t, scale = ready.values(split), ready.scale
         if rest is not None:
-            t = t.astype(jnp.float32)
             t = t + rest * (w.astype(jnp.float32) / _along_last(scale, 2) - t)
-            wire = "float"
-        sent = send(t, dtype, wire, split)
-        t = receive(sent, dtype, split)
+            sent = send(t, dtype, "float", split)
+        elif ready is None or spec.wire == "float":
+            sent = send(t, dtype, spec.wire, split)
+        else:
+            sent = ready.codes
+        t = _multiplied(sent, ready, dtype, split)
         sums = jnp.dot(q, t, precision="highest", preferred_element_type=total)
         sums = sums.astype(jnp.float32).reshape(*x.shape[:-1], t.shape[-1])
         outputs.append(to_dtype(sums * output_scale(bound, scale, x.ndim), x.dtype))
         quantized.append((sent, scale))  # cut, so that no kernel is kept whole
-    return tuple(outputs), (x, q, s, quantized, kernels)
+    rest_of_arguments = (thresholds, stored, activation_range, mix)
+    residuals = (x, q, s, quantized, kernels, held, rest_of_arguments)
+    return tuple(outputs), residuals
+
+
+def _multiplied(sent: Array, ready: Held | None, dtype: Any, split: Split) -> Array:
+    """What crossed the wire, or has before, as an operand [K, N]."""
+    if ready is not None and ready.whole:
+        return opened(sent, dtype, split)
+    return receive(sent, dtype, split)
 
 
 def _ternary_dot_bwd(
     spec: TernarySpec, split: Split, residuals: Any, gs: tuple[Array, ...]
 ) -> Any:
     del spec
-    x, q, s, quantized, kernels = residuals
+    x, q, s, quantized, kernels, held, rest_of_arguments = residuals
     dtype = gs[0].dtype
     s = s if s.ndim == 0 else _as_rows(s)
     x_quantized = (q.astype(jnp.float32) * s).astype(dtype)
     dx = jnp.zeros((), dtype)
     dws = []
-    for g, (sent, scale), w in zip(gs, quantized, kernels, strict=True):
+    for g, (sent, scale), w, ready in zip(gs, quantized, kernels, held, strict=True):
         g = _as_rows(g)
-        t = receive(sent, q.dtype, split)
+        t = _multiplied(sent, ready, q.dtype, split)
         w_quantized = (t.astype(jnp.float32) * _along_last(scale, 2)).astype(dtype)
         dx = dx + jnp.dot(g, w_quantized.T)
         dw = jnp.dot(x_quantized.T, g, preferred_element_type=jnp.float32)
@@ -171,7 +190,8 @@ def _ternary_dot_bwd(
     return (
         dx.astype(x.dtype).reshape(x.shape),
         tuple(dws),
-        *[None] * 5,  # zeros for all else
+        None,
+        *jax.tree.map(jnp.zeros_like, rest_of_arguments),
     )
 
 

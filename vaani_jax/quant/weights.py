@@ -1,7 +1,5 @@
 """Ternary weights: codes, scales, and the module that holds the threshold."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,7 +10,6 @@ from vaani_jax.quant.straight_through import straight_through
 from vaani_jax.quant.sums import exact_sum
 
 Array = jax.Array
-Ternary = tuple[Array, Array]  # codes [K, N] and scale, [] or [N]
 
 
 def ternarize(
@@ -55,8 +52,7 @@ class TernaryQuantizer(nn.Module):
     """Ternary weights with a threshold that is data, not a constant.
 
     Variables: ``quant/threshold``, a float32 scalar: changing it never recompiles;
-    ``quant/scale`` besides, where the scale is "stored". In the collection ``ternary``,
-    codes and scale may be given that were computed before.
+    ``quant/scale`` besides, where the scale is "stored".
     """
 
     threshold: float = 0.5
@@ -78,14 +74,6 @@ class TernaryQuantizer(nn.Module):
         if self.spec.scale != "stored":
             return None
         return self.variable("quant", "scale", jnp.ones, (), jnp.float32).value
-
-    def given(self) -> Ternary | None:
-        """Codes [K, N] int8 and scale that are given; None where there are none."""
-        if not self.has_variable("ternary", "codes"):
-            return None
-        codes: Any = self.get_variable("ternary", "codes")
-        scale: Any = self.get_variable("ternary", "scale")
-        return codes, scale
 
     def __call__(self, w: Array) -> Array:
         """The quantized kernel ``gamma * T`` [K, N], gradients straight through."""

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vaani_jax.devices.mesh import constrain, shards
+from vaani_jax.devices.mesh import constrain_weights, shards
 from vaani_jax.quant.packed import pack_neighbors, unpack_neighbors
 from vaani_jax.quant.spec import Split, Wire
 
@@ -37,15 +37,24 @@ def send(t: Array, dtype: Any, wire: Wire, split: Split) -> Array:
     return pack_neighbors(t, axis)
 
 
-def receive(sent: Array, dtype: Any, split: Split) -> Array:
-    """What `send` made of operands, whole along ``fsdp``, as [K, N] in ``dtype``."""
+def gather(sent: Array, split: Split) -> Array:
+    """What `send` made of operands, whole along ``fsdp``."""
     if shards("fsdp") == 1:
         return sent
-    sent = constrain(sent, *STORED[split])
-    sent = constrain(sent, *_MULTIPLIED[split])
-    if sent.dtype != jnp.uint8:
-        return sent.astype(dtype)
-    return unpack_neighbors(sent, _PACKED[split]).astype(dtype)
+    sent = constrain_weights(sent, *STORED[split])
+    return constrain_weights(sent, *_MULTIPLIED[split])
+
+
+def opened(sent: Array, dtype: Any, split: Split) -> Array:
+    """What `send` made of operands, as [K, N] in ``dtype``."""
+    if sent.dtype == jnp.uint8:
+        sent = unpack_neighbors(sent, _PACKED[split])
+    return sent.astype(dtype)
+
+
+def receive(sent: Array, dtype: Any, split: Split) -> Array:
+    """What `send` made of operands, whole along ``fsdp``, as [K, N] in ``dtype``."""
+    return opened(gather(sent, split), dtype, split)
 
 
 def whole_kernel(w: Array, dtype: Any, split: Split) -> Array:

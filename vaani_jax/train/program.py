@@ -112,6 +112,7 @@ def make_program(config: Config, mesh: Mesh, num_steps: int) -> Program:
         optimizer,
         schedule,
         accumulation_steps=config.optim.accumulation_steps,
+        exchange=config.mesh.exchange,
         mix_steps=mix_steps,
         tuner=tuner,
     )

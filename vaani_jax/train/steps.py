@@ -12,14 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vaani_jax.devices.mesh import BATCH, constrain
-from vaani_jax.model.names import (
-    quantized_once,
-    ternary_codes,
-    ternary_kernels,
-    with_settings,
-)
+from vaani_jax.devices.mesh import Exchange
+from vaani_jax.model.names import held, ternary_codes, ternary_kernels, with_settings
 from vaani_jax.model.transformer import Vaani
+from vaani_jax.train.accumulation import accumulated
 from vaani_jax.train.losses import cross_entropy
 from vaani_jax.train.schedules import Schedule
 from vaani_jax.train.state import TrainState, codes_of, layer_norms
@@ -43,6 +39,7 @@ def make_train_step(
     schedule: Schedule,
     *,
     accumulation_steps: int = 1,
+    exchange: Exchange = "step",
     mix_steps: int = 0,
     tuner: HyperparameterTuner | None = None,
 ) -> Callable[[TrainState, Array], tuple[TrainState, Metrics]]:
@@ -53,6 +50,7 @@ def make_train_step(
       optimizer: of `make_optimizer`.
       schedule: gives learning rate and weight decay.
       accumulation_steps: micro-batches that one batch is cut into.
+      exchange: when gradients and codes cross ``fsdp``, see `MeshConfig`.
       mix_steps: steps over which quantization is phased in, ``lambda = step / n``; 0
         quantizes from the start.
       tuner: judges every step, and sets learning rate and clipping; None leaves both to
@@ -66,59 +64,44 @@ def make_train_step(
       parameters as they were, and what is not sound leaves everything but the count.
     """
 
-    # Else each pass quantizes what it multiplies, and nothing has to be kept of it.
-    once = model.quantization.quantize and (
-        accumulation_steps > 1 or model.execution.remat
-    )
-
-    def loss_of(
-        params: Tree,
-        quant: Tree,
-        tokens: Array,
-        key: Array,
-        mix: Array | None,
-        ternary: Tree,
-    ) -> tuple[Array, Tree]:
-        logits, changed = model.apply(
-            {"params": params, "quant": quant, "ternary": ternary},
-            tokens[:, :-1],
-            train=True,
-            mix=mix,
-            rngs={"dropout": key},
-            mutable=["quant"],
-        )
-        return cross_entropy(logits, tokens[:, 1:]), changed.get("quant", quant)
-
     def gradients(
         state: TrainState, tokens: Array, mix: Array | None
     ) -> tuple[Array, Tree, Tree]:
+        codes: Tree = {}
+
+        def loss_of(
+            params: Tree, quant: Tree, tokens: Array, key: Array
+        ) -> tuple[Array, Tree]:
+            logits, changed = model.apply(
+                {"params": params, "quant": quant, "held": codes},
+                tokens[:, :-1],
+                train=True,
+                mix=mix,
+                rngs={"dropout": key},
+                mutable=["quant"],
+            )
+            return cross_entropy(logits, tokens[:, 1:]), changed.get("quant", quant)
+
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         compute = jax.value_and_grad(loss_of, has_aux=True)
-        ternary = quantized_once(model.spec, state.variables) if once else {}
-        if accumulation_steps == 1:
-            (loss, quant), grads = compute(
-                state.params, state.quant, tokens, key, mix, ternary
-            )
+        several = accumulation_steps > 1
+        # Once for all products, where a step has more than one with each kernel.
+        if several or model.execution.remat:
+            # A mix crosses the wire as floats, in every product.
+            whole = several and exchange == "step" and mix is None
+            codes = held(model.spec, state.variables, whole=whole)
+        if not several:
+            (loss, quant), grads = compute(state.params, state.quant, tokens, key)
             return loss, quant, grads
-
-        def body(carry: Any, xs: Any) -> tuple[Any, None]:
-            index, part = xs
-            total, quant, grads = carry
-            (loss, quant), more = compute(
-                state.params, quant, part, jax.random.fold_in(key, index), mix, ternary
-            )
-            return (total + loss, quant, jax.tree.map(jnp.add, grads, more)), None
-
-        parts = tokens.reshape(accumulation_steps, -1, tokens.shape[-1])
-        parts = constrain(parts, None, BATCH, None)
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        (loss, quant, grads), _ = jax.lax.scan(
-            body,
-            (jnp.zeros(()), state.quant, zeros),
-            (jnp.arange(accumulation_steps), parts),
+        return accumulated(
+            compute,
+            state.params,
+            state.quant,
+            tokens,
+            key,
+            micro_batches=accumulation_steps,
+            exchange=exchange,
         )
-        mean = lambda x: x / accumulation_steps  # noqa: E731
-        return mean(loss), quant, jax.tree.map(mean, grads)
 
     def train_step(state: TrainState, tokens: Array) -> tuple[TrainState, Metrics]:
         mix = None
