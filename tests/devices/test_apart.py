@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -67,7 +68,7 @@ def run(name: str, mesh: Any, parts: int, exchange: Any, mix_steps: int) -> dict
         quantization=model.quantization,
         execution=model.execution,
         optim=OptimConfig(accumulation_steps=parts),
-        mesh=MeshConfig(*mesh, exchange=exchange),
+        mesh=MeshConfig(data=mesh[0], fsdp=mesh[1], tensor=mesh[2], exchange=exchange),
     )
     devices = make_mesh(config.mesh)
     program = make_program(config, devices, 20)
@@ -96,7 +97,7 @@ def run(name: str, mesh: Any, parts: int, exchange: Any, mix_steps: int) -> dict
 def cases() -> list[tuple]:
     """What is compared with one device, and the same micro-batches there."""
     found: list[tuple] = [("ternary", m, 4, "step", 0) for m in MESHES]
-    cut = [mesh for mesh in MESHES if mesh[1] > 1]
+    cut = [(1, 8, 1), (2, 2, 2)]
     found += [("ternary", mesh, 4, "micro_batch", 0) for mesh in cut]
     found += [("ternary", (2, 4, 1), parts, "step", 0) for parts in (1, 2)]
     found += [("drawn", (2, 4, 1), 4, how, 0) for how in ("step", "micro_batch")]
@@ -128,7 +129,11 @@ def report() -> None:
 
 @pytest.fixture(scope="module")
 def runs():
-    flags = f"--xla_force_host_platform_device_count={DEVICES}"
+    # Most of the time is spent in LLVM: what it optimizes is not what is tested.
+    flags = (
+        f"--xla_force_host_platform_device_count={DEVICES}"
+        " --xla_backend_optimization_level=0"
+    )
     done = subprocess.run(
         [sys.executable, __file__],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
@@ -214,7 +219,7 @@ def test_a_device_draws_its_part_of_what_is_drawn_for_all():
 
 def test_the_largest_is_that_of_all_rows():
     mesh = make_mesh(MeshConfig(1, 1, 1))
-    x = np.float32([[[1.0, -3.0]]])
+    x = jnp.asarray([[[1.0, -3.0]]])
     with jax.set_mesh(mesh):
         found = jax.jit(each_apart(largest, ("data",), 0, None))(x)
     assert found == largest(x) == 3
