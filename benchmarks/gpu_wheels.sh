@@ -16,6 +16,6 @@ done
 python3 -m pip download --quiet --no-deps --only-binary=:all: --dest "$folder" \
     --python-version "${PYTHON_VERSION:-3.12}" --implementation cp \
     "${platforms[@]}" --platform manylinux2014_x86_64 \
-    "ml_collections>=1.1" "grain>=0.2.18,<0.3" array_record portpicker \
+    "ml_collections>=1.1" "grain>=0.2.18,<0.3" array_record portpicker simplejson packaging \
     "tensorboardX>=2.6"
 ls "$folder"
