@@ -10,6 +10,8 @@ the peak is that of the second.
 The plan is that of all devices together: "compiler" as the compiler counts, "planned"
 with the scratch of libraries (`vaani_jax.plan.Memory.scratch`). The tuner is on; its
 range test, which holds a second state, is not run.
+
+Then what ``mesh.exchange`` trades, as planned: b3b on 32 devices, with fsdp=32.
 """
 
 import argparse
@@ -27,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 # A config, its batch and the number of devices.
 CASES = (("medium", 0, 1), ("medium", 0, 4), ("large", 8, 1), ("large", 8, 4))
 TOY = (("debug", 0, 2),)
+EXCHANGES = "step", "micro_batch"
 
 
 def resident(key: str) -> int:
@@ -87,6 +90,48 @@ def measure(name: str, batch: int, devices: int) -> None:
     print(json.dumps(row))
 
 
+def exchange(toy: bool) -> list[dict[str, Any]]:
+    """GB that a device receives in a step and holds, for each ``mesh.exchange``."""
+    rows = []
+    name, devices = ("debug", 2) if toy else ("b3b", 32)
+    for kind in EXCHANGES:
+        command = [sys.executable, "-m", "vaani_jax", "plan", "--json", "--chip=H100"]
+        flags = {"mesh.fsdp": devices, "mesh.exchange": kind}
+        if toy:
+            flags |= {"optim.accumulation_steps": 2, "model.vocab_size": 256}
+        done = subprocess.run(
+            [
+                *command,
+                f"--config={ROOT / 'configs' / name}.py",
+                f"--devices={devices}",
+                *(f"--config.{key}={value}" for key, value in flags.items()),
+            ],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise SystemExit(f"the planner failed:\n{done.stderr[-2000:]}")
+        plan = json.loads(done.stdout)
+        sums = dict.fromkeys(("all-reduce f32", "all-gather u8"), 0.0)
+        for sent in plan["exchanges"]:
+            key = f"{sent['kind']} {sent['dtype']}"
+            if key in sums:
+                whole = sent["nbytes"] * sent["times"] * (1 - 1 / sent["group"])
+                sums[key] += whole * (1 + (sent["kind"] == "all-reduce"))
+        gradients, codes = sums.values()
+        rows.append(
+            {
+                "exchange": kind,
+                "gradients": gradients / 1e9,
+                "codes": codes / 1e9,
+                "received": plan["received"] / 1e9,
+                "memory": plan["memory"]["step"] / 1e9,
+            }
+        )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
@@ -110,8 +155,9 @@ def main() -> None:
         row = json.loads(done.stdout.splitlines()[-1])
         name, batch, devices = case
         rows.append({"config": name, "batch": batch, "devices": devices, **row})
+    traded = exchange(options.toy)
     if options.json:
-        print(json.dumps(rows))
+        print(json.dumps({"memory": rows, "exchange": traded}))
         return
     titles = "compiler", "planned", "measured", "ratio"
     print(f"{'MB, all devices':24}" + "".join(f"{title:>10}" for title in titles))
@@ -121,6 +167,11 @@ def main() -> None:
             f"{title:24}{row['compiler'] / 1e6:10.0f}{row['planned'] / 1e6:10.0f}"
             f"{row['measured'] / 1e6:10.0f}{row['planned'] / row['measured']:10.2f}"
         )
+    print()
+    print("GB a step".ljust(14) + "".join(f"{key:>12}" for key in [*traded[0]][1:]))
+    for row in traded:
+        kind, *numbers = row.values()
+        print(f"{kind:14}" + "".join(f"{number:12.2f}" for number in numbers))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ TABLES = {
     "gguf_parity": [r"4 windows of 64 tokens", r"\| Vaani \| \| \d"],
     "interop": [r"\| export tq2_0 \| \d", r"\| import packed \| \d"],
     "law": [r"packed, 4 together +\S +6 of 6 \S +200 of 200 \S +120 of 120"],
-    "plan": [r"debug, 2 device\(s\) +\d"],
+    "plan": [r"debug, 2 device\(s\) +\d", r"micro_batch( +[\d.]+){4}"],
     "train_step": [r"Vaani, ternary +\d", r"with the tuner +\d", r"twin +\d"],
     "tuner": [
         r"auto +- +\d+\.\d{4}",

@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -40,13 +41,12 @@ MODEL = Vaani().changed(
 )
 KERNELS = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 192)  # weights of the ternary ones
 PARAMETERS = KERNELS + 128 * 64 + 2 * (3 * 64 + 192) + 64
-# All that depends on which rows there are: masks, tracked ranges; a mix; floats alone.
+# All that depends on which rows there are, every wire and head; floats alone.
 MODELS = {
     "ternary": MODEL,
     "drawn": MODEL.changed(dropout=0.2, activation_tracking="ema", remat=True),
-    "untied": MODEL.changed(tie_embeddings=False, scan_layers=False, dropout=0.1),
-    "head": MODEL.changed(ternary_head=True, wire="int8"),
-    "wide": MODEL.changed(wire="float"),
+    "untied": MODEL.changed(tie_embeddings=False, scan_layers=False, wire="int8"),
+    "head": MODEL.changed(ternary_head=True, wire="float"),
     "twin": MODEL.changed(quantize=False),
 }
 
@@ -56,7 +56,7 @@ MODELS = {
 
 def run(name: str, mesh: Any, parts: int, exchange: Any, mix_steps: int) -> dict:
     """Losses, first gradient, last ranges; what the step sends, by kind and dtype."""
-    model = MODELS[name]
+    model, (data, fsdp, tensor) = MODELS[name], mesh
     config = Config(
         batch_size=ROWS,
         num_steps=20,
@@ -67,7 +67,7 @@ def run(name: str, mesh: Any, parts: int, exchange: Any, mix_steps: int) -> dict
         quantization=model.quantization,
         execution=model.execution,
         optim=OptimConfig(accumulation_steps=parts),
-        mesh=MeshConfig(*mesh, exchange=exchange),
+        mesh=MeshConfig(data, fsdp, tensor, exchange=exchange),
     )
     devices = make_mesh(config.mesh)
     program = make_program(config, devices, 20)
@@ -96,12 +96,12 @@ def run(name: str, mesh: Any, parts: int, exchange: Any, mix_steps: int) -> dict
 def cases() -> list[tuple]:
     """What is compared with one device, and the same micro-batches there."""
     found: list[tuple] = [("ternary", m, 4, "step", 0) for m in MESHES]
-    cut = [mesh for mesh in MESHES if mesh[1] > 1]
+    cut = [(1, 8, 1), (2, 2, 2)]
     found += [("ternary", mesh, 4, "micro_batch", 0) for mesh in cut]
     found += [("ternary", (2, 4, 1), parts, "step", 0) for parts in (1, 2)]
     found += [("drawn", (2, 4, 1), 4, how, 0) for how in ("step", "micro_batch")]
     found += [("ternary", (2, 4, 1), 2, how, 4) for how in ("step", "micro_batch")]
-    found += [(name, (2, 4, 1), 2, "step", 0) for name in ("untied", "head", "wide")]
+    found += [(name, (2, 4, 1), 2, "step", 0) for name in ("untied", "head")]
     found += [("twin", (2, 2, 2), 2, how, 0) for how in ("step", "micro_batch")]
     return found
 
@@ -128,7 +128,11 @@ def report() -> None:
 
 @pytest.fixture(scope="module")
 def runs():
-    flags = f"--xla_force_host_platform_device_count={DEVICES}"
+    # Most of the time is spent in LLVM: what it optimizes is not what is tested.
+    flags = (
+        f"--xla_force_host_platform_device_count={DEVICES}"
+        " --xla_backend_optimization_level=0"
+    )
     done = subprocess.run(
         [sys.executable, __file__],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
@@ -214,7 +218,7 @@ def test_a_device_draws_its_part_of_what_is_drawn_for_all():
 
 def test_the_largest_is_that_of_all_rows():
     mesh = make_mesh(MeshConfig(1, 1, 1))
-    x = np.float32([[[1.0, -3.0]]])
+    x = jnp.asarray([[[1.0, -3.0]]])
     with jax.set_mesh(mesh):
         found = jax.jit(each_apart(largest, ("data",), 0, None))(x)
     assert found == largest(x) == 3

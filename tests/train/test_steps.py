@@ -178,6 +178,49 @@ def test_micro_batches_draw_dropout_of_their_own():
     assert abs(losses[0] - losses[1]) > 1e-4  # with one mask for both, they are equal
 
 
+def _kernels_read(jaxpr, turns=1):
+    """How often the magnitude of a kernel is taken, as ternarization begins."""
+    count = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "abs":
+            shape = equation.outvars[0].aval.shape
+            if shape[-2:] == (1000, 1000):
+                count += turns * int(np.prod(shape)) // 1000**2
+        inner = turns * equation.params.get("length", 1)
+        for part in jax.tree.leaves(
+            equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
+            part = getattr(part, "jaxpr", part)
+            if hasattr(part, "eqns"):
+                count += _kernels_read(part, inner)
+    return count
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("scan", [False, True])
+def test_kernels_are_ternarized_once_a_step(scan, remat, head):
+    """Of 2 layers of 7, and the head; once more only where nothing is accumulated."""
+    model = _model(
+        vocab_size=1000,
+        dim=1000,
+        n_layers=2,
+        n_heads=2,
+        ffn_dim=1000,
+        scan_layers=scan,
+        remat=remat,
+        ternary_head=head,
+    )
+    optimizer = make_optimizer(OPTIM)
+    state = jax.eval_shape(lambda: init_state(model, optimizer, 0))
+    found = {}
+    for parts in (1, 2, 4):
+        schedule = Schedule(OPTIM, PEAK, STEPS)
+        step = make_train_step(model, optimizer, schedule, accumulation_steps=parts)
+        found[parts] = _kernels_read(jax.make_jaxpr(step)(state, _tokens()).jaxpr)
+    assert found == {1: 14 * (1 + remat) + head, 2: 14 + head, 4: 14 + head}
+
+
 def test_seeds_differ_and_repeat():
     _assert_same(_state(seed=7), _state(seed=7))
     assert _differs(_state().params, _state(seed=7).params)
