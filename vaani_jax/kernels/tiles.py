@@ -1,9 +1,14 @@
-"""How the kernels of a GPU cut their work: data, found by trying.
+"""How the kernels of a GPU cut their work: data by chip, found by trying.
 
-`benchmarks/gpu.py` tries others and prints what is fastest on a chip.
+`benchmarks/gpu.py --stages=products` tries others on a chip and prints what they take;
+what is fastest there becomes a row of `TUNED`. A chip that has none takes an H100's.
 """
 
 import dataclasses
+
+import jax
+
+from vaani_jax.devices.chips import chip_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +28,7 @@ class VectorTiles:
 
 @dataclasses.dataclass(frozen=True)
 class MatrixTiles:
-    """Of `gpu._matrix_kernel`; powers of two.
+    """Of `gpu._matrix_kernel`; powers of two, but for ``splits``.
 
     Attributes:
       outputs: of a program, 128 at most.
@@ -57,32 +62,79 @@ class AttentionTiles:
     warps: int = 4
 
 
-PROGRAMS = 264  # two for each multiprocessor of an H100
-SLOTS = 128  # at least, of a part: read at once
+LONG = 1024  # bytes of codes of an output, and more
+MANY = 8192  # outputs of all kernels of a call, and more
 
 
-def attention_tiles(groups: int, slots: int) -> AttentionTiles:
-    """For rows times key-value heads, and slots of the cache."""
-    parts = max(1, min(PROGRAMS // groups, slots // SLOTS))
-    return AttentionTiles(parts=parts)
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """What is fastest on a chip.
+
+    Attributes:
+      multiprocessors: programs that run at once, at least.
+      short, long, many: of one row, by what `LONG` and `MANY` say.
+      several: of several rows, up to `gpu.FEW_ROWS`.
+      matrix: of more rows, before they are known: its rows are the most of a program.
+    """
+
+    multiprocessors: int
+    short: VectorTiles
+    long: VectorTiles
+    many: VectorTiles
+    several: VectorTiles
+    matrix: MatrixTiles
+
+
+H100 = Tuned(
+    multiprocessors=132,
+    # Layers of 2B4T, H100, 2026-11-27: 2.7 us for query, key and value, 2.4 for the
+    # output, 5.1 for gate and up, 4.2 for down.
+    short=VectorTiles(outputs=4, depth=128),
+    long=VectorTiles(outputs=4, depth=512),
+    many=VectorTiles(outputs=8, depth=128),
+    # Not compared yet.
+    several=VectorTiles(outputs=8, depth=128),
+    matrix=MatrixTiles(),
+)
+TUNED = {"H100": H100, "H200": H100}  # the same multiprocessors
+
+
+def tuned() -> Tuned:
+    """What is fastest on the chip that JAX runs on."""
+    chip = chip_of(jax.devices()[0].device_kind)
+    return TUNED.get(chip.name, H100) if chip else H100
 
 
 def vector_tiles(rows: int, depth: int, outputs: int) -> VectorTiles:
-    """For M rows, bytes of codes of each output, and outputs of all kernels.
-
-    Of an H100, one row, layers of 2B4T: the fewer outputs there are, or the longer
-    they are, the fewer of them make a program, down to the bytes of one load.
-    """
+    """For M rows, bytes of codes of each output, and outputs of all kernels."""
+    chip = tuned()
     if rows > 1:
-        return VectorTiles(outputs=8)
-    if depth > 1024:
-        return VectorTiles(outputs=4, depth=512)
-    return VectorTiles(outputs=8 if outputs > 8192 else 4)
+        return chip.several
+    if depth > LONG:
+        return chip.long
+    return chip.many if outputs > MANY else chip.short
 
 
 def matrix_tiles(rows: int, depth: int, outputs: int) -> MatrixTiles:
-    """For M rows, bytes of codes of each output, and outputs."""
+    """For M rows, bytes of codes of each output, and outputs.
+
+    K is split where there are fewer tiles than multiprocessors.
+    """
+    chip = tuned()
     height = 16
-    while height < min(rows, 64):
+    while height < min(rows, chip.matrix.rows):
         height *= 2
-    return MatrixTiles(rows=height)
+    programs = -(-outputs // chip.matrix.outputs) * -(-rows // height)
+    steps = -(-depth // chip.matrix.depth)
+    splits = max(1, min(chip.multiprocessors // programs, steps))
+    return dataclasses.replace(chip.matrix, rows=height, splits=splits)
+
+
+def attention_tiles(groups: int, slots: int) -> AttentionTiles:
+    """For rows times key-value heads, and slots of the cache.
+
+    Slots are shared until two programs a multiprocessor have some to read at once.
+    """
+    tiles = AttentionTiles()
+    parts = max(1, min(2 * tuned().multiprocessors // groups, slots // tiles.slots))
+    return dataclasses.replace(tiles, parts=parts)
