@@ -23,7 +23,7 @@ from collections.abc import Callable
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "benchmarks" / "faults_disk.c"
 LOADED = "VAANI_FAULTS_DISK"  # says to a second self where the library is
-PATIENCE = 150.0  # seconds until a session that takes some five counts as hung
+PATIENCE = 240.0  # seconds until a session that takes some five counts as hung
 
 
 @dataclasses.dataclass(frozen=True)

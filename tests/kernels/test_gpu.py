@@ -154,12 +154,16 @@ def test_a_cache_that_is_full_is_written_within():
 def test_a_packed_model_writes_the_same(monkeypatch):
     tokenizer = CharTokenizer.from_text("to be, or not to be: that is the question")
     module = Vaani().changed(
-        vocab_size=tokenizer.vocab_size, dim=32, n_layers=2, n_heads=4, n_kv_heads=2
+        vocab_size=tokenizer.vocab_size, dim=32, n_layers=1, n_heads=4, n_kv_heads=2
     )
     variables = init_variables(module, jax.random.key(1))
     packed = pack_model(Model(module, variables, tokenizer))
     prompts = [tokenizer.encode("to be"), tokenizer.encode("that is the")]
-    options = {"max_new_tokens": 20, "sampler": SamplerConfig(temperature=0)}
+    options = {
+        "max_new_tokens": 8,
+        "segment": 8,
+        "sampler": SamplerConfig(temperature=0),
+    }
 
     def write(name):
         for where in (kernels, choice, attention, attention.floats, transformer):
