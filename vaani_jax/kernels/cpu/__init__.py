@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import pathlib
+import sysconfig
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,11 @@ def missing() -> str:
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The compiled library, its functions registered with XLA; None if not built."""
-    found = sorted(pathlib.Path(__file__).parent.glob("_cpu*.so"))
+    # In a checkout that several Pythons share, that of this one.
+    ours = f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+    found = sorted(
+        pathlib.Path(__file__).parent.glob("_cpu*.so"), key=lambda p: p.name != ours
+    )
     if not found:
         return None
     library = ctypes.CDLL(str(found[0]))
