@@ -170,9 +170,11 @@ class Quantization:
             "model.ffn_dim": a.hidden_dim,
             "model.n_heads times the head dimension": a.n_heads * a.head_dim,
         }
-        groups = {"activation_group": self.activation_pieces}
-        if self.weight_granularity == "group":
-            groups["weight_group"] = self.weight_group
+        by_groups = self.weight_granularity == "group"
+        groups = {
+            "activation_group": self.activation_pieces,
+            "weight_group": self.weight_group if by_groups else 0,
+        }
         for key_, group in groups.items():
             for name, size in sizes.items():
                 if group and size % group:
@@ -180,14 +182,13 @@ class Quantization:
                         f"{name} is {size}: it must be a multiple of"
                         f" quantization.{key_} = {group}"
                     )
-        kept = self.weight_group if "weight_group" in groups else 0
-        if kept and (pieces := self.activation_pieces):
-            if max(kept, pieces) % min(kept, pieces):
-                raise VaaniError(
-                    f"quantization.weight_group = {kept} and activation_group ="
-                    f" {pieces} do not fit each other: one must be a multiple of the"
-                    " other"
-                )
+        small, large = sorted(groups.values())
+        if small and large % small:
+            raise VaaniError(
+                f"quantization.weight_group = {groups['weight_group']} and"
+                f" activation_group = {groups['activation_group']} do not fit each"
+                " other: one must be a multiple of the other"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

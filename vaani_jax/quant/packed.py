@@ -90,7 +90,7 @@ class PackedRows:
 
 
 def scale_of(packed: PackedTernary) -> Array:
-    """Its scale as the rest of the package has it: float32 [], [N] or [K / group, N]."""
+    """Its scale as `ternarize` has it: float32 [], [N] or [K / group, N]."""
     scale = packed.scale.astype(jnp.float32)
     if scale.ndim < 3:
         return scale
