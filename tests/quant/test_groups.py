@@ -1,6 +1,7 @@
 """Scales by groups of inputs: one order of float32 sums, written out in numpy."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from vaani_jax.quant.packed import (
     relayout,
     scale_of,
     take_columns,
+    tiles_of_rows,
+    tiles_of_scales,
     unpack,
 )
 from vaani_jax.quant.product import ternary_dot
@@ -219,3 +222,18 @@ def test_packing_refuses_scales_of_another_shape():
         pack(np.zeros((96, 5), F32), jnp.ones((3, 4)))
     with pytest.raises(VaaniError, match="can't pack"):
         pack(np.zeros((96, 5), F32), jnp.ones((5, 5)))
+
+
+@pytest.mark.parametrize(("k", "n"), [(64, 16), (96, 40), (100, 33)])
+def test_parts_of_outputs_make_the_whole_kernel(k, n):
+    rng = np.random.default_rng(0)
+    t = rng.integers(-1, 2, (k, n)).astype(np.int8)
+    s = rng.uniform(0.01, 1, (4, n)).astype(np.float16)
+    whole = pack(t, jnp.asarray(s))
+    bounds = [0, 16, 32, n] if n > 32 else [0, n]
+    parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
+    codes = np.concatenate([tiles_of_rows(t.T[part]) for part in parts])
+    scales = np.concatenate([tiles_of_scales(s.T[part]) for part in parts])
+    np.testing.assert_array_equal(codes, whole.codes)
+    np.testing.assert_array_equal(scales, whole.scale)
+    assert scales.dtype == np.float16

@@ -190,6 +190,30 @@ def _fits_groups(weights: Array, scale: Array) -> bool:
     return width == n and groups > 0 and k % groups == 0
 
 
+def tiles_of_rows(codes: np.ndarray) -> np.ndarray:
+    """Codes of some outputs in layout "tiles", so that a kernel is packed in parts.
+
+    Args:
+      codes: [n, K] in {-1, 0, 1}, int8, an output a row; n a multiple of 16 but for the
+        last part.
+
+    Returns:
+      uint8 [ceil(n / 16), ceil(K / 16), 64].
+    """
+    n, k = codes.shape
+    padded = np.pad(codes, ((0, -n % TILE), (0, -k % TILE)))
+    blocks = (padded + np.int8(1)).view(np.uint8).reshape(-1, TILE, -(-k // TILE), 4, 4)
+    planes = blocks.transpose(3, 0, 2, 1, 4).reshape(4, len(blocks), -1, 64)
+    packed: np.ndarray = joined(planes)
+    return packed
+
+
+def tiles_of_scales(scales: np.ndarray) -> np.ndarray:
+    """Scales of the same outputs, [n, K / group], as [ceil(n / 16), K / group, 16]."""
+    padded = np.pad(scales, ((0, -len(scales) % TILE), (0, 0)))
+    return padded.reshape(-1, TILE, scales.shape[1]).swapaxes(1, 2)
+
+
 def unpack(packed: PackedTernary, dtype: Any = jnp.int8) -> Array:
     """The weights [K, N] in {-1, 0, 1}."""
     k, n = packed.shape
