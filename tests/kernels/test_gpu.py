@@ -16,6 +16,7 @@ from vaani_jax.inference.sampling import SamplerConfig
 from vaani_jax.kernels import choice, gpu, gpu_attention, tiles
 from vaani_jax.kernels.floats import rms_norm
 from vaani_jax.model import attention, transformer
+from vaani_jax.model.config import Architecture
 from vaani_jax.model.rotary import rotary_angles, rotary_embedding
 from vaani_jax.model.transformer import Vaani, init_variables
 from vaani_jax.quant.packed import PackedTernary, pack
@@ -127,7 +128,8 @@ def test_a_token_attends_as_step_by_step(
     q, k, v = (draw(batch, 1, n, size) for n in (heads, kv_heads, kv_heads))
     cache = tuple(draw(batch, slots, kv_heads, size) for _ in range(2))
     start = jnp.asarray(rng.integers(0, position + 1, batch), jnp.int32)
-    cos, sin = rotary_angles(slots, size, 1e4)
+    rotary_of = Architecture(head_dim=size, rope_theta=1e4).rotary
+    cos, sin = rotary_angles(slots, rotary_of)
     since = position - start
     rotary = jnp.asarray(cos)[since][:, None], jnp.asarray(sin)[since][:, None]
     at = jnp.asarray([position], jnp.int32)
@@ -151,12 +153,29 @@ def test_a_cache_that_is_full_is_written_within():
     np.testing.assert_array_equal(keys[0, :, 0, 0], [0, 0, 0, 1])
 
 
-def test_a_packed_model_writes_the_same(monkeypatch):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {
+            "qk_norm": True,
+            "attention_bias": True,
+            "head_dim": 12,
+            "rope_scaling": "yarn",
+            "rope_factor": 4.0,
+            "rope_original_len": 8,
+        },
+    ],
+    ids=["plain", "others"],
+)
+def test_a_packed_model_writes_the_same(changes, monkeypatch):
     tokenizer = CharTokenizer.from_text("to be, or not to be: that is the question")
-    module = Vaani().changed(
-        vocab_size=tokenizer.vocab_size, dim=32, n_layers=1, n_heads=4, n_kv_heads=2
-    )
+    shape = {"dim": 32, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2}
+    module = Vaani().changed(vocab_size=tokenizer.vocab_size, **shape, **changes)
     variables = init_variables(module, jax.random.key(1))
+    for name in ("q_proj", "k_proj", "v_proj") if changes else ():
+        layer = variables["params"]["layers_0"]["attn"][name]
+        layer["bias"] += jax.random.normal(jax.random.key(2), layer["bias"].shape)
     packed = pack_model(Model(module, variables, tokenizer))
     prompts = [tokenizer.encode("to be"), tokenizer.encode("that is the")]
     options = {

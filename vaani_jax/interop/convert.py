@@ -30,7 +30,10 @@ from vaani_jax.interop.names import (
     family_of,
     tensors,
 )
+from vaani_jax.interop.rotary import TYPES
+from vaani_jax.model.config import Architecture
 from vaani_jax.model.names import ternary_kernels
+from vaani_jax.model.rotary import SCALING_FIELDS
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.paths import local
 from vaani_jax.quant.weights import ternarize
@@ -107,6 +110,12 @@ def _check_holdable(module: Vaani) -> None:
         raise VaaniError(
             f"no other tool is known to have the activation {activation}: export"
             f" knows {', '.join(ACTIVATIONS)}"
+        )
+    scaling = module.architecture.rope_scaling
+    if scaling not in TYPES:
+        raise VaaniError(
+            f"no other tool is known to have the rotary scaling {scaling}: export knows"
+            f" {', '.join(TYPES)}"
         )
     if module.architecture.norm != "rms_norm":
         raise VaaniError(
@@ -348,8 +357,11 @@ def as_flags(module: Vaani) -> str:
     """What to tell train.py so that ``--config.init_from`` fits a model."""
     keys = "dim n_layers n_heads n_kv_heads ffn_dim max_seq_len activation rope_theta"
     keys += " norm_eps tie_embeddings"
-    if module.quantization.quantize:  # a full-precision model gets sub-norms on the way
-        keys += " sub_norms"
-    return " ".join(
-        f"--config.model.{k}={getattr(module.architecture, k)}" for k in keys.split()
-    )
+    a, plain = module.architecture, Architecture()
+    if module.quantization.quantize or a.qk_norm or a.attention_bias:
+        keys += " sub_norms"  # which any other block gets on the way
+    others = ["head_dim", "qk_norm", "attention_bias", "rope_scaling"]
+    others += [f"rope_{name}" for name in SCALING_FIELDS]
+    changed = [key for key in others if getattr(a, key) != getattr(plain, key)]
+    told = [*keys.split(), *changed]
+    return " ".join(f"--config.model.{key}={getattr(a, key)}" for key in told)

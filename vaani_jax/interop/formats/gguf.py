@@ -22,7 +22,7 @@ import numpy as np
 
 from vaani_jax.errors import VaaniError
 from vaani_jax.interop.formats.hf import masters_of, put
-from vaani_jax.interop.names import SETTINGS, Tensor, settings, tensors
+from vaani_jax.interop.names import SETTINGS, Tensor, family_of, settings, tensors
 from vaani_jax.interop.tokenizers import left_out_of_gguf, to_gguf, unescaped
 from vaani_jax.model.config import Architecture, Quantization
 from vaani_jax.model.transformer import Vaani
@@ -65,10 +65,23 @@ def check(module: Vaani, kind: str) -> None:
             "llama.cpp's bitnet always takes the embedding for its head, and this"
             " model has a head of its own: use --format hf or hf-packed"
         )
-    if not architecture.sub_norms:
+    family = family_of(architecture).model_type
+    if family != ARCHITECTURE:
         raise VaaniError(
-            "llama.cpp's bitnet has sub-norms, and this model has none: use --format hf"
-            " or hf-packed"
+            f"GGUF export knows llama.cpp's bitnet, which has sub-norms and neither"
+            f" query-key norms nor biases, and this model's blocks are those of"
+            f" {family}: use --format hf or hf-packed"
+        )
+    if architecture.head_size * architecture.n_heads != architecture.dim:
+        raise VaaniError(
+            f"llama.cpp's bitnet has heads of dim / n_heads, and this model has"
+            f" model.head_dim = {architecture.head_dim}"
+        )
+    if architecture.rope_scaling != "none":
+        raise VaaniError(
+            f"GGUF export knows no rotary scaling, and this model has"
+            f" model.rope_scaling = {architecture.rope_scaling}: use --format hf or"
+            " hf-packed"
         )
     if not module.quantization.quantize and kind.startswith("tq"):
         raise VaaniError(
@@ -132,7 +145,7 @@ def write(
     writer.add_context_length(values["max_seq_len"])
     writer.add_layer_norm_rms_eps(values["norm_eps"])
     writer.add_rope_freq_base(values["rope_theta"])
-    writer.add_rope_dimension_count(architecture.head_dim)
+    writer.add_rope_dimension_count(architecture.head_size)
     writer.add_file_type(
         {
             "tq2_0": files.MOSTLY_TQ2_0,
@@ -158,7 +171,7 @@ def write(
     chosen = types[kind.upper()]
     for tensor in tensors(architecture):
         array, scale = take(tensor)
-        label = f"{tensor.gguf}.weight"
+        label = tensor.gguf_name
         if tensor.kind == "norm":
             writer.add_tensor(label, np.ascontiguousarray(array, np.float32))
             continue
@@ -253,7 +266,7 @@ def read(path: pathlib.Path, like: Vaani) -> tuple[Vaani, Tree]:
     params: Tree = {}
     quant: Tree = {}
     for tensor in tensors(architecture):
-        stored = found[f"{tensor.gguf}.weight"]
+        stored = found[tensor.gguf_name]
         array = gguf.quants.dequantize(stored.data, stored.tensor_type)
         array = np.asarray(array, np.float32)
         if tensor.kind == "linear":
