@@ -47,6 +47,7 @@ BATCH = ("data", "fsdp")  # the axes that cut a batch
 RULES = (
     r"(q|k|v|gate|up)_proj/kernel$: fsdp, tensor",
     r"(o|down)_proj/kernel$: tensor, fsdp",
+    r"(q|k|v)_proj/bias$: tensor",  # as the products that they join
     r"^lm_head/kernel$: fsdp, -",  # a vocabulary has any size
     r"^embedding$: -, fsdp",
     r"norm/scale$: -",

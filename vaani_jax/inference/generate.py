@@ -208,7 +208,7 @@ def row_bytes(
     cache = jax.eval_shape(lambda: KVCache.create(a, 1, capacity, dtype))
     cached = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(cache))
     scores = 2 * a.n_heads * length * capacity
-    states = length * (4 * a.dim + 3 * a.hidden_dim)
+    states = length * (2 * a.dim + 2 * a.n_heads * a.head_size + 3 * a.hidden_dim)
     return 2 * cached + 4 * (scores + states + 8 * a.vocab_size)
 
 

@@ -24,7 +24,7 @@ from vaani_jax.kernels import cpu, floats
 from vaani_jax.kernels.choice import backend
 from vaani_jax.model.config import Architecture, Execution, Quantization
 from vaani_jax.model.linear import BitLinear, project
-from vaani_jax.model.norm import NORMS, Norm
+from vaani_jax.model.norm import NORMS, Norm, RMSNorm
 from vaani_jax.model.rotary import rotary_embedding
 from vaani_jax.quant.barriers import to_dtype
 from vaani_jax.quant.rounding import LARGEST, to_codes
@@ -48,7 +48,8 @@ def _written(cache: Array, new: Array, slot: Array) -> Array:
 class MultiHeadAttention(nn.Module):
     """Causal self-attention with grouped key-value heads and rotary positions.
 
-    Parameters: ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj`` and ``sub_norm``.
+    Parameters: ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj``; ``sub_norm``; ``q_norm``
+    and ``k_norm``, of one head, which all heads share.
     """
 
     architecture: Architecture
@@ -57,9 +58,13 @@ class MultiHeadAttention(nn.Module):
 
     def setup(self) -> None:
         a, how = self.architecture, (self.quantization, self.execution)
-        self.q_proj = BitLinear(a.n_heads * a.head_dim, *how, a.init_std)
-        self.k_proj = BitLinear(a.kv_heads * a.head_dim, *how, a.init_std)
-        self.v_proj = BitLinear(a.kv_heads * a.head_dim, *how, a.init_std)
+        std, biased = a.init_std, a.attention_bias
+        queries, keys = a.n_heads * a.head_size, a.kv_heads * a.head_size
+        self.q_proj = BitLinear(queries, *how, std, use_bias=biased)
+        self.k_proj = BitLinear(keys, *how, std, use_bias=biased)
+        self.v_proj = BitLinear(keys, *how, std, use_bias=biased)
+        self.q_norm = RMSNorm(a.norm_eps) if a.qk_norm else None
+        self.k_norm = RMSNorm(a.norm_eps) if a.qk_norm else None
         self.sub_norm = NORMS[a.norm](a.norm_eps) if a.sub_norms else None
         self.o_proj = BitLinear(a.dim, *how, a.branch_init_std, "in")
 
@@ -95,13 +100,15 @@ class MultiHeadAttention(nn.Module):
         q, k, v = project(
             x, (self.q_proj, self.k_proj, self.v_proj), norm=norm, train=train, mix=mix
         )
-        q_BTNH = q.reshape(*q.shape[:-1], a.n_heads, a.head_dim)
-        k_BTKH = k.reshape(*k.shape[:-1], a.kv_heads, a.head_dim)
-        v_BTKH = v.reshape(*v.shape[:-1], a.kv_heads, a.head_dim)
+        q_BTNH = q.reshape(*q.shape[:-1], a.n_heads, a.head_size)
+        k_BTKH = k.reshape(*k.shape[:-1], a.kv_heads, a.head_size)
+        v_BTKH = v.reshape(*v.shape[:-1], a.kv_heads, a.head_size)
         q_BTNH, k_BTKH, v_BTKH = (
             constrain(heads, BATCH, None, "tensor", None)
             for heads in (q_BTNH, k_BTKH, v_BTKH)
         )
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         if cache is not None and decodes_at_once(q_BTNH, cache):
             y_BTNH, cache = _decoded(
                 q_BTNH, k_BTKH, v_BTKH, rotary, cache, positions, start

@@ -98,8 +98,8 @@ class KVCache:
 
         coded = dtype == jnp.int8
         return cls(
-            keys=zeros((*shape, architecture.head_dim), dtype),
-            values=zeros((*shape, architecture.head_dim), dtype),
+            keys=zeros((*shape, architecture.head_size), dtype),
+            values=zeros((*shape, architecture.head_size), dtype),
             length=jnp.zeros((), jnp.int32),
             start=jnp.zeros(batch, jnp.int32) if start is None else start,
             key_scales=zeros(shape, jnp.float32) if coded else (),

@@ -5,11 +5,13 @@ third says how this machine computes them, and may be another one elsewhere.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from vaani_jax.errors import VaaniError
 from vaani_jax.model.activations import ACTIVATIONS
+from vaani_jax.model.families import FAMILIES
 from vaani_jax.model.norm import NORMS
+from vaani_jax.model.rotary import SCALING_FIELDS, SCALINGS, Rotary
 from vaani_jax.quant.spec import TernarySpec, Wire
 from vaani_jax.settings import check, key, named
 
@@ -23,9 +25,12 @@ class Architecture:
     )
     dim: int = key(128, "D, width of the residual stream", at_least=1)
     n_layers: int = key(4, "number of blocks", at_least=1)
-    n_heads: int = key(4, "N, query heads; D must be a multiple of 2 N", at_least=1)
+    n_heads: int = key(4, "N, query heads", at_least=1)
     n_kv_heads: int = key(
         0, "K, key-value heads, a divisor of N; 0 stands for N", at_least=0
+    )
+    head_dim: int = key(
+        0, "H, dimension of a head, even; 0 stands for D / N", at_least=0
     )
     ffn_dim: int = key(
         0, "F; 0 stands for 8/3 D rounded to a multiple of 64", at_least=0
@@ -38,6 +43,42 @@ class Architecture:
     )
     activation: str = key("swiglu", '"swiglu" or "relu2" (squared ReLU, gated alike)')
     rope_theta: float = key(500_000.0, "base of the rotary embedding", above=0)
+    rope_scaling: str = key(
+        "none",
+        'how rotary frequencies are changed for a longer context: "none", "linear", '
+        '"llama3" or "yarn"',
+    )
+    rope_factor: float = key(
+        1.0, "of a rotary scaling: by how much the context grows", at_least=1
+    )
+    rope_original_len: int = key(
+        0,
+        "of llama3 and yarn: the context, in tokens, before it was scaled",
+        at_least=0,
+    )
+    rope_attention_factor: float = key(
+        0.0,
+        "of yarn: what cosines and sines are multiplied by; 0 stands for "
+        "``0.1 ln(rope_factor) + 1``",
+        at_least=0,
+    )
+    rope_low_freq_factor: float = key(
+        1.0,
+        "of llama3: frequencies that turn less often than this within "
+        "``rope_original_len`` are divided by ``rope_factor``",
+        above=0,
+    )
+    rope_high_freq_factor: float = key(
+        4.0, "of llama3: those that turn more often stay as they are", above=0
+    )
+    rope_beta_fast: float = key(
+        32.0, "of yarn: frequencies that turn more often stay as they are", above=0
+    )
+    rope_beta_slow: float = key(
+        1.0,
+        "of yarn: those that turn less often are divided by ``rope_factor``",
+        above=0,
+    )
     norm: str = key("rms_norm", '"rms_norm", or "layer_norm" (without a bias)')
     norm_eps: float = key(
         1e-5, "added to the mean square, or the variance, in a norm", above=0
@@ -48,26 +89,94 @@ class Architecture:
         "with ``init_std / sqrt(2 n_layers)``",
         at_least=0,
     )
+    family: str = key(
+        "",
+        'whose block it is: "bitnet", "llama", "qwen2" or "qwen3" decide '
+        "``sub_norms``, ``qk_norm`` and ``attention_bias``; empty leaves them as they "
+        "are set",
+    )
     sub_norms: bool = key(
         True,
         "whether o_proj and down_proj have a norm of their own before them, as BitNet "
         "2B4T has; False is the plain Llama block",
     )
+    qk_norm: bool = key(
+        False, "whether each head of q and of k passes an RMSNorm before it is rotated"
+    )
+    attention_bias: bool = key(False, "whether q_proj, k_proj and v_proj have biases")
     tie_embeddings: bool = key(True, "whether the head reuses the embedding")
 
     def __post_init__(self) -> None:
         check(self, "model.")
         named(ACTIVATIONS, self.activation, "model.activation")
         named(NORMS, self.norm, "model.norm")
-        if self.dim % (2 * self.n_heads):
+        if self.family:
+            self._join(self.family)
+        if self.head_dim % 2:
+            raise VaaniError(
+                f"model.head_dim is {self.head_dim}: rotary embedding needs an even"
+                " head dimension"
+            )
+        if not self.head_dim and self.dim % (2 * self.n_heads):
             raise VaaniError(
                 f"model.dim = {self.dim} is no multiple of 2 x n_heads ="
                 f" {2 * self.n_heads}: rotary embedding needs an even head dimension"
+                " (model.head_dim gives it another than dim / n_heads)"
             )
         if self.n_heads % self.kv_heads:
             raise VaaniError(
                 f"model.n_kv_heads = {self.n_kv_heads} does not divide"
                 f" n_heads = {self.n_heads}"
+            )
+        self._check_rotary()
+
+    def _join(self, family: str) -> None:
+        """Sets what the family decides; an explicit value may say the same."""
+        row = named(FAMILIES, family, "model.family")
+        defaults = self._defaults()
+        for name, value in dataclasses.asdict(row).items():
+            given = getattr(self, name)
+            if given not in (value, defaults[name]):
+                raise VaaniError(
+                    f"model.{name} is {given}, and in the blocks of model.family ="
+                    f" {family} it is {value}: leave one of the two out"
+                )
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def _defaults(cls) -> dict[str, Any]:
+        return {field.name: field.default for field in dataclasses.fields(cls)}
+
+    def _check_rotary(self) -> None:
+        read = named(SCALINGS, self.rope_scaling, "model.rope_scaling").fields
+        defaults = self._defaults()
+        for name in SCALING_FIELDS:
+            key = f"rope_{name}"
+            value = getattr(self, key)
+            if name not in read and value != defaults[key]:
+                raise VaaniError(
+                    f"model.{key} is {value}, which model.rope_scaling ="
+                    f" {self.rope_scaling} does not read: leave it out, or choose a"
+                    " scaling that does"
+                )
+        if "original_len" in read and not self.rope_original_len:
+            raise VaaniError(
+                f"model.rope_original_len is 0: rope_scaling = {self.rope_scaling}"
+                " needs the context that the model had before"
+            )
+        if self.rope_high_freq_factor <= self.rope_low_freq_factor:
+            raise VaaniError(
+                f"model.rope_high_freq_factor is {self.rope_high_freq_factor}: it must"
+                f" be above rope_low_freq_factor = {self.rope_low_freq_factor}"
+            )
+        if self.rope_beta_fast < self.rope_beta_slow:
+            raise VaaniError(
+                f"model.rope_beta_fast is {self.rope_beta_fast}: it must be at least"
+                f" rope_beta_slow = {self.rope_beta_slow}"
+            )
+        if self.rope_scaling == "yarn" and self.rope_theta <= 1:
+            raise VaaniError(
+                f"model.rope_theta is {self.rope_theta}: yarn needs a base above 1"
             )
 
     @property
@@ -76,9 +185,15 @@ class Architecture:
         return self.n_kv_heads or self.n_heads
 
     @property
-    def head_dim(self) -> int:
+    def head_size(self) -> int:
         """H."""
-        return self.dim // self.n_heads
+        return self.head_dim or self.dim // self.n_heads
+
+    @property
+    def rotary(self) -> Rotary:
+        """How positions rotate heads."""
+        scaling = {name: getattr(self, f"rope_{name}") for name in SCALING_FIELDS}
+        return Rotary(self.head_size, self.rope_theta, self.rope_scaling, **scaling)
 
     @property
     def branch_init_std(self) -> float:
@@ -158,7 +273,7 @@ class Execution:
         "nothing",
         'what ``remat`` stores besides the input of each block: "nothing", or the '
         '"products" of its linear layers in the compute dtype, which leaves norms, '
-        "quantizers and attention to recompute: ``2 D + 2 D K / N + 2 F`` numbers "
+        "quantizers and attention to recompute: ``D + N H + 2 K H + 2 F`` numbers "
         "more per token and layer, and no linear product done twice. Equal results. "
         "Goes with ``scan_layers``: without it, XLA on a CPU undoes "
         "rematerialization. For 8 layers of 512 and 2048 tokens in float32, its CPU "

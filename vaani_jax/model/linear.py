@@ -12,6 +12,7 @@ from vaani_jax.kernels import rows_matmul, ternary_matmul
 from vaani_jax.model.config import Execution, Quantization, ternary_spec
 from vaani_jax.model.norm import Norm, RMSNorm
 from vaani_jax.quant.activations import ActivationQuantizer
+from vaani_jax.quant.barriers import rounded, to_dtype
 from vaani_jax.quant.held import Held
 from vaani_jax.quant.packed import PackedRows, PackedTernary
 from vaani_jax.quant.product import ternary_dot
@@ -26,9 +27,10 @@ PRODUCT = "product"  # what rematerialization calls the outputs of linear layers
 
 
 class BitLinear(nn.Module):
-    """A bias-free linear layer with ternary weights and 8-bit inputs.
+    """A linear layer with ternary weights and 8-bit inputs.
 
-    Parameters: ``kernel`` [in, features], float32 master weights, or `PackedTernary`.
+    Parameters: ``kernel`` [in, features], float32 master weights, or `PackedTernary`;
+    ``bias`` [features], float32, where there is one.
     Variables in collection ``quant``: those of its two quantizers.
 
     Attributes:
@@ -37,6 +39,7 @@ class BitLinear(nn.Module):
       execution: how the product is computed.
       init_std: standard deviation of the initial kernel.
       split: which side of the kernel the mesh axis ``tensor`` cuts, see `ternary_dot`.
+      use_bias: whether a bias, in full precision, is added to the product.
     """
 
     features: int
@@ -44,9 +47,15 @@ class BitLinear(nn.Module):
     execution: Execution = Execution()
     init_std: float = 0.02
     split: Split = "out"
+    use_bias: bool = False
 
     def setup(self) -> None:
         q = self.quantization
+        self.bias = (
+            self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+            if self.use_bias
+            else None
+        )
         if q.quantize:
             self.weight_quantizer = TernaryQuantizer(q.threshold, self.spec)
             self.activation_quantizer = ActivationQuantizer(
@@ -106,6 +115,26 @@ def project(
     Returns:
       [..., features] of each layer, in ``x.dtype``.
     """
+    products = _products(x, layers, norm, train, mix)
+    return tuple(
+        y if layer.bias is None else _with_bias(y, layer.bias)
+        for y, layer in zip(products, layers, strict=True)
+    )
+
+
+def _with_bias(y: Array, bias: Array) -> Array:
+    """``y + bias`` [..., features], where ``y`` ends with a product."""
+    wide = rounded(y.astype(jnp.float32))
+    return to_dtype(wide + bias.reshape((1,) * (y.ndim - 1) + (-1,)), y.dtype)
+
+
+def _products(
+    x: Array,
+    layers: Sequence[BitLinear],
+    norm: Norm | None,
+    train: bool,
+    mix: Array | None,
+) -> tuple[Array, ...]:
     kernels: list[Any] = [layer.kernel(x.shape[-1]) for layer in layers]
     first = layers[0]
     if isinstance(kernels[0], PackedTernary):

@@ -77,7 +77,7 @@ def pack_variables(
         settings = dict(settings)
         quantizer = settings.pop("weight_quantizer", None)
         if quantizer is not None:
-            packed = {"kernel": ternary(masters["kernel"], quantizer)}
+            packed = {**masters, "kernel": ternary(masters["kernel"], quantizer)}
             return packed, settings
         head = settings.pop("head_quantizer", None)
         kept, left = {}, {}

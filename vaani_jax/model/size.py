@@ -46,7 +46,7 @@ def flops_per_token(model: Vaani, seq_len: int) -> int:
     """Floating-point operations of a training step per token, as everyone counts them.
 
     PaLM (arXiv:2204.02311), appendix B: 6 for each parameter that is multiplied (2
-    forward, 4 backward), and 12 D T per layer for the two products of attention, not
+    forward, 4 backward), and 12 N H T per layer for the two products of attention, not
     halved for causality. The head counts once, tied or not; a look-up in the embedding,
     norms, quantizers and what rematerialization computes again count nothing. So the
     utilization of a chip (MFU) is tokens per second x this / the chip's peak.
@@ -61,4 +61,4 @@ def flops_per_token(model: Vaani, seq_len: int) -> int:
         name = path.rpartition("/")[2]
         if name == "kernel" or (name == "embedding" and a.tie_embeddings):
             multiplied += int(np.prod(leaf.shape))
-    return 6 * multiplied + 12 * a.n_layers * a.dim * seq_len
+    return 6 * multiplied + 12 * a.n_layers * a.n_heads * a.head_size * seq_len

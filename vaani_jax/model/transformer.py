@@ -144,7 +144,7 @@ class Vaani(nn.Module):
             )
         start = None
         positions = jnp.arange(length, dtype=jnp.int32)
-        table = rotary_angles(max(capacity, a.max_seq_len), a.head_dim, a.rope_theta)
+        table = rotary_angles(max(capacity, a.max_seq_len), a.rotary)
         if cache is None:
             rotary = tuple(jnp.asarray(t[:length]) for t in table)
         else:

@@ -229,7 +229,8 @@ def make_plan(
         # The forward third once more, or only its attention.
         again = flops / 3
         if execution.remat_save == "products":
-            again = tokens * 4 * model.n_layers * model.dim * model.max_seq_len
+            width = model.n_heads * model.head_size
+            again = tokens * 4 * model.n_layers * width * model.max_seq_len
         executed += again
     return Plan(
         config=config,

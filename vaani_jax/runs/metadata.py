@@ -145,10 +145,10 @@ def _check_size(architecture: Architecture, stacked: bool, found: Json) -> None:
             f"model.n_layers is {architecture.n_layers:,}, and the arrays allow for"
             f" {deepest:,} at most"
         )
-    if architecture.max_seq_len * architecture.head_dim > LARGEST_TABLE:
+    if architecture.max_seq_len * architecture.head_size > LARGEST_TABLE:
         raise ValueError(
             f"model.max_seq_len is {architecture.max_seq_len:,}, and heads have"
-            f" {architecture.head_dim:,} dimensions: more than {LARGEST_TABLE:,} rotary"
+            f" {architecture.head_size:,} dimensions: more than {LARGEST_TABLE:,} rotary"
             " angles"
         )
 

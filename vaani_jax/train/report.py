@@ -343,7 +343,7 @@ def announcement(start: Start) -> list[str]:
         f" ternary kernels; {size(counts.bytes_fp16)} at fp16,"
         f" {size(counts.bytes_2bit)} with 2-bit codes",
         f"        {model.n_layers} layers, dim {model.dim}, {model.n_heads} heads"
-        f" ({model.kv_heads} key-value), ffn {model.hidden_dim}"
+        f" of {model.head_size} ({model.kv_heads} key-value), ffn {model.hidden_dim}"
         f" ({model.activation}), context {model.max_seq_len},"
         f" vocabulary {model.vocab_size}",
         f"data    {start.data.corpus.source}: {start.data.train_tokens:,} tokens to"
