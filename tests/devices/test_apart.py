@@ -45,7 +45,13 @@ PARAMETERS = KERNELS + 128 * 64 + 2 * (3 * 64 + 192) + 64
 MODELS = {
     "ternary": MODEL,
     "drawn": MODEL.changed(dropout=0.2, activation_tracking="ema", remat=True),
-    "untied": MODEL.changed(tie_embeddings=False, scan_layers=False, wire="int8"),
+    "untied": MODEL.changed(
+        tie_embeddings=False,
+        scan_layers=False,
+        wire="int8",
+        qk_norm=True,
+        attention_bias=True,
+    ),
     "head": MODEL.changed(ternary_head=True, wire="float"),
     "twin": MODEL.changed(quantize=False),
 }

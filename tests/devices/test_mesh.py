@@ -292,6 +292,16 @@ def test_the_rules_cover_every_parameter(scan, tied):
     assert specs["embedding"] == P(None, "fsdp")
 
 
+@pytest.mark.parametrize("scan", [True, False])
+def test_biases_are_cut_as_the_products_they_join(scan):
+    params = abstract(scan_layers=scan, qk_norm=True, attention_bias=True)
+    specs = param_specs(params, MeshConfig())
+    layer, first = ("layers", (None,)) if scan else ("layers_1", ())
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert specs[f"{layer}/attn/{name}/bias"] == P(*first, "tensor")
+    assert specs[f"{layer}/attn/k_norm/scale"] == P(*first, None)
+
+
 def test_the_first_rule_that_matches_wins():
     mine = MeshConfig(rules=("q_proj: -, fsdp+tensor", "q_proj: fsdp, -"))
     specs = param_specs(abstract(), mine)

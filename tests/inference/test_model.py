@@ -48,6 +48,11 @@ TEXT = "".join(
 )
 
 
+SMALL = Vaani().changed(
+    vocab_size=256, dim=32, n_layers=3, n_heads=2, ffn_dim=64, max_seq_len=32
+)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A small model that has learnt its text."""
@@ -118,29 +123,65 @@ def prompts_of(model, count):
 def test_every_way_gives_the_logits_of_training(run, dtype):
     """Masters and packed weights, one by one and in batches, at once and in pieces."""
     trained = load(run)
-    module = trained.module.changed(dtype=dtype)
-    packed = pack_variables(trained.variables, module.spec)
     ids = trained.tokenizer.encode(TEXT)
     rows = jnp.asarray([ids[i : i + 40] for i in range(0, 100, 5)])
+    module = trained.module.changed(dtype=dtype)
+    check_every_way(module, trained.variables, rows)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", ""])
+def test_so_do_those_of_other_families(family, dtype):
+    """And where a block has all that theirs have."""
+    plain = {"sub_norms": True, "qk_norm": True, "attention_bias": True}
+    module = SMALL.changed(
+        dtype=dtype,
+        max_seq_len=48,
+        n_heads=4,
+        n_kv_heads=2,
+        init_std=0.2,
+        head_dim=12,
+        rope_scaling="yarn",
+        rope_factor=4.0,
+        rope_original_len=12,
+        **({"family": family} if family else plain),
+    )
+    rng = np.random.default_rng(0)
+
+    def moved(path, leaf):
+        """Norms and biases off their start."""
+        kinds = {"scale": 1.0, "bias": 0.0}
+        if (mean := kinds.get(path[-1].key)) is None:
+            return leaf
+        return jnp.asarray(rng.normal(mean, 0.3, leaf.shape), leaf.dtype)
+
+    variables = init_variables(module, jax.random.key(0))
+    variables = jax.tree_util.tree_map_with_path(moved, variables)
+    check_every_way(module, variables, jnp.asarray(rng.integers(256, size=(20, 40))))
+
+
+def check_every_way(module, variables, rows):
+    packed = pack_variables(variables, module.spec)
+    params, dtype = variables["params"], module.quantization.dtype
 
     @jax.jit
     def train_graph(params, tokens):
         def loss(params):
-            variables = {**trained.variables, "params": params}
-            logits, _ = module.apply(variables, tokens, train=True, mutable=["quant"])
+            arrays = {**variables, "params": params}
+            logits, _ = module.apply(arrays, tokens, train=True, mutable=["quant"])
             return cross_entropy(logits[:, :-1], tokens[:, 1:]), logits
 
         return jax.grad(loss, has_aux=True)(params)[1]
 
-    expected = np.asarray(train_graph(trained.params, rows))
+    expected = np.asarray(train_graph(params, rows))
     step = jax.jit(module.apply)
-    for variables in (trained.variables, packed):
-        np.testing.assert_array_equal(step(variables, rows), expected)
+    for arrays in (variables, packed):
+        np.testing.assert_array_equal(step(arrays, rows), expected)
         for batch in (1, 4, 20):
             cache = KVCache.create(module.architecture, batch, dtype=dtype)
             seen = []
             for begin, end in ((0, 9), (9, 14), *((i, i + 1) for i in range(14, 40))):
-                logits, cache = step(variables, rows[:batch, begin:end], cache)
+                logits, cache = step(arrays, rows[:batch, begin:end], cache)
                 seen.append(np.asarray(logits))
             np.testing.assert_array_equal(np.concatenate(seen, 1), expected[:batch])
 
@@ -188,11 +229,6 @@ def test_tensors_of_every_kind_come_back(tmp_path):
 # -- Packing while reading ----------------------------------------------------------
 
 
-SMALL = Vaani().changed(
-    vocab_size=256, dim=32, n_layers=3, n_heads=2, ffn_dim=64, max_seq_len=32
-)
-
-
 def saved(module, workdir):
     """A checkpoint of a model as it is initialized, with thresholds of its own."""
     variables = init_variables(module, jax.random.key(0))
@@ -220,6 +256,7 @@ def saved(module, workdir):
         {"ternary_head": True, "activation_tracking": "ema"},
         {"ternary_head": True, "tie_embeddings": False},
         {"weight_granularity": "channel"},
+        {"scan_layers": True, "qk_norm": True, "attention_bias": True},
     ],
     ids=lambda keys: "-".join(keys) or "plain",
 )

@@ -3,14 +3,20 @@
 import json
 import os
 import pathlib
+import warnings
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # eager: compiling would take minutes
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
 
+from vaani_jax.evaluate.loss import ValidationSet, make_eval_step
+from vaani_jax.inference.generate import generate
+from vaani_jax.inference.model import load
+from vaani_jax.inference.sampling import SamplerConfig
 from vaani_jax.interop import tokenizers as tokenizer_files
 from vaani_jax.interop.formats import hf
 from vaani_jax.model.transformer import Vaani, init_variables
@@ -43,11 +49,13 @@ notify = lambda line: None  # noqa: E731
 
 
 def random_variables(module, seed=0):
-    """Weights of a shape that training gives: norms and embedding off their start."""
+    """Weights of a shape that training gives: norms and biases off their start."""
     variables = init_variables(module, jax.random.key(seed))
     rng = np.random.default_rng(seed)
 
     def moved(path, leaf):
+        if path[-1].key == "bias":
+            return leaf + 0.3 * rng.standard_normal(leaf.shape).astype(np.float32)
         if path[-1].key == "scale":
             factors = np.exp(0.3 * rng.standard_normal(leaf.shape))
             return leaf * factors.astype(np.float32)
@@ -122,3 +130,74 @@ def their_falcon(folder):
             "modules_to_not_convert": ["lm_head"],
         },
     )
+
+
+def transformers_model(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32
+        )
+    return model.eval()
+
+
+def agreement(workdir, folder):
+    """How a folder in transformers compares with a run here."""
+    model = load(workdir, notify=notify)
+    theirs = transformers_model(folder)
+    assert sum(p.dtype == torch.float32 for p in theirs.parameters())
+    ids = model.tokenizer.encode(TEXT)
+    length = model.architecture.max_seq_len
+    held = ValidationSet(ids, model.tokenizer, seq_len=length, batch_size=8)
+    ours = held.evaluate(jax.jit(make_eval_step(model.module)), model.variables)
+    assert ours is not None
+    windows = np.concatenate([w[weights > 0] for w, weights in held.batches])
+    inputs = torch.tensor(windows[:, :-1], dtype=torch.long)
+    with torch.no_grad():
+        logits = theirs(inputs).logits.float()
+    loss = torch.nn.functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]).double(),
+        torch.tensor(windows[:, 1:].reshape(-1), dtype=torch.long),
+    )
+    expected = jax.jit(model.module.apply)(
+        model.variables, jnp.asarray(windows[:, :-1])
+    )
+    difference = np.abs(np.asarray(expected) - logits.numpy())
+    prompts = np.stack([ids[7 * start : 7 * start + 12] for start in range(10)])
+    mine = generate(
+        model,
+        list(prompts),
+        max_new_tokens=32,
+        sampler=SamplerConfig(temperature=0.0),
+    )
+    with torch.no_grad():
+        output = theirs.generate(
+            torch.tensor(prompts, dtype=torch.long),
+            attention_mask=torch.ones(prompts.shape, dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=32,
+            pad_token_id=0,
+        )
+    same = int((output[:, prompts.shape[1] :].numpy() == mine).all(axis=1).sum())
+    # A rounding of 8 bits that falls the other way moves the logits of its position
+    # and of those after it; count the positions, so that no error hides behind them.
+    flipped = float(np.mean(difference.max(axis=-1) > 1e-3))
+    return {
+        "loss": abs(ours.loss - float(loss)),
+        "median": float(np.median(difference)),
+        "same": same,
+        "flipped": flipped,
+        "spread": float(np.asarray(expected).std()),
+    }
+
+
+def leaves(tree):
+    found = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in found}
+
+
+def assert_same_arrays(a, b):
+    a, b = leaves(a), leaves(b)
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key], err_msg=key)

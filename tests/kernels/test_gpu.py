@@ -16,6 +16,7 @@ from vaani_jax.inference.sampling import SamplerConfig
 from vaani_jax.kernels import choice, gpu, gpu_attention, tiles
 from vaani_jax.kernels.floats import rms_norm
 from vaani_jax.model import attention, transformer
+from vaani_jax.model.config import Architecture
 from vaani_jax.model.rotary import rotary_angles, rotary_embedding
 from vaani_jax.model.transformer import Vaani, init_variables
 from vaani_jax.quant.packed import PackedTernary, pack
@@ -127,7 +128,8 @@ def test_a_token_attends_as_step_by_step(
     q, k, v = (draw(batch, 1, n, size) for n in (heads, kv_heads, kv_heads))
     cache = tuple(draw(batch, slots, kv_heads, size) for _ in range(2))
     start = jnp.asarray(rng.integers(0, position + 1, batch), jnp.int32)
-    cos, sin = rotary_angles(slots, size, 1e4)
+    rotary_of = Architecture(head_dim=size, rope_theta=1e4).rotary
+    cos, sin = rotary_angles(slots, rotary_of)
     since = position - start
     rotary = jnp.asarray(cos)[since][:, None], jnp.asarray(sin)[since][:, None]
     at = jnp.asarray([position], jnp.int32)

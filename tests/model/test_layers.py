@@ -11,6 +11,7 @@ import pytest
 from vaani_jax.errors import VaaniError
 from vaani_jax.model.attention import MultiHeadAttention
 from vaani_jax.model.block import TransformerBlock, dropout
+from vaani_jax.model.config import Architecture
 from vaani_jax.model.feed_forward import FeedForward
 from vaani_jax.model.linear import BitLinear, project
 from vaani_jax.model.norm import LayerNorm, RMSNorm
@@ -54,9 +55,7 @@ def apply(module, variables, *args):
 
 
 def rotary_of(model, positions):
-    table = rotary_angles(
-        64, model.architecture.head_dim, model.architecture.rope_theta
-    )
+    table = rotary_angles(64, model.architecture.rotary)
     return tuple(jnp.asarray(t)[positions] for t in table)
 
 
@@ -66,7 +65,7 @@ def initialized(module, *args):
 
     def fill(path, leaf):
         name = path[-1].key
-        if name in ("kernel", "scale"):
+        if name in ("kernel", "scale", "bias"):
             values = rng.normal(name == "scale", 0.3, leaf.shape)
             return jnp.asarray(values, leaf.dtype)
         return jnp.asarray({"threshold": 0.5, "range": 0.0, "momentum": 0.5}[name])
@@ -85,7 +84,7 @@ def linear(model, params, x):
         w = gamma * np.clip(np.round(w / gamma), -1, 1)
         step = np.maximum(np.abs(x).max(axis=-1, keepdims=True), 1e-5) / 127
         x = step * np.clip(np.round(x / step), -128, 127)
-    return x @ w
+    return x @ w + np.asarray(params.get("bias", 0.0), np.float64)
 
 
 def layer_norm(params, x, epsilon):
@@ -112,15 +111,15 @@ def rotate(x, positions, theta):
 def attention(model, params, x):
     """One query at a time, one head at a time."""
     batch, length, _ = x.shape
-    n, k, h = (
-        model.architecture.n_heads,
-        model.architecture.kv_heads,
-        model.architecture.dim // model.architecture.n_heads,
-    )
+    n, k = model.architecture.n_heads, model.architecture.kv_heads
+    h = model.architecture.head_dim or model.architecture.dim // n
     positions = np.arange(length)
     query = linear(model, params["q_proj"], x).reshape(batch, length, n, h)
     key = linear(model, params["k_proj"], x).reshape(batch, length, k, h)
     value = linear(model, params["v_proj"], x).reshape(batch, length, k, h)
+    if "q_norm" in params:
+        query = rms_norm(params["q_norm"], query, model.architecture.norm_eps)
+        key = rms_norm(params["k_norm"], key, model.architecture.norm_eps)
     query = rotate(query, positions, model.architecture.rope_theta)
     key = rotate(key, positions, model.architecture.rope_theta)
     out = np.zeros((batch, length, n, h))
@@ -129,7 +128,9 @@ def attention(model, params, x):
         scores = key[b, : t + 1, group] @ query[b, t, head] / np.sqrt(h)
         weights = np.exp(scores - scores.max())
         out[b, t, head] = weights / weights.sum() @ value[b, : t + 1, group]
-    out = rms_norm(params["sub_norm"], out.reshape(batch, length, n * h))
+    out = out.reshape(batch, length, n * h)
+    if "sub_norm" in params:
+        out = rms_norm(params["sub_norm"], out)
     return linear(model, params["o_proj"], out)
 
 
@@ -138,7 +139,9 @@ def feed_forward(model, params, x):
     act = gate / (1 + np.exp(-gate))
     if model.architecture.activation == "relu2":
         act = np.maximum(gate, 0) ** 2
-    hidden = rms_norm(params["sub_norm"], act * linear(model, params["up_proj"], x))
+    hidden = act * linear(model, params["up_proj"], x)
+    if "sub_norm" in params:
+        hidden = rms_norm(params["sub_norm"], hidden)
     return linear(model, params["down_proj"], hidden)
 
 
@@ -160,11 +163,16 @@ def test_norms(kind, epsilon):
     np.testing.assert_allclose(low.astype(jnp.float32), expected, rtol=0.02, atol=0.02)
 
 
+def plain_rotary(size, theta):
+    return Architecture(head_dim=size, rope_theta=theta).rotary
+
+
 @pytest.mark.parametrize("theta", [500_000.0, 10_000.0])
 @pytest.mark.parametrize("first", [0, 5, 1000])
 def test_rotary_embedding_turns_complex_pairs(theta, first):
     x = gaussian(2, 7, 3, 8)
-    rows = [table[first : first + 7] for table in rotary_angles(first + 9, 8, theta)]
+    table = rotary_angles(first + 9, plain_rotary(8, theta))
+    rows = [part[first : first + 7] for part in table]
     found = rotary_embedding(x, *rows)
     expected = rotate(np.asarray(x, np.float64), first + np.arange(7), theta)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=5e-4)
@@ -174,7 +182,7 @@ def test_rotary_embedding_turns_complex_pairs(theta, first):
 
 def test_rotary_embedding_pairs_the_halves():
     x = jnp.asarray([1.0, 0.0, 0.0, 0.0]).reshape(1, 1, 1, 4)
-    cos, sin = rotary_angles(2, 4, 500_000.0)
+    cos, sin = rotary_angles(2, plain_rotary(4, 500_000.0))
     found = rotary_embedding(x, cos[1:], sin[1:])
     expected = [np.cos(1), 0, np.sin(1), 0]  # feature 0 turns with feature 2
     np.testing.assert_allclose(found.reshape(4), expected, atol=1e-6)
@@ -183,7 +191,7 @@ def test_rotary_embedding_pairs_the_halves():
 
 def test_products_of_rotated_vectors_see_only_distances():
     query, key = gaussian(1, 1, 1, 16), gaussian(1, 1, 1, 16, seed=1)
-    cos, sin = rotary_angles(600, 16, 100.0)
+    cos, sin = rotary_angles(600, plain_rotary(16, 100.0))
 
     def score(i, j):
         turned = rotary_embedding(query, cos[i : i + 1], sin[i : i + 1])
@@ -236,6 +244,30 @@ def test_bit_linear(model):
         return y.sum()
 
     assert jnp.all(jax.jit(jax.grad(loss))(variables["params"])["kernel"] != 0)
+
+
+@quantized_or_not
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_bias_is_added_to_the_product(model, dtype):
+    x, weights = gaussian(3, 16).astype(dtype), gaussian(3, 10, seed=1)
+    plain, biased = (BitLinear(10, *how(model), use_bias=b) for b in (False, True))
+    shape = initialized(biased, x)
+    assert jax.eval_shape(biased.init, KEY, x)["params"]["bias"].shape == (10,)
+    assert not biased.init(KEY, x)["params"]["bias"].any()
+    kernel, bias = shape["params"]["kernel"], shape["params"]["bias"]
+
+    def loss(bias):
+        params = {"kernel": kernel, "bias": bias}
+        y: Any = biased.apply({**shape, "params": params}, x)
+        return jnp.vdot(y.astype(jnp.float32), weights), y
+
+    gradient, y = jax.jit(jax.grad(loss, has_aux=True))(bias)
+    product: Any = plain.apply({**shape, "params": {"kernel": kernel}}, x)
+    expected = (product.astype(jnp.float32) + bias[None]).astype(dtype)
+    np.testing.assert_array_equal(y.astype(jnp.float32), expected.astype(jnp.float32))
+    np.testing.assert_allclose(
+        gradient, weights.astype(dtype).astype(jnp.float32).sum(axis=0), rtol=1e-5
+    )
 
 
 def test_bit_linear_tracks_its_input_range_in_training_only():
@@ -309,6 +341,43 @@ def test_attention_with_grouped_heads(model, implementation, n_kv_heads):
         assert cache is None
 
 
+# What blocks of other families have, heads of a dimension of their own among it.
+OTHERS: list[dict[str, Any]] = [
+    {"family": "llama", "head_dim": 6},
+    {"family": "qwen2"},
+    {"family": "qwen3", "head_dim": 8, "norm_eps": 0.1},
+    {"qk_norm": True, "attention_bias": True, "head_dim": 2},  # and sub-norms
+]
+
+
+@quantized_or_not
+@pytest.mark.parametrize("changes", OTHERS)
+def test_attention_of_other_families(model, changes):
+    model = model.changed(n_kv_heads=2, rope_theta=50.0, **changes)
+    a, positions = model.architecture, jnp.arange(6)
+    module, x = MultiHeadAttention(*parts(model)), gaussian(2, 6, 16)
+    variables = initialized(module, x, positions, rotary_of(model, positions))
+    size = changes.get("head_dim", 4)
+    expected = {
+        "q_proj/kernel": (16, 4 * size),
+        "k_proj/kernel": (16, 2 * size),
+        "v_proj/kernel": (16, 2 * size),
+        "o_proj/kernel": (4 * size, 16),
+    }
+    if a.attention_bias:
+        expected["q_proj/bias"] = (4 * size,)
+        expected |= {"k_proj/bias": (2 * size,), "v_proj/bias": (2 * size,)}
+    if a.qk_norm:
+        expected |= {"q_norm/scale": (size,), "k_norm/scale": (size,)}
+    if a.sub_norms:
+        expected |= {"sub_norm/scale": (4 * size,)}
+    assert shapes(variables["params"]) == expected
+    assert a.sub_norms == ("family" not in changes)
+    y, _ = apply(module, variables, x, positions, rotary_of(model, positions))
+    reference = attention(model, variables["params"], np.asarray(x, np.float64))
+    np.testing.assert_allclose(y, reference, rtol=1e-3, atol=1e-4)
+
+
 @quantized_or_not
 def test_attention_writes_what_it_sees_into_the_cache(model):
     model = model.changed(n_kv_heads=2)
@@ -372,12 +441,17 @@ def test_block_adds_normalized_branches_to_the_stream(model):
 
 
 @pytest.mark.parametrize(
-    ("attention", "activation", "n_kv_heads"),
-    [("explicit", "swiglu", 2), ("explicit", "relu2", 4), ("library", "swiglu", 1)],
+    ("attention", "activation", "n_kv_heads", "others"),
+    [
+        ("explicit", "swiglu", 2, {}),
+        ("explicit", "relu2", 4, {}),
+        ("library", "swiglu", 1, {}),
+        *[("auto", "swiglu", 2, others) for others in OTHERS],
+    ],
 )
-def test_gradients_equal_finite_differences(attention, activation, n_kv_heads):
+def test_gradients_equal_finite_differences(attention, activation, n_kv_heads, others):
     """Of the float64 reference, along a random direction of every array."""
-    changes = {"activation": activation, "n_kv_heads": n_kv_heads}
+    changes = {"activation": activation, "n_kv_heads": n_kv_heads, **others}
     model = TWIN.changed(attention=attention, **changes)
     module, variables, x, rest = block_and_its_arguments(model)
     arrays, weights = (variables["params"], x), np.asarray(gaussian(2, 5, 16, seed=2))
@@ -403,6 +477,10 @@ def test_gradients_equal_finite_differences(attention, activation, n_kv_heads):
 # Settings.
 
 
+LLAMA3: dict[str, Any] = {"rope_scaling": "llama3", "rope_original_len": 16}
+YARN: dict[str, Any] = {"rope_scaling": "yarn", "rope_original_len": 16}
+
+
 @pytest.mark.parametrize(
     ("key", "changes"),
     [
@@ -417,6 +495,23 @@ def test_gradients_equal_finite_differences(attention, activation, n_kv_heads):
         ("n_kv_heads", {"n_kv_heads": 8}),
         ("n_kv_heads", {"n_kv_heads": -1}),
         ("ffn_dim", {"ffn_dim": -4}),
+        ("head_dim", {"head_dim": 5}),
+        ("head_dim", {"head_dim": -2}),
+        ("family", {"family": "gpt2"}),
+        ("qk_norm", {"family": "llama", "qk_norm": True}),
+        ("sub_norms", {"family": "bitnet", "sub_norms": False}),
+        ("attention_bias", {"family": "qwen3", "attention_bias": True}),
+        ("rope_scaling", {"rope_scaling": "longrope"}),
+        ("rope_factor", {"rope_factor": 4.0}),
+        ("rope_factor", {"rope_scaling": "linear", "rope_factor": 0.5}),
+        ("rope_original_len", {"rope_scaling": "yarn", "rope_factor": 4.0}),
+        ("rope_original_len", {"rope_scaling": "llama3", "rope_factor": 4.0}),
+        ("rope_beta_fast", {**LLAMA3, "rope_beta_fast": 64.0}),
+        ("rope_attention_factor", {**LLAMA3, "rope_attention_factor": 1.0}),
+        ("rope_high_freq_factor", {**LLAMA3, "rope_high_freq_factor": 1.0}),
+        ("rope_low_freq_factor", {**YARN, "rope_low_freq_factor": 2.0}),
+        ("rope_beta_fast", {**YARN, "rope_beta_fast": 0.5}),
+        ("rope_theta", {**YARN, "rope_theta": 1.0}),
         ("dropout", {"dropout": 1.0}),
         ("dropout", {"dropout": -0.1}),
         ("activation_momentum", {"activation_momentum": 1.0}),
@@ -437,6 +532,7 @@ def test_zeros_stand_for_the_usual_sizes(dim, hidden):
         model.architecture.hidden_dim == hidden
     )  # 8/3 D to the nearest multiple of 64
     assert model.architecture.kv_heads == 4
-    assert model.architecture.head_dim == dim // 4
+    assert model.architecture.head_size == dim // 4
     given = Vaani().changed(dim=dim, n_heads=4, n_kv_heads=2, ffn_dim=40)
     assert (given.architecture.kv_heads, given.architecture.hidden_dim) == (2, 40)
+    assert given.changed(dim=30, head_dim=10).architecture.head_size == 10

@@ -35,6 +35,18 @@ TWIN = change(quantize=False)
 quantized_or_not = pytest.mark.parametrize("model", [CONFIG, TWIN], ids=["bit", "fp"])
 
 
+# What blocks of other families have, all at once.
+ALL_OTHERS: dict[str, Any] = {
+    "qk_norm": True,
+    "attention_bias": True,
+    "head_dim": 6,
+    "rope_scaling": "yarn",
+    "rope_factor": 4.0,
+    "rope_original_len": 3,
+    "rope_theta": 20.0,
+}
+
+
 @functools.cache
 def variables_of(model):
     """Variables as `init_variables` shapes them; quick, and norms that matter."""
@@ -44,7 +56,7 @@ def variables_of(model):
         name = path[-1].key
         values = {"threshold": 0.5, "range": 3.0, "momentum": 0.9}.get(name)
         if values is None:
-            values = rng.normal(name == "scale", 0.3, leaf.shape)
+            values = rng.normal(name == "scale", 0.3, leaf.shape)  # kernels, biases
         return jnp.full(leaf.shape, jnp.asarray(values), leaf.dtype)
 
     shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
@@ -119,8 +131,11 @@ def decode_after(model, tokens, prompt):
 
 
 @quantized_or_not
-def test_cached_decoding_equals_the_full_forward_from_every_prompt_length(model):
-    model = change(model, n_layers=1)
+@pytest.mark.parametrize("others", [{}, ALL_OTHERS], ids=["plain", "others"])
+def test_cached_decoding_equals_the_full_forward_from_every_prompt_length(
+    model, others
+):
+    model = change(model, n_layers=1, **others)
     full = forward(model)(variables_of(model), TOKENS)
     model = change(model, max_seq_len=2)  # the cache decides what fits
     for prompt in range(1, 5):  # of four tokens, in a cache for seven
@@ -340,9 +355,7 @@ def test_model_is_embedding_blocks_norm_and_head():
     @jax.jit
     def by_hand(params, quant):
         x = params["embedding"][TOKENS]
-        rotary = tuple(
-            map(jnp.asarray, rotary_angles(T, 4, CONFIG.architecture.rope_theta))
-        )
+        rotary = tuple(map(jnp.asarray, rotary_angles(T, CONFIG.architecture.rotary)))
         for name in ("layers_0", "layers_1"):
             layer = {"params": params[name], "quant": quant[name]}
             rest = (None, None, jnp.arange(T), rotary, None, False)
@@ -649,22 +662,25 @@ def test_initial_weights_have_the_documented_spread():
 
 
 @pytest.mark.parametrize("tie", [True, False])
-@pytest.mark.parametrize("kv_heads", [0, 2])
-def test_flops_counted_by_hand(tie, kv_heads):
+@pytest.mark.parametrize(("kv_heads", "head_dim"), [(0, 0), (2, 0), (2, 16)])
+def test_flops_counted_by_hand(tie, kv_heads, head_dim):
     model = Vaani().changed(
         vocab_size=1000,
         dim=64,
         n_layers=3,
         n_heads=8,
         n_kv_heads=kv_heads,
+        head_dim=head_dim,
         ffn_dim=96,
         tie_embeddings=tie,
+        attention_bias=True,  # is added, not multiplied
     )
-    keys = (kv_heads or 8) * 8
-    layer = 64 * 64 * 2 + 64 * keys * 2 + 3 * 64 * 96
+    size = head_dim or 8
+    keys = (kv_heads or 8) * size
+    layer = 64 * 8 * size * 2 + 64 * keys * 2 + 3 * 64 * 96
     for seq_len in (1, 128):
-        # Scores and their sums: each query with seq_len keys, heads x 8 numbers.
-        attention = 2 * 2 * seq_len * 8 * 8
+        # Scores and their sums: each query with seq_len keys, heads x size numbers.
+        attention = 2 * 2 * seq_len * 8 * size
         forward = 3 * (2 * layer + attention) + 2 * 64 * 1000
         for changes in ({}, {"quantize": False}, {"scan_layers": True, "remat": True}):
             assert flops_per_token(change(model, **changes), seq_len) == 3 * forward

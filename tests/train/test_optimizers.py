@@ -10,7 +10,9 @@ import numpy as np
 import optax
 import pytest
 
+from vaani_jax import leaves
 from vaani_jax.errors import VaaniError
+from vaani_jax.model.transformer import Vaani, init_variables
 from vaani_jax.train import optimizers
 from vaani_jax.train.optimizers import OptimConfig, make_optimizer
 from vaani_jax.train.schedules import Schedule
@@ -279,6 +281,23 @@ def test_masks_know_stacked_and_unrolled_names():
         for name, label in _leaves(optimizers.muon_labels(params)).items():
             inside = name.startswith("layers") and name.endswith("kernel")
             assert str(label) == ("muon" if inside else "adamw")
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_vectors_neither_decay_nor_go_to_muon(scan_layers):
+    model = Vaani().changed(
+        vocab_size=8, qk_norm=True, attention_bias=True, scan_layers=scan_layers
+    )
+    params = jax.eval_shape(lambda: init_variables(model, jax.random.key(0))["params"])
+    decays = leaves.named(optimizers.decay_mask(params))
+    labels = leaves.named(optimizers.muon_labels(params))
+    vectors = {"scale", "bias"}
+    assert vectors <= {name.rpartition("/")[2] for name in decays}
+    for name in decays:
+        vector = name.rpartition("/")[2] in vectors
+        assert decays[name] == (not vector)
+        muon = not vector and name.startswith("layers")
+        assert labels[name] == ("muon" if muon else "adamw")
 
 
 @pytest.mark.parametrize(

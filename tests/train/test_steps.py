@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from structure import same_structure
 
+from vaani_jax import leaves
 from vaani_jax.evaluate.loss import make_eval_step
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.train.optimizers import OptimConfig, make_optimizer
@@ -429,3 +430,22 @@ def test_adjusting_writes_thresholds_and_momentum_where_they_belong(changes):
 
 def _leaves(tree):
     return jax.tree_util.tree_leaves_with_path(tree)
+
+
+@pytest.mark.parametrize("family", ["bitnet", "llama", "qwen2", "qwen3"])
+def test_every_family_learns(family):
+    """From scratch; and its norms and biases take part."""
+    model = _model(family=family, head_dim=12)
+    state, step = _state(model), _train_step(model)
+    tokens, first = _tokens(), state.params
+    losses = []
+    for _ in range(30):
+        state, metrics = step(state, tokens)
+        losses.append(float(metrics["train/loss"]))
+    assert losses[-1] < 0.9 * losses[0]
+    before, after = leaves.named(first), leaves.named(state.params)
+    expected = {"bitnet": "sub_norm", "qwen2": "bias", "qwen3": "k_norm"}
+    parts = [name for name in before if expected.get(family, "none") in name]
+    assert len(parts) == {"bitnet": 2, "llama": 0, "qwen2": 3, "qwen3": 1}[family]
+    for name in before:
+        assert not np.array_equal(before[name], after[name]), name

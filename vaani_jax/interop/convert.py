@@ -30,7 +30,9 @@ from vaani_jax.interop.names import (
     family_of,
     tensors,
 )
+from vaani_jax.model.config import Architecture
 from vaani_jax.model.names import ternary_kernels
+from vaani_jax.model.rotary import SCALING_FIELDS
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.paths import local
 from vaani_jax.quant.weights import ternarize
@@ -197,9 +199,7 @@ def export_model(
         # In place; rounding again changes nothing.
         for tensor in tensors(architecture):
             coded = ternary and tensor.kind == "linear"
-            left[tensor.path] = form.rounded(
-                tensor, left[tensor.path], options, coded
-            )
+            left[tensor.path] = form.rounded(tensor, left[tensor.path], options, coded)
         expected = np.array(
             _logits(module, {"params": _nested(left), "quant": quant}, probe)
         )
@@ -349,8 +349,11 @@ def as_flags(module: Vaani) -> str:
     """What to tell train.py so that ``--config.init_from`` fits a model."""
     keys = "dim n_layers n_heads n_kv_heads ffn_dim max_seq_len activation rope_theta"
     keys += " norm_eps tie_embeddings"
-    if module.quantization.quantize:  # a full-precision model gets sub-norms on the way
-        keys += " sub_norms"
-    return " ".join(
-        f"--config.model.{k}={getattr(module.architecture, k)}" for k in keys.split()
-    )
+    a, plain = module.architecture, Architecture()
+    if module.quantization.quantize or a.qk_norm or a.attention_bias:
+        keys += " sub_norms"  # which any other block gets on the way
+    others = ["head_dim", "qk_norm", "attention_bias", "rope_scaling"]
+    others += [f"rope_{name}" for name in SCALING_FIELDS]
+    changed = [key for key in others if getattr(a, key) != getattr(plain, key)]
+    told = [*keys.split(), *changed]
+    return " ".join(f"--config.model.{key}={getattr(a, key)}" for key in told)

@@ -1,8 +1,8 @@
 """What tensors and settings are called elsewhere: one table for both directions.
 
-A new family is a row of `FAMILIES`; where its settings have names of their
-own, so are they in `SETTINGS`. Sources: `modeling_bitnet.py` and `modeling_llama.py` of
-transformers 5, `src/models/bitnet.cpp` of llama.cpp.
+A new family is a row of `FAMILIES`, and one of `model/families.py`; where its settings
+have names of their own, so are they in `SETTINGS`. Sources: `configuration_*.py` and
+`modeling_*.py` of transformers 5, `src/llama-arch.cpp` of llama.cpp.
 
 Kernels are [in, out] here and [out, in] there.
 """
@@ -11,10 +11,13 @@ import dataclasses
 from typing import Any, Literal
 
 from vaani_jax.errors import VaaniError
+from vaani_jax.interop import rotary
+from vaani_jax.interop.values import brief, integer, number
+from vaani_jax.model import families
 from vaani_jax.model.config import Architecture, Quantization
 from vaani_jax.model.transformer import Vaani
 
-Kind = Literal["embedding", "norm", "linear", "head"]
+Kind = Literal["embedding", "norm", "linear", "bias", "head"]
 
 
 # How the kernels of a folder are stored: masters that the reader quantizes; codes whose
@@ -26,18 +29,19 @@ Storage = Literal["masters", "multiply", "divide", "full"]
 Weights = Literal["auto", "ternary", "full"]
 
 
-LARGEST = 2**31 - 1  # of any integer setting: what int32 indices can count
-
-
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A parameter: its path here, its names there (less ``.weight``), its axes."""
+    """A parameter: its path here, its names there (less ``.weight``), its axes.
+
+    ``when`` is the key of `Architecture` that makes it be there, if it depends on one.
+    """
 
     path: str
     hf: str
     gguf: str
     kind: Kind
     axes: str
+    when: str = ""
 
 
 OUTSIDE = (
@@ -47,17 +51,39 @@ OUTSIDE = (
 )
 
 
+BIAS, QK_NORM, SUB_NORMS = "attention_bias", "qk_norm", "sub_norms"
+
+
 BLOCK = (
     Row("attn_norm/scale", "input_layernorm", "attn_norm", "norm", "D"),
-    Row("attn/q_proj/kernel", "self_attn.q_proj", "attn_q", "linear", "DD"),
+    Row("attn/q_proj/kernel", "self_attn.q_proj", "attn_q", "linear", "DQ"),
     Row("attn/k_proj/kernel", "self_attn.k_proj", "attn_k", "linear", "DK"),
     Row("attn/v_proj/kernel", "self_attn.v_proj", "attn_v", "linear", "DK"),
-    Row("attn/sub_norm/scale", "self_attn.attn_sub_norm", "attn_sub_norm", "norm", "D"),
-    Row("attn/o_proj/kernel", "self_attn.o_proj", "attn_output", "linear", "DD"),
+    Row("attn/q_proj/bias", "self_attn.q_proj", "attn_q", "bias", "Q", BIAS),
+    Row("attn/k_proj/bias", "self_attn.k_proj", "attn_k", "bias", "K", BIAS),
+    Row("attn/v_proj/bias", "self_attn.v_proj", "attn_v", "bias", "K", BIAS),
+    Row("attn/q_norm/scale", "self_attn.q_norm", "attn_q_norm", "norm", "H", QK_NORM),
+    Row("attn/k_norm/scale", "self_attn.k_norm", "attn_k_norm", "norm", "H", QK_NORM),
+    Row(
+        "attn/sub_norm/scale",
+        "self_attn.attn_sub_norm",
+        "attn_sub_norm",
+        "norm",
+        "Q",
+        SUB_NORMS,
+    ),
+    Row("attn/o_proj/kernel", "self_attn.o_proj", "attn_output", "linear", "QD"),
     Row("ffn_norm/scale", "post_attention_layernorm", "ffn_norm", "norm", "D"),
     Row("ffn/gate_proj/kernel", "mlp.gate_proj", "ffn_gate", "linear", "DF"),
     Row("ffn/up_proj/kernel", "mlp.up_proj", "ffn_up", "linear", "DF"),
-    Row("ffn/sub_norm/scale", "mlp.ffn_sub_norm", "ffn_sub_norm", "norm", "F"),
+    Row(
+        "ffn/sub_norm/scale",
+        "mlp.ffn_sub_norm",
+        "ffn_sub_norm",
+        "norm",
+        "F",
+        SUB_NORMS,
+    ),
     Row("ffn/down_proj/kernel", "mlp.down_proj", "ffn_down", "linear", "FD"),
 )
 
@@ -68,7 +94,7 @@ class Tensor:
 
     Attributes:
       path: keys into the parameters.
-      hf, gguf: its names, less ``.weight``.
+      hf, gguf: names of its module: a kernel and its bias share them.
       kind: "linear" are the ternary kernels.
       shape: as it is here.
     """
@@ -84,13 +110,29 @@ class Tensor:
         """Keys of the module that owns it."""
         return self.path[:-1]
 
+    @property
+    def hf_name(self) -> str:
+        """Its whole name in transformers."""
+        return f"{self.hf}.{self._part}"
+
+    @property
+    def gguf_name(self) -> str:
+        """Its whole name in llama.cpp."""
+        return f"{self.gguf}.{self._part}"
+
+    @property
+    def _part(self) -> str:
+        return "bias" if self.kind == "bias" else "weight"
+
 
 def tensors(architecture: Architecture) -> list[Tensor]:
     """Every parameter of a model with unrolled layers, in a fixed order."""
     sizes = {
         "V": architecture.vocab_size,
         "D": architecture.dim,
-        "K": architecture.kv_heads * architecture.head_dim,
+        "Q": architecture.n_heads * architecture.head_size,
+        "K": architecture.kv_heads * architecture.head_size,
+        "H": architecture.head_size,
         "F": architecture.hidden_dim,
     }
 
@@ -112,7 +154,7 @@ def tensors(architecture: Architecture) -> list[Tensor]:
         found += [
             named(row, f"layers_{i}/", f"model.layers.{i}.", f"blk.{i}.")
             for row in BLOCK
-            if architecture.sub_norms or "sub_norm" not in row.path
+            if not row.when or getattr(architecture, row.when)
         ]
     return found
 
@@ -123,28 +165,51 @@ class Family:
 
     Attributes:
       model_type, hf_class: its names.
-      sub_norms: whether its blocks have them.
+      block: what its blocks have.
       defaults: of settings that its config files may leave out.
+      says: of its ``config.json``, what other readers look for.
     """
 
     model_type: str
     hf_class: str
-    sub_norms: bool
+    block: families.Family
     defaults: dict[str, Any]
+    says: dict[str, Any]
 
 
 FAMILIES = (
     Family(
         "bitnet",
         "BitNetForCausalLM",
-        True,
+        families.FAMILIES["bitnet"],
         {"rope_theta": 500_000.0, "rms_norm_eps": 1e-5, "hidden_act": "relu2"},
+        {"attention_bias": False, "mlp_bias": False},
     ),
     Family(
         "llama",
         "LlamaForCausalLM",
-        False,
+        families.FAMILIES["llama"],
         {"rope_theta": 10_000.0, "rms_norm_eps": 1e-6, "hidden_act": "silu"},
+        {"attention_bias": False, "mlp_bias": False},
+    ),
+    Family(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        families.FAMILIES["qwen2"],
+        {"rope_theta": 10_000.0, "rms_norm_eps": 1e-6, "hidden_act": "silu"},
+        {"use_sliding_window": False},
+    ),
+    Family(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        families.FAMILIES["qwen3"],
+        {
+            "rope_theta": 10_000.0,
+            "rms_norm_eps": 1e-6,
+            "hidden_act": "silu",
+            "head_dim": 128,
+        },
+        {"attention_bias": False, "use_sliding_window": False},
     ),
 )
 
@@ -178,8 +243,20 @@ def settings(architecture: Architecture) -> dict[str, int | float]:
 
 
 def family_of(architecture: Architecture) -> Family:
-    """The row that holds a model of ours."""
-    return next(a for a in FAMILIES if a.sub_norms == architecture.sub_norms)
+    """The row that holds a model of ours, by what its blocks have.
+
+    Raises VaaniError where no other tool has such blocks.
+    """
+    keys = [field.name for field in dataclasses.fields(families.Family)]
+    block = families.Family(**{key: getattr(architecture, key) for key in keys})
+    for row in FAMILIES:
+        if row.block == block:
+            return row
+    had = " and ".join(f"model.{key}" for key in keys if getattr(block, key))
+    raise VaaniError(
+        f"no other tool is known to have blocks with {had}: train with model.family ="
+        f" {', '.join(row.model_type for row in FAMILIES)} to export"
+    )
 
 
 def hf_config(architecture: Architecture, storage: Storage) -> dict[str, Any]:
@@ -191,15 +268,11 @@ def hf_config(architecture: Architecture, storage: Storage) -> dict[str, Any]:
         "model_type": row.model_type,
         **{theirs: ours[name] for name, theirs, _ in SETTINGS},
         "hidden_act": ACTIVATIONS[architecture.activation],
-        "rope_parameters": {
-            "rope_theta": architecture.rope_theta,
-            "rope_type": "default",
-        },
-        "head_dim": architecture.head_dim,
+        **rotary.to_config(architecture),
+        "head_dim": architecture.head_size,
         "initializer_range": architecture.init_std,
         "tie_word_embeddings": architecture.tie_embeddings,
-        "attention_bias": False,
-        "mlp_bias": False,
+        **row.says,
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
@@ -235,41 +308,30 @@ def model_from_hf(
     model_type = content.get("model_type")
     if not isinstance(model_type, str) or model_type not in rows:
         raise VaaniError(
-            f"config.json has model_type {_brief(model_type)}: {' and '.join(rows)} can"
-            " be imported"
+            f"config.json has model_type {brief(model_type)}: {', '.join(rows)} can be"
+            " imported"
         )
     row = rows[model_type]
-    if sub_norms and not row.sub_norms:  # a llama of 1bitLLM: bitnet by another name
-        row = dataclasses.replace(row, sub_norms=True)
-    values: dict[str, Any] = {}
-    rope = _rope(content, row)
+    if sub_norms and model_type == "llama":  # of 1bitLLM: bitnet by another name
+        row = dataclasses.replace(row, block=families.FAMILIES["bitnet"])
+    _check_block(content, row)
+    values = rotary.from_config(content, row.defaults["rope_theta"])
     for ours, theirs, _ in SETTINGS:
         value = content.get(theirs, row.defaults.get(theirs))
         if ours == "rope_theta":
-            values[ours] = rope
-        elif ours == "norm_eps":
-            values[ours] = _number(theirs, value, 0.0, 1.0)
+            continue
+        if ours == "norm_eps":
+            values[ours] = number(theirs, value, 0.0, 1.0)
         elif ours == "n_kv_heads" and value is None:
             values[ours] = 0
         else:
-            values[ours] = _integer(theirs, value)
-    dim, heads = values["dim"], values["n_heads"]
-    width = content.get("head_dim")
-    if width is not None and (
-        isinstance(width, bool) or not isinstance(width, int) or width * heads != dim
-    ):
-        raise VaaniError(
-            f"config.json has head_dim {_brief(width)}: it must be hidden_size /"
-            " num_attention_heads"
-        )
-    for key in ("attention_bias", "mlp_bias"):
-        if content.get(key):
-            raise VaaniError(f"config.json has {key}: there are no biases here")
+            values[ours] = integer(theirs, value)
+    values["head_dim"] = _head_dim(content, row, values["dim"], values["n_heads"])
     named = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
     act = content.get("hidden_act", row.defaults["hidden_act"])
     if not isinstance(act, str) or act not in named:
         raise VaaniError(
-            f"config.json has hidden_act {_brief(act)}: it must be silu or relu2"
+            f"config.json has hidden_act {brief(act)}: it must be silu or relu2"
         )
     tied = content.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
@@ -279,9 +341,9 @@ def model_from_hf(
     architecture = Architecture(
         **values,
         activation=named[act],
-        sub_norms=row.sub_norms,
+        **dataclasses.asdict(row.block),
         tie_embeddings=tied,
-        init_std=_number("initializer_range", std, 0.0, 10.0),
+        init_std=number("initializer_range", std, 0.0, 10.0),
     )
     quantization = Quantization(
         quantize=storage != "full",
@@ -290,48 +352,50 @@ def model_from_hf(
     return Vaani(architecture, quantization), storage, reason
 
 
-# Of a rotary embedding that is not scaled; factors count where they aren't 1.
-ROPE_KEYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
-ROPE_FACTORS = {"factor", "attention_factor", "attn_factor"}
+def _check_block(content: dict[str, Any], row: Family) -> None:
+    """Refuses what a config asks of blocks and no row has."""
+    for key in ("attention_bias", "mlp_bias"):
+        # Where transformers reads the first, it gives o_proj a bias, too.
+        if content.get(key) and not (key == BIAS and row.block.attention_bias):
+            raise VaaniError(
+                f"config.json has {key}: the only biases known here are those of"
+                " q_proj, k_proj and v_proj, in qwen2"
+            )
+    kinds = content.get("layer_types")
+    if kinds is not None and (
+        not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)
+    ):
+        raise VaaniError(
+            f"config.json has layer_types {brief(kinds)}: every layer here has"
+            " full_attention"
+        )
+    if kinds is None and content.get("use_sliding_window"):
+        # It begins after so many layers, which may be all of them.
+        whole = content.get("max_window_layers", 28)
+        layers = integer("num_hidden_layers", content.get("num_hidden_layers"))
+        if not isinstance(whole, int) or whole < layers:
+            raise VaaniError(
+                "config.json has use_sliding_window: every layer here sees the whole"
+                " context"
+            )
 
 
-def _rope(content: dict[str, Any], row: Family) -> float:
-    """The base of the rotary embedding; transformers 5 and 4 keep it differently."""
-    found = content.get("rope_theta")
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = content.get(key)
-        if rope is None:
-            continue
-        if not isinstance(rope, dict):
-            raise VaaniError(f"config.json: {key} must hold keys")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise VaaniError(
-                f"config.json has rotary scaling of type {_brief(kind)}: only the plain"
-                " rotary embedding can be imported"
-            )
-        plain = ROPE_KEYS | {k for k in ROPE_FACTORS if rope.get(k) in (None, 1)}
-        if other := sorted(map(str, rope.keys() - plain)):
-            raise VaaniError(
-                f"config.json has {', '.join(f'{key}.{k}' for k in other)[:100]}: this"
-                " scales the rotary embedding, or gives layers their own, and only the"
-                " plain one can be imported"
-            )
-        found = rope.get("rope_theta", found)
-        _check_share(rope)
-    _check_share(content)
+def _head_dim(content: dict[str, Any], row: Family, dim: int, heads: int) -> int:
+    """Our key; 0 for hidden_size / num_attention_heads."""
+    found = content.get("head_dim")
     if found is None:
-        found = row.defaults["rope_theta"]
-    return _number("rope_theta", found, 1.0, 1e12)
-
-
-def _check_share(found: dict[str, Any]) -> None:
-    for key in ("partial_rotary_factor", "rotary_pct", "rope_pct"):
-        if found.get(key) not in (None, 1):
-            raise VaaniError(
-                f"config.json has {key} {_brief(found[key])}: it rotates a part of each"
-                " head only, and all of it is rotated here"
-            )
+        found = row.defaults.get("head_dim")
+    if found is None:
+        return 0
+    width = integer("head_dim", found)
+    if width * heads == dim:
+        return 0
+    if row.block.sub_norms:
+        raise VaaniError(
+            f"config.json has head_dim {width}: with sub-norms it must be hidden_size /"
+            " num_attention_heads"
+        )
+    return width
 
 
 def _storage(content: dict[str, Any], weights: Weights) -> tuple[Storage, str]:
@@ -364,8 +428,7 @@ def _by_method(quantization: Any) -> tuple[Storage, str]:
     method = quantization.get("quant_method")
     if method != "bitnet":
         raise VaaniError(
-            f"config.json has quant_method {_brief(method)}: only bitnet can be"
-            " imported"
+            f"config.json has quant_method {brief(method)}: only bitnet can be imported"
         )
     if quantization.get("use_rms_norm"):
         raise VaaniError(
@@ -375,15 +438,15 @@ def _by_method(quantization: Any) -> tuple[Storage, str]:
     for name in kept if isinstance(kept, list) else []:
         if any(part in str(name) for part in ("layers", "self_attn", "mlp", "_proj")):
             raise VaaniError(
-                f"config.json keeps {_brief(name)} in full precision: all linear layers"
+                f"config.json keeps {brief(name)} in full precision: all linear layers"
                 " of a block are ternary here, or none"
             )
     linear = quantization.get("linear_class", "bitlinear")
     mode = quantization.get("quantization_mode", "offline")
     if linear not in ("bitlinear", "autobitlinear"):
-        raise VaaniError(f"config.json has linear_class {_brief(linear)}")
+        raise VaaniError(f"config.json has linear_class {brief(linear)}")
     if mode not in ("online", "offline"):
-        raise VaaniError(f"config.json has quantization_mode {_brief(mode)}")
+        raise VaaniError(f"config.json has quantization_mode {brief(mode)}")
     reason = f"ternary, as quantization_config says (bitnet, {linear}, {mode})"
     if linear == "bitlinear":
         return "divide", reason
@@ -397,36 +460,11 @@ def _by_bits(content: dict[str, Any]) -> tuple[Storage, str]:
         return "full", "full precision, as weight_bits is 16"
     if weights not in (1, 1.58):
         raise VaaniError(
-            f"config.json has weight_bits {_brief(weights)}: 1, which stands for"
+            f"config.json has weight_bits {brief(weights)}: 1, which stands for"
             " ternary weights, can be imported"
         )
     if inputs != 8:
         raise VaaniError(
-            f"config.json has input_bits {_brief(inputs)}: activations have 8 bits here"
+            f"config.json has input_bits {brief(inputs)}: activations have 8 bits here"
         )
     return "masters", f"ternary masters, as weight_bits is {weights}"
-
-
-def _integer(key: str, value: Any) -> int:
-    fits = isinstance(value, int) and not isinstance(value, bool)
-    if not fits or not 1 <= value <= LARGEST:
-        raise VaaniError(
-            f"config.json has {key} {_brief(value)}: it must be a whole number from 1"
-            f" to {LARGEST}"
-        )
-    return value
-
-
-def _number(key: str, value: Any, low: float, high: float) -> float:
-    fits = isinstance(value, int | float) and not isinstance(value, bool)
-    if not fits or not low <= value <= high:  # which NaN is not, either
-        raise VaaniError(
-            f"config.json has {key} {_brief(value)}: it must be from {low} to {high}"
-        )
-    return float(value)
-
-
-def _brief(value: Any) -> str:
-    """A value in a message: one line, not too long."""
-    text = ascii(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -108,9 +108,7 @@ def coarsest(surveys: Iterable[Survey]) -> Grouping | None:
     return next((one for one in GROUPINGS if one in found), None)
 
 
-def regrouped(
-    scales: np.ndarray, survey: Survey, grouping: Grouping
-) -> np.ndarray:
+def regrouped(scales: np.ndarray, survey: Survey, grouping: Grouping) -> np.ndarray:
     """Scales [n, groups] of some rows, one for each group.
 
     Args:

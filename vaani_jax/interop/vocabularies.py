@@ -113,8 +113,9 @@ def _said(metadata: dict[str, Any], key: str, kind: type) -> Any:
     """The value of a key, or None; raises VaaniError for one of another type."""
     value = metadata.get(f"tokenizer.ggml.{key}")
     if value is not None and type(value) is not kind:
-        raise VaaniError(f"tokenizer.ggml.{key} is {shown(value)[:60]}: it must be a"
-                         f" {kind.__name__}")
+        raise VaaniError(
+            f"tokenizer.ggml.{key} is {shown(value)[:60]}: it must be a {kind.__name__}"
+        )
     return value
 
 

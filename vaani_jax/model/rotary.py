@@ -10,8 +10,9 @@ positions is taken to ``factor L`` of them by other frequencies. With the wavele
   ``w_i < L / high``, and between them ``(1 - s) f_i / factor + s f_i`` with
   ``s = (L / w_i - low) / (high - low)``;
 * yarn (arXiv:2309.00071): ``r f_i / factor + (1 - r) f_i``, where r rises from 0 to 1
-  between the pairs that turn ``beta_fast`` and ``beta_slow`` times within ``L``, rounded
-  outward to whole pairs; queries and keys are multiplied by ``0.1 ln(factor) + 1``.
+  between the pairs that turn ``beta_fast`` and ``beta_slow`` times within ``L``,
+  rounded outward to whole pairs; queries and keys are multiplied by
+  ``0.1 ln(factor) + 1``.
 
 These are the formulas of ``modeling_rope_utils.py`` of transformers 5. Here they are
 computed in float64 and rounded to float32 once; positions times frequencies are

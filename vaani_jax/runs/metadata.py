@@ -148,8 +148,8 @@ def _check_size(architecture: Architecture, stacked: bool, found: Json) -> None:
     if architecture.max_seq_len * architecture.head_size > LARGEST_TABLE:
         raise ValueError(
             f"model.max_seq_len is {architecture.max_seq_len:,}, and heads have"
-            f" {architecture.head_size:,} dimensions: more than {LARGEST_TABLE:,} rotary"
-            " angles"
+            f" {architecture.head_size:,} dimensions: more than {LARGEST_TABLE:,}"
+            " rotary angles"
         )
 
 

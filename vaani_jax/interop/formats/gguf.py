@@ -2,9 +2,9 @@
 
 Ternary matrices are written as blocks of codes and scales. A scale that is a float16
 is in the blocks, whatever the weights that share it: one for the matrix, for an output,
-or for a group of whole blocks. One for the matrix that is no float16 is beside them: the
-blocks' own are 1, and a float32 tensor ``.scale`` [1] multiplies the product. So every
-type holds codes and scales exactly, or the model is refused. Norms and biases are
+or for a group of whole blocks. One for the matrix that is no float16 is beside them:
+the blocks' own are 1, and a float32 tensor ``.scale`` [1] multiplies the product. So
+every type holds codes and scales exactly, or the model is refused. Norms and biases are
 float32, an embedding and a head that aren't ternary float16 or float32. Kernels of a
 full-precision model are written as they are, in float16 or Q8_0.
 
@@ -76,8 +76,8 @@ def check(module: Vaani, kind: str) -> None:
     heads = architecture.n_heads * architecture.head_size
     if architecture.activation != "swiglu":
         raise VaaniError(
-            f"llama.cpp's {name} is hard-wired to SwiGLU, and a squared-ReLU model would"
-            " come out as garbage: use --format hf or hf-packed"
+            f"llama.cpp's {name} is hard-wired to SwiGLU, and a squared-ReLU model"
+            " would come out as garbage: use --format hf or hf-packed"
         )
     if name == "bitnet" and not architecture.tie_embeddings:
         raise VaaniError(

@@ -185,7 +185,7 @@ class GGUFFile:
 
     def _read(self) -> None:
         if self._data[:4] != MAGIC:
-            raise VaaniError(f"{self.path} is no GGUF file: it does not begin with GGUF")
+            raise VaaniError(f"{self.path} is no GGUF file: it doesn't begin with GGUF")
         self._at = 4
         version = self._number("<I", "the version")
         if version not in (2, 3):

@@ -311,8 +311,8 @@ class GGUFModel:
         metadata = self._file.metadata
         if rotated := [key for key in metadata if key.startswith("prism.hadamard")]:
             raise VaaniError(
-                f"{path} has {shown(rotated[0])}: the inputs of its matrices are rotated"
-                " by a Hadamard matrix, which is not known here"
+                f"{path} has {shown(rotated[0])}: its matrices expect inputs rotated by"
+                " a Hadamard matrix, which is not known here"
             )
         architecture = build(Architecture, architecture_keys(self._file), "model.")
         self._name = metadata["general.architecture"]
@@ -638,7 +638,7 @@ _packed = jax.jit(pack)  # traced: codes that were read are ternary
 def order_in_file(tensor: Tensor, architecture: str, size: int) -> np.ndarray | None:
     """The row in a file of each of our rows of q or k; None where they are the same.
 
-    Rows ``2 j`` and ``2 j + 1`` of a head there are our rows ``j`` and ``j + size / 2``.
+    A head's rows ``2 j`` and ``2 j + 1`` there are our ``j`` and ``j + size / 2``.
 
     Args:
       tensor: any; of a bias, numbers are rows.

@@ -101,9 +101,7 @@ def from_keys(keys: Any, size: int, factors: np.ndarray | None) -> dict[str, Any
     return values
 
 
-def _llama3(
-    keys: Any, theta: float, size: int, factors: np.ndarray
-) -> dict[str, Any]:
+def _llama3(keys: Any, theta: float, size: int, factors: np.ndarray) -> dict[str, Any]:
     """Parameters with which frequencies are divided by these factors."""
     if not (np.isfinite(factors) & (factors > 0)).all():
         raise VaaniError(f"{FACTORS} holds values that are no factors")

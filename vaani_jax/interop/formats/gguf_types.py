@@ -1,9 +1,10 @@
 """Types of tensors in GGUF files: a row each, with how its blocks are read and written.
 
 A row of weights is a whole number of blocks, and a block is a few bytes: codes, and a
-scale in float16. Ternary blocks come apart into codes in {-1, 0, 1} and scales, exactly;
-a further type is a row of `TYPES` with its functions. Sources: `ggml-common.h` and
-`ggml-quants.c` of ggml-org/llama.cpp, and of PrismML's fork for 142 and 143.
+scale in float16. Ternary blocks come apart into codes in {-1, 0, 1} and scales,
+exactly; a further type is a row of `TYPES` with its functions. Sources:
+`ggml-common.h` and `ggml-quants.c` of ggml-org/llama.cpp, and of PrismML's fork for
+142 and 143.
 
 A scale may be negative in principle, and no quantizer writes one. The sign moves into
 the codes, where it is exact: what llama.cpp computes from the file stays what it was.
@@ -144,7 +145,7 @@ def _check_two_bits(packed: np.ndarray) -> None:
 
 
 def _spread(packed: np.ndarray) -> np.ndarray:
-    """Bytes [...] as their four weights, the first in the lowest bits, int8 [..., 4]."""
+    """Bytes [...] as their four weights, the first in the lowest bits: [..., 4]."""
     shifts = np.arange(0, 8, 2, dtype=np.uint8)
     found: np.ndarray = (packed[..., None] >> shifts & 3).view(np.int8) - np.int8(1)
     return found
@@ -168,7 +169,7 @@ def _last_two(blocks: np.ndarray) -> np.ndarray:
 
 
 def _neighbors(blocks: np.ndarray) -> np.ndarray:
-    """Q2_0 and PQ2_0: a scale, then bytes of four weights that are beside each other."""
+    """Q2_0 and PQ2_0: a scale, then bytes of four neighbors each."""
     packed = blocks[..., 2:]
     _check_two_bits(packed)
     return _spread(packed).reshape(len(blocks), -1)
@@ -295,7 +296,7 @@ OTHERS = {
 
 
 def named(number: int) -> Type:
-    """The type with a number; raises VaaniError, by its name, for one that isn't read."""
+    """The type with a number; VaaniError, by its name, for one that isn't read."""
     if number in BY_ID:
         return BY_ID[number]
     known = ", ".join(TYPES)

@@ -1,7 +1,9 @@
 """Folders of Hugging Face transformers: ``config.json`` and safetensors.
 
 Kernels are stored in one of four ways (`names.Storage`); packed ones are uint8
-[out / 4, in] (`quant.packed.pack_quarters`). Beside them is ``weight_scale`` [1].
+[out / 4, in] (`quant.packed.pack_quarters`). Beside them is ``weight_scale`` [1]. Where
+transformers multiplies by it (``AutoBitLinear``), it does so after it has added the
+bias: that is stored divided by the scale.
 
 A packed kernel comes back as a scale and, for training, as masters ``c T`` with ``c``
 chosen so that ``mean|c T|`` is that scale: the rule of b1.58 then finds the same codes,
@@ -21,6 +23,7 @@ from vaani_jax.errors import VaaniError
 from vaani_jax.interop.names import (
     Storage,
     Tensor,
+    family_of,
     hf_config,
     model_from_hf,
     tensors,
@@ -67,6 +70,11 @@ _packed = jax.jit(pack)  # traced: codes that were read are ternary
 IGNORED = ("rotary_emb.inv_freq",)  # buffers that older versions saved
 
 
+# What names begin with that were saved from a module within another: one that was
+# compiled, or trained on several devices.
+WRAPPERS = ("_orig_mod.", "module.")
+
+
 # Names that other folders have for tensors of ours.
 ALIASES = {  # 1bitLLM
     "self_attn.inner_attn_ln": "self_attn.attn_sub_norm",
@@ -87,6 +95,22 @@ def _safetensors() -> Any:
 
 
 # -- Checking ---------------------------------------------------------------------
+
+
+def check_block(architecture: Architecture) -> None:
+    """Raises VaaniError for blocks that no class of transformers has."""
+    row, heads = family_of(architecture), architecture.n_heads
+    if row.block.sub_norms and architecture.head_size * heads != architecture.dim:
+        raise VaaniError(
+            f"transformers' {row.model_type} has heads of dim / n_heads, and this model"
+            f" has model.head_dim = {architecture.head_dim}: train with model.head_dim"
+            " = 0 to export"
+        )
+    if row.model_type == "llama" and architecture.dim % heads:
+        raise VaaniError(
+            f"transformers' llama needs a model.dim that is a multiple of n_heads ="
+            f" {heads}, and this model has {architecture.dim}"
+        )
 
 
 def check_packed(module: Vaani) -> None:
@@ -174,15 +198,32 @@ def _converted(
     architecture: Architecture,
     take: Callable[[Tensor], tuple[np.ndarray, np.ndarray | None]],
 ) -> Iterator[tuple[str, np.ndarray]]:
+    scales: dict[tuple[str, ...], np.ndarray] = {}
     for tensor in tensors(architecture):
         array, scale = take(tensor)
         if tensor.kind in ("linear", "head"):
             array = array.T
         if scale is not None:
-            yield f"{tensor.hf}.weight", pack_quarters(np.ascontiguousarray(array))
+            scales[tensor.module] = scale
+            yield tensor.hf_name, pack_quarters(np.ascontiguousarray(array))
             yield f"{tensor.hf}.weight_scale", scale.reshape(1)
-        else:
-            yield f"{tensor.hf}.weight", np.ascontiguousarray(array)
+            continue
+        if tensor.kind == "bias" and tensor.module in scales:
+            array = _divided(np.asarray(array), scales.pop(tensor.module))
+        yield tensor.hf_name, np.ascontiguousarray(array)
+
+
+def _divided(array: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """The float32 numbers that come nearest to ``array`` when multiplied by ``scale``.
+
+    What was read so is written so that it is read again.
+    """
+    quotient = array / scale
+    nearest = quotient
+    for other in (np.nextafter(quotient, -np.inf), np.nextafter(quotient, np.inf)):
+        closer = np.abs(other * scale - array) < np.abs(nearest * scale - array)
+        nearest = np.where(closer, other, nearest)
+    return nearest.astype(np.float32)
 
 
 def _write_weights(
@@ -250,7 +291,15 @@ class Weights:
                 " read: save the model with save_pretrained, which writes safetensors)"
             )
         # By our names, the name that each has there.
-        self._theirs = {_ours(name): name for name in self._places}
+        self._theirs: dict[str, str] = {}
+        for name in self._places:
+            ours = _ours(name)
+            if other := self._theirs.get(ours):
+                raise VaaniError(
+                    f"{folder} holds {ascii(ours)[:80]} twice: as {ascii(other)[:80]}"
+                    f" and as {ascii(name)[:80]}"
+                )
+            self._theirs[ours] = name
         self.names = set(self._theirs)
 
     def _index(self, content: dict[str, Any]) -> dict[str, str]:
@@ -324,6 +373,8 @@ class Weights:
 
 
 def _ours(name: str) -> str:
+    while name.startswith(WRAPPERS):
+        name = name.partition(".")[2]
     for theirs, ours in ALIASES.items():
         name = name.replace(f".{theirs}.", f".{ours}.")
     return name
@@ -400,9 +451,9 @@ class Folder:
                     raise VaaniError(f"{tensor.hf} can't be packed: {shape[0]} rows")
                 shape = (shape[0] // 4, shape[1])
                 expected[f"{tensor.hf}.weight_scale"] = ((1,), floats)
-                expected[f"{tensor.hf}.weight"] = (shape, ("U8",))
+                expected[tensor.hf_name] = (shape, ("U8",))
             else:
-                expected[f"{tensor.hf}.weight"] = (shape, floats)
+                expected[tensor.hf_name] = (shape, floats)
         return expected
 
     def _check_are_masters(self) -> None:
@@ -465,12 +516,14 @@ class Folder:
         shape = tensor.shape
         flip = tensor.kind in ("linear", "head")
         array = self._weights.read(
-            f"{tensor.hf}.weight", shape[::-1] if flip else shape, FLOATS
+            tensor.hf_name, shape[::-1] if flip else shape, FLOATS
         )
+        if tensor.kind == "bias" and self.storage == "multiply":
+            array = array * self._scale(tensor)
         return np.ascontiguousarray(array.T) if flip else array
 
-    def _codes(self, tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Codes [in, out], int8, and scale of a packed kernel."""
+    def _scale(self, tensor: Tensor) -> np.ndarray:
+        """Scale [] of the packed kernel of a module."""
         name = f"{tensor.hf}.weight_scale"
         _, found = self._weights.describe(name)
         scale = self._weights.read(name, found, FLOATS).reshape(())
@@ -483,10 +536,13 @@ class Folder:
                 f"{name} gives a scale of {float(scale)}: it must be above 0 and below"
                 f" {LARGEST_SCALE:g}"
             )
+        return scale
+
+    def _codes(self, tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Codes [in, out], int8, and scale of a packed kernel."""
+        scale = self._scale(tensor)
         columns, rows = tensor.shape
-        packed = self._weights.read(
-            f"{tensor.hf}.weight", (rows // 4, columns), ("U8",)
-        )
+        packed = self._weights.read(tensor.hf_name, (rows // 4, columns), ("U8",))
         return np.ascontiguousarray(unpack_quarters(packed).T), scale
 
 
