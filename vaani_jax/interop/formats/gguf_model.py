@@ -178,6 +178,11 @@ def architecture_keys(file: GGUFFile) -> dict[str, Any]:
         raise VaaniError(f"{file.path} has no matrix token_embd.weight")
     dim, heads = keys.whole("embedding_length"), keys.whole("attention.head_count")
     size = keys.whole("attention.key_length", -(-dim // heads))
+    if size % 2:
+        raise VaaniError(
+            f"{keys.name('attention.key_length')} is {size}: rotary embedding needs an"
+            " even head dimension"
+        )
     if keys.whole("attention.value_length", size) != size:
         raise VaaniError(
             f"{keys.name('attention.value_length')} is not {size}, as the keys have:"

@@ -107,7 +107,7 @@ def _llama3(keys: Any, theta: float, size: int, factors: np.ndarray) -> dict[str
         raise VaaniError(f"{FACTORS} holds values that are no factors")
     expected = factors.astype(np.float64)
     frequency = theta ** (-np.arange(0, size, 2, dtype=np.float64) / size)
-    factor = float(str(factors.max()))
+    factor = float(f"{expected.max():.6g}")  # a rounding of float32 beside it
     known = keys.whole("rope.scaling.original_context_length", USUAL[0])
     for length, low, high in _guesses(expected, frequency, factor, known):
         rotary = Rotary(size, theta, "llama3", factor, length, 0.0, low, high, 0.0, 0.0)
