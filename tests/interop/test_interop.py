@@ -5,7 +5,6 @@ import os
 import pathlib
 import subprocess
 import sys
-from typing import Any
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # eager: compiling would take minutes
 
@@ -30,9 +29,7 @@ from interop.reference import (
 
 from vaani_jax.errors import VaaniError
 from vaani_jax.inference.model import load
-from vaani_jax.interop import tokenizers as tokenizer_files
 from vaani_jax.interop.convert import as_flags, export_model, import_model
-from vaani_jax.interop.formats import gguf as gguf_files
 from vaani_jax.interop.formats import hf
 from vaani_jax.model.names import ternary_codes
 from vaani_jax.quant.packed import pack_quarters, unpack_quarters
@@ -296,89 +293,6 @@ def test_a_ternary_import_starts_a_run_where_it_was(target, runs, tmp_path):
         np.testing.assert_allclose(a[name][1], b[name][1], rtol=0.02)
 
 
-# -- GGUF -------------------------------------------------------------------------
-
-BLOCKY = SMALL.changed(dim=256, n_layers=1, ffn_dim=512, n_kv_heads=2, init_std=0.1)
-
-
-@pytest.mark.parametrize("embedding", ["float16", "float32"])
-@pytest.mark.parametrize("kind", gguf_files.BLOCKS)
-def test_ggufs_own_reader_finds_the_codes(kind, embedding, tmp_path):
-    import gguf
-
-    run = make_run(tmp_path / "run", BLOCKY)
-    path = tmp_path / "out.gguf"
-    result = export_model(
-        run, path, target="gguf", gguf_type=kind, embedding=embedding, notify=notify
-    )
-    if embedding == "float16":
-        assert 0 < result.median < result.largest
-    else:
-        assert result.median <= 1e-6 * result.spread
-    model = load(run, notify=notify)
-    codes = ternary_codes(model.module.spec, model.variables)
-    reader = gguf.GGUFReader(path)
-    found = {t.name: t for t in reader.tensors}
-    expected = {"token_embd.weight", "output_norm.weight"}
-    rows = np.asarray(model.params["embedding"])
-    np.testing.assert_array_equal(
-        found["token_embd.weight"].data, rows.astype(embedding)
-    )
-    for ours, theirs in {
-        "attn/q_proj": "attn_q",
-        "attn/k_proj": "attn_k",
-        "attn/v_proj": "attn_v",
-        "attn/o_proj": "attn_output",
-        "ffn/gate_proj": "ffn_gate",
-        "ffn/up_proj": "ffn_up",
-        "ffn/down_proj": "ffn_down",
-    }.items():
-        tensor = found[f"blk.0.{theirs}.weight"]
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        np.testing.assert_array_equal(values.T, codes[f"layers_0/{ours}"][0])
-        assert tensor.tensor_type.name == kind.upper()
-        # GGUF counts from the fastest axis: inputs first.
-        assert tuple(tensor.shape) == codes[f"layers_0/{ours}"][0].shape
-        scale = found[f"blk.0.{theirs}.scale"].data
-        assert scale.dtype == np.float32
-        np.testing.assert_allclose(scale, codes[f"layers_0/{ours}"][1], rtol=3e-7)
-        expected |= {f"blk.0.{theirs}.weight", f"blk.0.{theirs}.scale"}
-    norms = "attn_norm attn_sub_norm ffn_norm ffn_sub_norm"
-    expected |= {f"blk.0.{n}.weight" for n in norms.split()}
-    assert set(found) == expected
-
-    def field(key):
-        found: Any = reader.get_field(key)
-        return found.contents()
-
-    assert field("general.architecture") == "bitnet"
-    assert field("bitnet.attention.head_count") == 4
-    assert field("bitnet.attention.head_count_kv") == 2
-    assert field("bitnet.feed_forward_length") == 512
-    assert field("bitnet.rope.dimension_count") == 64
-    assert field("bitnet.rope.freq_base") == 500_000.0
-    tokens = field("tokenizer.ggml.tokens")
-    pieces = [tokenizer_files.unescaped(t).decode() for t in tokens]
-    assert "".join(pieces) == CHARACTERS.characters
-
-
-def test_a_full_precision_model_in_gguf(tmp_path):
-    import gguf
-
-    config = BLOCKY.changed(quantize=False)
-    run = make_run(tmp_path / "run", config)
-    path = tmp_path / "out.gguf"
-    export_model(run, path, target="gguf", gguf_type="f16", notify=notify)
-    found = {t.name: t for t in gguf.GGUFReader(path).tensors}
-    assert not any(name.endswith(".scale") for name in found)
-    kernel = load(run).params["layers_0"]["attn"]["q_proj"]["kernel"]
-    np.testing.assert_allclose(
-        found["blk.0.attn_q.weight"].data.T, kernel, rtol=1e-3, atol=1e-6
-    )
-    with pytest.raises(VaaniError, match="q8_0"):
-        export_model(run, tmp_path / "b", target="gguf", notify=notify)
-
-
 # -- Refusals ---------------------------------------------------------------------
 
 
@@ -395,7 +309,6 @@ def test_a_full_precision_model_in_gguf(tmp_path):
         ({"dim": 12, "n_heads": 2, "n_kv_heads": 1}, "hf-packed", "multiples of 4"),
         ({"activation": "relu2"}, "gguf", "squared-ReLU"),
         ({"tie_embeddings": False}, "gguf", "head of its own"),
-        ({"sub_norms": False}, "gguf", "sub-norms"),
         ({}, "gguf", "q8_0 or f16"),
     ],
 )

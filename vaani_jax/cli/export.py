@@ -14,8 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="folder, or GGUF file")
     parser.add_argument(
         "--type",
-        default="tq2_0",
-        choices=["tq2_0", "tq1_0", "f16", "q8_0"],
+        default="q2_0",
+        choices=["q2_0", "tq2_0", "tq1_0", "q8_0", "f16"],
         help="of the kernels in GGUF",
     )
     parser.add_argument(

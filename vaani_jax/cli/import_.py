@@ -5,12 +5,12 @@ import argparse
 from vaani_jax.cli.numbers import number
 from vaani_jax.cli.output import notify
 
-HELP = "Make a run of a Hugging Face folder."
+HELP = "Make a run of a Hugging Face folder or a GGUF file."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", required=True, help="of the run, or packed")
-    parser.add_argument("--from", required=True, dest="source", help="the folder")
+    parser.add_argument("--from", required=True, dest="source", help="folder or .gguf")
     parser.add_argument(
         "--max-seq-len",
         type=number(int, at_least=0),
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights",
         choices=["auto", "ternary", "full"],
         default="auto",
-        help="what the weights are, where the folder doesn't say; auto: full precision",
+        help="what the weights are, where the source doesn't say; auto: full precision",
     )
 
 

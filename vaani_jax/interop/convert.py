@@ -22,7 +22,7 @@ from vaani_jax.devices.memory import return_freed_memory
 from vaani_jax.errors import VaaniError
 from vaani_jax.files import appearing
 from vaani_jax.inference.model import Model, load, save_packed
-from vaani_jax.interop.formats import FORMATS, Options, gguf, hf
+from vaani_jax.interop.formats import FORMATS, Options, gguf, hf, opened
 from vaani_jax.interop.names import (
     ACTIVATIONS,
     Tensor,
@@ -144,7 +144,7 @@ def export_model(
     output: str | pathlib.Path,
     *,
     target: str,
-    gguf_type: str = "tq2_0",
+    gguf_type: str = "q2_0",
     embedding: gguf.Embedding = "float16",
     checkpoint: str = "best",
     shard_bytes: int = hf.SHARD_BYTES,
@@ -157,7 +157,7 @@ def export_model(
       output: a folder for "hf" and "hf-packed", a file for "gguf"; appears whole or
         not at all.
       target: the format, a key of `vaani_jax.interop.formats.FORMATS`.
-      gguf_type: of the kernels in GGUF, a key of `gguf.BLOCKS`.
+      gguf_type: of the kernels in GGUF, a key of `gguf.KINDS`.
       embedding: type of the embedding in GGUF; folders have float32.
       checkpoint: see `load`.
       shard_bytes: largest file of a folder.
@@ -205,9 +205,8 @@ def export_model(
     if form.rounded is not None:
         # In place; rounding again changes nothing.
         for tensor in tensors(architecture):
-            left[tensor.path] = form.rounded(
-                tensor, left[tensor.path], options, ternary
-            )
+            coded = ternary and tensor.kind == "linear"
+            left[tensor.path] = form.rounded(tensor, left[tensor.path], options, coded)
         expected = np.array(
             _logits(module, {"params": _nested(left), "quant": quant}, probe)
         )
@@ -287,16 +286,16 @@ def import_model(
     weights: Weights = "auto",
     notify: Notify = print,
 ) -> Vaani:
-    """Makes a run, or a packed folder, out of a model in a Hugging Face folder.
+    """Makes a run, or a packed folder, out of a Hugging Face folder or a GGUF file.
 
     Args:
-      source: the folder.
+      source: the folder, or the file.
       workdir: receives the run, whole or not at all; must not be there yet.
-      max_seq_len: context of the imported model; 0 takes the folder's, up to
+      max_seq_len: context of the imported model; 0 takes the source's, up to
         `CONTEXT`.
       packed: whether to make a packed folder, which takes a sixteenth of the memory
         and can't be trained from.
-      weights: what to take kernels for where the folder doesn't say: "ternary"
+      weights: what to take kernels for where the source doesn't say: "ternary"
         (masters) or "full" (precision); "auto" takes full precision.
       notify: receives lines for people, one of them what the weights are taken for.
 
@@ -304,15 +303,15 @@ def import_model(
       The model.
 
     Raises:
-      VaaniError: anything wrong with the folder, or a workdir that is taken.
+      VaaniError: anything wrong with the source, or a workdir that is taken.
     """
     return_freed_memory()
-    source = local(source, "the folder to import")
+    source = local(source, "the model to import")
     workdir = local(workdir, "the workdir")
     with appearing(workdir, folder=True) as temporary:
-        folder = hf.Folder(source, weights)
-        notify(f"weights: {folder.reason}")
-        architecture = folder.module.architecture
+        found = opened(source, weights)
+        notify(f"weights: {found.reason}")
+        architecture = found.module.architecture
         limit = max_seq_len or min(architecture.max_seq_len, CONTEXT)
         if limit > architecture.max_seq_len:
             raise VaaniError(
@@ -324,18 +323,18 @@ def import_model(
                 f"context: {limit} of the {architecture.max_seq_len} positions it can"
                 " take (--max-seq-len N changes that; its cache grows with it)"
             )
-        module = folder.module.changed(max_seq_len=limit)
+        module = found.module.changed(max_seq_len=limit)
         imported = {
             "from": source.resolve().name,
             "model_type": family_of(architecture).model_type,
-            "storage": folder.storage,
+            "storage": found.storage,
         }
-        metadata = Metadata.of(module, folder.tokenizer.to_json(), imported)
+        metadata = Metadata.of(module, found.tokenizer.to_json(), imported)
         if packed:
-            model = Model(module, folder.packed_variables(), folder.tokenizer, metadata)
+            model = Model(module, found.packed_variables(), found.tokenizer, metadata)
             save_packed(model, temporary)
             return module
-        variables = folder.variables()
+        variables = found.variables()
         checkpoints = Checkpoints(Workdir(temporary).checkpoints)
         try:
             checkpoints.save(0, {"model": variables}, metadata.to_json())

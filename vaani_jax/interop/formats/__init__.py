@@ -5,14 +5,16 @@ A further format is a file with these functions, and a row of `FORMATS`.
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from vaani_jax.errors import VaaniError
 from vaani_jax.interop.formats import gguf, hf
-from vaani_jax.interop.names import Storage, Tensor
+from vaani_jax.interop.formats.gguf_model import GGUFModel
+from vaani_jax.interop.names import Storage, Tensor, Weights
 from vaani_jax.interop.tokenizers import note_of_hf
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.text.tokenizers import Tokenizer
@@ -30,13 +32,13 @@ class Options:
     """What a person may choose about an export; each format takes what concerns it.
 
     Attributes:
-      gguf_type: of the kernels in GGUF, a key of `gguf.BLOCKS`.
-      embedding: type of the embedding in GGUF.
+      gguf_type: of the kernels in GGUF, a key of `gguf.KINDS`.
+      embedding: type of the embedding, and of a head, in GGUF.
       shard_bytes: largest file of a folder.
       name: of the model, for people.
     """
 
-    gguf_type: str = "tq2_0"
+    gguf_type: str = "q2_0"
     embedding: gguf.Embedding = "float16"
     shard_bytes: int = hf.SHARD_BYTES
     name: str = ""
@@ -57,7 +59,7 @@ class Format:
       folder: whether a model is a folder; else it is a file.
       codes: whether ternary kernels leave as codes; else as the float32 masters.
       rounded: a float32 tensor as it comes out, for what the format doesn't hold
-        exactly; None where it holds everything.
+        exactly, and whether it leaves as codes; None where it holds everything.
       note: what a person should know of an export with that tokenizer; empty for
         nothing.
     """
@@ -136,7 +138,7 @@ def _write_gguf(
 ) -> None:
     gguf.write(
         path,
-        module.architecture,
+        module,
         options.gguf_type,
         tokenizer,
         take,
@@ -148,14 +150,13 @@ def _write_gguf(
 def _read_gguf(
     path: pathlib.Path, like: Vaani, tokenizer: Tokenizer
 ) -> tuple[Vaani, Tree]:
-    found = gguf.read(path, like)
-    gguf.check_vocabulary(path, tokenizer)
-    return found
+    del like
+    return gguf.read(path, tokenizer)
 
 
-def _rounded_gguf(tensor: Tensor, array: Any, options: Options, ternary: bool) -> Any:
+def _rounded_gguf(tensor: Tensor, array: Any, options: Options, coded: bool) -> Any:
     return gguf.rounded(
-        tensor, array, options.gguf_type, options.embedding, ternary=ternary
+        tensor, array, options.gguf_type, options.embedding, coded=coded
     )
 
 
@@ -179,3 +180,48 @@ FORMATS: dict[str, Format] = {
         note=gguf.note,
     ),
 }
+
+
+class Source(Protocol):
+    """A model of other tools that was looked at, and is to be read.
+
+    Attributes:
+      module: the model, with the context that it was made for.
+      storage: how its kernels are kept.
+      reason: why they are taken for that, for people.
+      tokenizer: its tokenizer.
+    """
+
+    module: Vaani
+    storage: Storage
+    reason: str
+    tokenizer: Tokenizer
+
+    def variables(self) -> Tree:
+        """Parameters and quantizer variables, as `init_variables` shapes them."""
+
+    def packed_variables(self) -> Tree:
+        """Variables as `packing.pack_variables` returns them."""
+
+
+# What a model is called on the hub: an owner's name, and a name.
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def opened(path: pathlib.Path, weights: Weights = "auto") -> Source:
+    """A model to import: a GGUF file, or a Hugging Face folder.
+
+    Args:
+      path: of the file or folder.
+      weights: what to take kernels for where that doesn't say.
+
+    Raises VaaniError for whatever is wrong with it.
+    """
+    if not path.exists() and _REPOSITORY.fullmatch(str(path)):
+        raise VaaniError(
+            f"there is no {path} here; if it is a model on the hub, download it with"
+            f" hf download {path} --local-dir {path.name}, and name what comes"
+        )
+    if path.is_file() or path.suffix.lower() == ".gguf":
+        return GGUFModel(path, weights)
+    return hf.Folder(path, weights)

@@ -1,16 +1,19 @@
-"""GGUF files of architecture ``bitnet``, for a stock llama.cpp.
+"""GGUF files for a stock llama.cpp: what may leave as one, and writing it.
 
-Kernels are written as codes: blocks of +-1 and 0 whose own scale is 1, which each of
-the four types holds exactly, and a float32 ``.scale`` tensor [1] beside each, by which
-llama.cpp multiplies the product (`src/models/bitnet.cpp`). Norms are float32, the
-embedding, which is the head too, float16 or float32. Kernels of a full-precision model
-are written as they are, in float16 or Q8_0.
+Ternary matrices are written as blocks of codes and scales. A scale that is a float16
+is in the blocks, whatever the weights that share it: one for the matrix, for an output,
+or for a group of whole blocks. One for the matrix that is no float16 is beside them:
+the blocks' own are 1, and a float32 tensor ``.scale`` [1] multiplies the product. So
+every type holds codes and scales exactly, or the model is refused. Norms and biases are
+float32, an embedding and a head that aren't ternary float16 or float32. Kernels of a
+full-precision model are written as they are, in float16 or Q8_0.
 
 What llama.cpp computes is near the model, not the model: it rounds activations to 8
-bits per block of 256 inputs (TQ types) or 32 (Q8_0), not per token, or not at all
+bits per block of 256 inputs (TQ types) or 32 (Q2_0, Q8_0), not per token, or not at all
 (F16). Where rows are one block of 256, TQ types with a float32 embedding agree but for
 sums in another order; a float16 embedding moves some roundings of the first layer, and
-all that follows.
+all that follows. A model that was trained with activations by groups of 32 agrees in
+Q2_0 but for the rounding of their scales to float16.
 """
 
 import pathlib
@@ -21,12 +24,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from vaani_jax.errors import VaaniError
-from vaani_jax.interop.formats.hf import masters_of, put
-from vaani_jax.interop.names import SETTINGS, Tensor, family_of, settings, tensors
-from vaani_jax.interop.tokenizers import left_out_of_gguf, to_gguf, unescaped
-from vaani_jax.model.config import Architecture, Quantization
+from vaani_jax.interop.formats import gguf_rotary
+from vaani_jax.interop.formats.gguf_model import (
+    GROUP,
+    PERMUTED,
+    TRACKING,
+    GGUFModel,
+    order_in_file,
+)
+from vaani_jax.interop.formats.gguf_types import TYPES, Type
+from vaani_jax.interop.names import Tensor, family_of, settings, tensors
+from vaani_jax.interop.tokenizers import GGUFVocabulary, left_out_of_gguf, to_gguf
 from vaani_jax.model.transformer import Vaani
-from vaani_jax.text.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
+from vaani_jax.text.tokenizers import (
+    CharTokenizer,
+    HFTokenizer,
+    Tokenizer,
+)
 
 Tree = Any
 
@@ -34,11 +48,14 @@ Tree = Any
 Embedding = Literal["float16", "float32"]
 
 
-ARCHITECTURE = "bitnet"
+# Types of kernels, and what `general.file_type` calls a file of them (`llama.h`). All
+# hold codes; those in `FLOATS` hold full precision too, rounded.
+KINDS = {"q2_0": 41, "tq2_0": 37, "tq1_0": 36, "q8_0": 7, "f16": 1}
+FLOATS = ("f16", "q8_0")
 
 
 # Weights of a row that make a block.
-BLOCKS = {"tq2_0": 256, "tq1_0": 256, "f16": 1, "q8_0": 32}
+BLOCKS = {kind: TYPES[kind.upper()].block for kind in KINDS}
 
 
 def _gguf() -> Any:
@@ -55,61 +72,137 @@ def _gguf() -> Any:
 def check(module: Vaani, kind: str) -> None:
     """Raises VaaniError, with what works instead, for what llama.cpp can't hold."""
     architecture = module.architecture
+    name = family_of(architecture).model_type
+    heads = architecture.n_heads * architecture.head_size
     if architecture.activation != "swiglu":
         raise VaaniError(
-            "llama.cpp's bitnet is hard-wired to SwiGLU, and a squared-ReLU model would"
-            " come out as garbage: use --format hf or hf-packed"
+            f"llama.cpp's {name} is hard-wired to SwiGLU, and a squared-ReLU model"
+            " would come out as garbage: use --format hf or hf-packed"
         )
-    if not architecture.tie_embeddings:
+    if name == "bitnet" and not architecture.tie_embeddings:
         raise VaaniError(
             "llama.cpp's bitnet always takes the embedding for its head, and this"
             " model has a head of its own: use --format hf or hf-packed"
         )
-    family = family_of(architecture).model_type
-    if family != ARCHITECTURE:
+    if name == "bitnet" and heads != architecture.dim:
         raise VaaniError(
-            f"GGUF export knows llama.cpp's bitnet, which has sub-norms and neither"
-            f" query-key norms nor biases, and this model's blocks are those of"
-            f" {family}: use --format hf or hf-packed"
+            "llama.cpp's bitnet has heads of dim / n_heads, and this model's are"
+            f" {architecture.head_size}: use --format hf or hf-packed"
         )
-    if architecture.head_size * architecture.n_heads != architecture.dim:
+    if architecture.rope_scaling == "llama3" and name not in PERMUTED:
         raise VaaniError(
-            f"llama.cpp's bitnet has heads of dim / n_heads, and this model has"
-            f" model.head_dim = {architecture.head_dim}"
+            f"llama.cpp's {name} does not know the rotary scaling llama3: use --format"
+            " hf or hf-packed"
         )
-    if architecture.rope_scaling != "none":
-        raise VaaniError(
-            f"GGUF export knows no rotary scaling, and this model has"
-            f" model.rope_scaling = {architecture.rope_scaling}: use --format hf or"
-            " hf-packed"
-        )
-    if not module.quantization.quantize and kind.startswith("tq"):
+    if not module.quantization.quantize and kind not in FLOATS:
         raise VaaniError(
             f"this model is in full precision, which --type {kind} can't hold: use"
             " --type f16 or q8_0"
         )
-    block = BLOCKS[kind]
-    for name, size in (("dim", architecture.dim), ("ffn_dim", architecture.hidden_dim)):
-        if size % block:
-            nearest = "q8_0 or f16" if size % 32 == 0 and block > 32 else "f16"
+    sizes = {
+        "model.dim": architecture.dim,
+        "model.ffn_dim": architecture.hidden_dim,
+        "model.n_heads times the head dimension": heads,
+    }
+    for key, size in sizes.items():
+        if size % BLOCKS[kind]:
+            fits = [
+                other
+                for other, block in BLOCKS.items()
+                if not any(s % block for s in sizes.values())
+                and (module.quantization.quantize or other in FLOATS)
+            ]
             raise VaaniError(
-                f"--type {kind} stores rows in blocks of {block}, and model.{name} ="
-                f" {size} is no multiple of that: use --type {nearest}"
+                f"--type {kind} stores rows in blocks of {BLOCKS[kind]}, and {key} ="
+                f" {size} is no multiple of that: use --type {' or '.join(fits)}"
             )
 
 
-def _codes_q8_0(codes: np.ndarray) -> np.ndarray:
-    """Q8_0 blocks of codes [rows, columns]: a float16 scale of 1, then 32 int8."""
-    rows, columns = codes.shape
-    blocks = np.empty((rows, columns // 32, 34), np.uint8)
-    blocks[..., :2] = np.asarray([1.0], np.float16).view(np.uint8)
-    blocks[..., 2:] = codes.astype(np.int8).reshape(rows, -1, 32).view(np.uint8)
-    return blocks.reshape(rows, -1)
+# -- Blocks -----------------------------------------------------------------------
+
+
+def _block_scales(
+    scale: np.ndarray, shape: tuple[int, int], kind: Type, label: str
+) -> np.ndarray:
+    """The scale of each block of a matrix, [rows, blocks], in the dtype it has.
+
+    Args:
+      scale: [], [rows] or [groups, rows].
+      shape: rows and columns of the matrix.
+      kind: its type.
+      label: its name, for people.
+
+    Raises VaaniError where weights of a block have different ones.
+    """
+    rows, columns = shape
+    count = columns // kind.block
+    if scale.ndim < 2:
+        return np.broadcast_to(scale.reshape(-1, 1), (rows, count))
+    by_row = scale.T
+    groups = by_row.shape[1]
+    if count % groups == 0:
+        return np.repeat(by_row, count // groups, axis=1)
+    parts = by_row.reshape(rows, count, -1) if groups % count == 0 else None
+    if parts is None or (parts != parts[..., :1]).any():
+        fits = [k for k, block in BLOCKS.items() if columns // groups % block == 0]
+        raise VaaniError(
+            f"{label} has a scale for every {columns // groups} inputs, and --type"
+            f" {kind.name.lower()} holds one for every {kind.block}: use --type"
+            f" {' or '.join(fits)}"
+        )
+    return np.ascontiguousarray(parts[..., 0])
+
+
+def _coded(
+    codes: np.ndarray, scale: np.ndarray, kind: Type, label: str
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Blocks of a ternary matrix, and the scale beside it, if it needs one.
+
+    Args:
+      codes: int8 [rows, columns] in {-1, 0, 1}.
+      scale: [], [rows] or [groups, rows].
+      kind: with an `encode`.
+      label: the matrix's name, for people.
+
+    Returns:
+      uint8 [rows, bytes], and float32 [1] or None.
+
+    Raises VaaniError, with what works instead, for scales that it can't hold exactly.
+    """
+    assert kind.encode is not None
+    scales = _block_scales(np.asarray(scale), codes.shape, kind, label)
+    with np.errstate(over="ignore"):
+        halves = scales.astype(np.float16)
+    beside = None
+    if (halves.astype(np.float32) != scales.astype(np.float32)).any():
+        if scale.ndim:
+            raise VaaniError(
+                f"{label} has scales that are no float16, and GGUF files hold only"
+                " those for an output or a group: train with"
+                " quantization.scale_dtype=float16 to export"
+            )
+        halves = np.ones_like(halves)
+        beside = np.asarray(scale, np.float32).reshape(1)
+    return kind.encode(codes, halves).reshape(len(codes), -1), beside
+
+
+def _stored(array: np.ndarray, kind: Type) -> np.ndarray:
+    """A float matrix [rows, columns] in a type, as bytes; rounded, but for F32."""
+    if kind.name == "F32":
+        return np.ascontiguousarray(array, np.float32)
+    gguf = _gguf()
+    found: np.ndarray = gguf.quants.quantize(
+        np.ascontiguousarray(array), gguf.GGMLQuantizationType[kind.name]
+    )
+    return found
+
+
+# -- Writing ----------------------------------------------------------------------
 
 
 def write(
     path: pathlib.Path,
-    architecture: Architecture,
+    module: Vaani,
     kind: str,
     tokenizer: Tokenizer,
     take: Callable[[Tensor], tuple[np.ndarray, np.ndarray | None]],
@@ -121,19 +214,72 @@ def write(
 
     Args:
       path: of the file.
-      architecture: of a model that passes `check`.
-      kind: a key of `BLOCKS`.
+      module: a model that passes `check`.
+      kind: a key of `KINDS`.
       tokenizer: goes along.
-      take: gives the array of a tensor as it is here, and a scale for kernels that are
-        ternary (the array then holds codes); called once each, in order.
+      take: gives the array of a tensor as it is here, and a scale for matrices that
+        are ternary (the array then holds codes; those of an embedding are as it is,
+        and its scale as that of its transpose); called once each, in order.
       name: of the model, for people.
-      embedding: type of the embedding.
+      embedding: type of an embedding and of a head that aren't ternary.
+
+    Raises VaaniError, with what works instead, for scales that the type can't hold.
     """
-    gguf = _gguf()
+    architecture = module.architecture
+    family = family_of(architecture).model_type
     vocabulary = to_gguf(tokenizer, architecture.vocab_size)
-    types = gguf.GGMLQuantizationType
-    files = gguf.LlamaFileType
-    writer = gguf.GGUFWriter(path, ARCHITECTURE)
+    writer = _gguf().GGUFWriter(path, family)
+    try:
+        _write_keys(writer, module, kind, family, name)
+        _write_vocabulary(writer, vocabulary)
+        factors = gguf_rotary.to_factors(architecture)
+        if factors is not None:
+            _add(writer, gguf_rotary.FACTORS, factors, TYPES["F32"])
+        for tensor in tensors(architecture):
+            array, scale = take(tensor)
+            if tensor.kind in ("linear", "head"):
+                array = array.T
+            order = order_in_file(tensor, family, architecture.head_size)
+            if order is not None:
+                there = np.argsort(order)
+                array = array[there]
+                if scale is not None and scale.ndim:
+                    scale = scale[..., there]
+            if scale is not None:
+                coded = TYPES[kind.upper()]
+                blocks, beside = _coded(array, scale, coded, tensor.gguf_name)
+                _add(writer, tensor.gguf_name, blocks, coded)
+                if beside is not None:
+                    _add(writer, f"{tensor.gguf}.scale", beside, TYPES["F32"])
+                continue
+            kept = TYPES["F32"]
+            if tensor.kind == "linear":
+                kept = TYPES[kind.upper()]
+            elif tensor.kind in ("embedding", "head") and embedding == "float16":
+                kept = TYPES["F16"]
+            _add(writer, tensor.gguf_name, _stored(array, kept), kept)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def _add(writer: Any, label: str, data: np.ndarray, kind: Type) -> None:
+    """Adds a tensor, given as its numbers or as bytes [rows, bytes].
+
+    The package derives the shape of bytes from a table of types, which has no Q2_0. It
+    takes shape and number as they are told for what it does not see as bytes.
+    """
+    shape = data.shape
+    if data.dtype == np.uint8:
+        shape = (*shape[:-1], shape[-1] // kind.bytes * kind.block)
+        data = data.view(np.int8)
+    writer.add_tensor(label, data, raw_shape=shape, raw_dtype=kind.id)
+
+
+def _write_keys(writer: Any, module: Vaani, kind: str, family: str, name: str) -> None:
+    architecture = module.architecture
     writer.add_name(name)
     values = settings(architecture)
     writer.add_vocab_size(values["vocab_size"])
@@ -144,17 +290,24 @@ def write(
     writer.add_feed_forward_length(values["ffn_dim"])
     writer.add_context_length(values["max_seq_len"])
     writer.add_layer_norm_rms_eps(values["norm_eps"])
-    writer.add_rope_freq_base(values["rope_theta"])
-    writer.add_rope_dimension_count(architecture.head_size)
-    writer.add_file_type(
-        {
-            "tq2_0": files.MOSTLY_TQ2_0,
-            "tq1_0": files.MOSTLY_TQ1_0,
-            "f16": files.MOSTLY_F16,
-            "q8_0": files.MOSTLY_Q8_0,
-        }[kind]
-    )
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    if architecture.n_heads * architecture.head_size != architecture.dim:
+        writer.add_key_length(architecture.head_size)
+        writer.add_value_length(architecture.head_size)
+    for key, value in gguf_rotary.to_keys(architecture).items():
+        add = {int: writer.add_uint32, float: writer.add_float32}.get(
+            type(value), writer.add_string
+        )
+        add(f"{family}.{key}", value)
+    quantization = module.quantization
+    if quantization.quantize:
+        writer.add_string(TRACKING, quantization.activation_tracking)
+        if quantization.activation_tracking == "group":
+            writer.add_uint32(GROUP, quantization.activation_group)
+    writer.add_file_type(KINDS[kind])
+    writer.add_quantization_version(_gguf().GGML_QUANT_VERSION)
+
+
+def _write_vocabulary(writer: Any, vocabulary: GGUFVocabulary) -> None:
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
@@ -168,33 +321,6 @@ def write(
     writer.add_add_bos_token(vocabulary.add_bos)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
-    chosen = types[kind.upper()]
-    for tensor in tensors(architecture):
-        array, scale = take(tensor)
-        label = tensor.gguf_name
-        if tensor.kind == "norm":
-            writer.add_tensor(label, np.ascontiguousarray(array, np.float32))
-            continue
-        if tensor.kind == "linear":
-            array = np.ascontiguousarray(array.T)
-        if scale is None:
-            kept = types.F16
-            if tensor.kind == "embedding" and embedding == "float32":
-                kept = types.F32
-            elif tensor.kind == "linear" and kind == "q8_0":
-                kept = chosen
-            writer.add_tensor(label, gguf.quants.quantize(array, kept), raw_dtype=kept)
-            continue
-        if kind == "q8_0":
-            data = _codes_q8_0(array)
-        else:
-            data = gguf.quants.quantize(array.astype(np.float32), chosen)
-        writer.add_tensor(label, data, raw_dtype=chosen)
-        writer.add_tensor(f"{tensor.gguf}.scale", scale.reshape(1))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def _ggml_key(key: str) -> str:
@@ -204,104 +330,53 @@ def _ggml_key(key: str) -> str:
 
 
 def rounded(
-    tensor: Tensor, array: Any, kind: str, embedding: Embedding, *, ternary: bool
+    tensor: Tensor, array: Any, kind: str, embedding: Embedding, *, coded: bool
 ) -> Any:
     """A tensor as it comes out of a file; itself, where that holds it exactly.
 
     Args:
       tensor: which one.
       array: float32, in its shape; a `jax.Array`, so that nothing is copied to round.
-      kind: of the kernels, a key of `BLOCKS`.
-      embedding: type of the embedding.
-      ternary: whether kernels are written as codes.
+      kind: of the kernels, a key of `KINDS`.
+      embedding: type of the embedding and of the head.
+      coded: whether it is written as codes.
 
     Raises VaaniError for values that float16 can't hold.
     """
-    exact = {"norm": True, "linear": ternary, "embedding": embedding == "float32"}
-    if exact[tensor.kind]:
+    wide = tensor.kind in ("embedding", "head") and embedding == "float32"
+    if coded or wide or tensor.kind in ("norm", "bias"):
         return array
     if max(float(array.max()), -float(array.min())) > np.finfo(np.float16).max:
         raise VaaniError(
             f"{'/'.join(tensor.path)} holds values that float16 can't: use"
-            + (" --embedding float32" if tensor.kind == "embedding" else " --format hf")
+            + (" --format hf" if tensor.kind == "linear" else " --embedding float32")
         )
     if kind != "q8_0" or tensor.kind != "linear":
         # Two calls: XLA would drop a rounding inside of one.
         return jnp.asarray(array, jnp.float16).astype(jnp.float32)
-    gguf = _gguf()
-    type_ = gguf.GGMLQuantizationType.Q8_0
-    blocks = gguf.quants.quantize(np.ascontiguousarray(np.asarray(array).T), type_)
-    return jnp.asarray(gguf.quants.dequantize(blocks, type_).T)
+    q8_0 = TYPES["Q8_0"]
+    rows = _stored(np.asarray(array).T, q8_0)
+    return jnp.asarray(q8_0.floats(q8_0.split(rows)).T)
 
 
-def read(path: pathlib.Path, like: Vaani) -> tuple[Vaani, Tree]:
-    """Reads a file back, as llama.cpp would, for the comparison after an export.
+# -- Reading back -----------------------------------------------------------------
 
-    Args:
-      path: of a file that `write` made.
-      like: for what GGUF doesn't say (whether the model is ternary).
 
-    Returns:
-      The model as the file has it, and variables as `Folder.variables` gives them.
+def read(path: pathlib.Path, tokenizer: Tokenizer) -> tuple[Vaani, Tree]:
+    """Reads an export again: the model that is there, and its variables.
+
+    Raises VaaniError where the tokenizer does not come back as it was.
     """
-    gguf = _gguf()
-    reader = gguf.GGUFReader(path)
-
-    def field(key: str) -> Any:
-        found = reader.get_field(key)
-        if found is None:
-            raise VaaniError(f"{path} lacks the key {key}")
-        return found.contents()
-
-    values = {ours: field(f"{ARCHITECTURE}.{key}") for ours, _, key in SETTINGS}
-    values["rope_theta"] = float(values["rope_theta"])
-    # A float32 in the file; the float64 that was meant is what rounds to it.
-    if np.float32(like.architecture.norm_eps) == np.float32(values["norm_eps"]):
-        values["norm_eps"] = like.architecture.norm_eps
-    architecture, ternary = Architecture(**values), like.quantization.quantize
-    quantization = Quantization(
-        quantize=ternary, weight_scale="stored" if ternary else "absmean"
-    )
-    found = {tensor.name: tensor for tensor in reader.tensors}
-    params: Tree = {}
-    quant: Tree = {}
-    for tensor in tensors(architecture):
-        stored = found[tensor.gguf_name]
-        array = gguf.quants.dequantize(stored.data, stored.tensor_type)
-        array = np.asarray(array, np.float32)
-        if tensor.kind == "linear":
-            array = np.ascontiguousarray(array.T)
-        if array.shape != tensor.shape:
-            raise VaaniError(f"{stored.name} came out with shape {array.shape}")
-        if tensor.kind == "linear" and ternary:
-            codes = array.astype(np.int8)
-            if (codes != array).any():
-                raise VaaniError(f"{stored.name} came out with values besides -1, 0, 1")
-            scale = np.array(found[f"{tensor.gguf}.scale"].data, np.float32).reshape(())
-            array = masters_of(codes, scale)
-            kept = {"threshold": np.asarray(0.5, np.float32), "scale": scale}
-            put(quant, (*tensor.module, "weight_quantizer"), kept)
-        put(params, tensor.path, jnp.asarray(array))
-    variables = {"params": params, "quant": quant}
-    return Vaani(architecture, quantization), variables
-
-
-def tokens_of(path: pathlib.Path) -> list[str]:
-    """The texts of a file's vocabulary, as spelled there."""
-    return _gguf().GGUFReader(path).get_field("tokenizer.ggml.tokens").contents()
-
-
-def check_vocabulary(path: pathlib.Path, tokenizer: Tokenizer) -> None:
-    """Compares the vocabulary in a file with a character or byte tokenizer."""
-    if isinstance(tokenizer, CharTokenizer | ByteTokenizer):
-        for i, token in enumerate(tokens_of(path)[: tokenizer.vocab_size]):
-            piece = unescaped(token)
-            if isinstance(tokenizer, ByteTokenizer):
-                same = piece == bytes([i])
-            else:
-                same = piece.decode("utf-8") == tokenizer.characters[i]
-            if not same:
-                raise VaaniError(f"token {i} came out as {token!r}")
+    found = GGUFModel(path)
+    if isinstance(tokenizer, HFTokenizer):
+        # Its file says less than a tokenizer.json, and in other words.
+        ids = np.arange(tokenizer.vocab_size)
+        same = found.tokenizer.decode(ids) == tokenizer.decode(ids)
+    else:
+        same = found.tokenizer.to_json() == tokenizer.to_json()
+    if not same:
+        raise VaaniError("the tokenizer does not come back as it was")
+    return found.module, found.variables()
 
 
 def note(tokenizer: Tokenizer) -> str:

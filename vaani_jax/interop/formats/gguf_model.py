@@ -1,0 +1,677 @@
+"""A model in a GGUF file, read by ranges of rows.
+
+What a file is: keys of its architecture, tensors by their names, a tokenizer. What it
+does not say, the tensors do: they are ternary where their types are, or where every
+group of their weights holds -s, 0 and s only (`interop.ternary`). Scales that several
+groups share are found by looking, too, so that a model with one scale for each matrix
+is that model again, though its file repeats the scale in every block.
+
+Nor does a file say how inputs are rounded. An export of ours has a key for it. Without
+one, a model with one scale per matrix is taken for a b1.58 (8 bits per token), and one
+with more is computed as llama.cpp does it, 8 bits for each 32 inputs.
+
+llama.cpp's `llama` rotates pairs of neighbors where others rotate halves: rows of q and
+k are in that order in its files, and come back in ours.
+"""
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vaani_jax.errors import VaaniError
+from vaani_jax.interop.formats import gguf_rotary, hf
+from vaani_jax.interop.formats.gguf_file import Entry, GGUFFile
+from vaani_jax.interop.names import Tensor, Weights, tensors
+from vaani_jax.interop.ternary import (
+    CHANNEL,
+    TENSOR,
+    Grouping,
+    Survey,
+    block_of,
+    coarsest,
+    regrouped,
+    split,
+)
+from vaani_jax.interop.vocabularies import from_gguf
+from vaani_jax.model.config import Architecture, Quantization
+from vaani_jax.model.families import FAMILIES
+from vaani_jax.model.transformer import Vaani
+from vaani_jax.quant.packed import pack
+from vaani_jax.quant.rounding import EPSILON
+from vaani_jax.settings import build
+from vaani_jax.words import shown
+
+Tree = Any
+
+ARCHITECTURES = ("bitnet", "llama", "qwen2", "qwen3")
+PERMUTED = ("llama",)  # whose q and k rows are in the order of pairs
+SPLIT_HEADS = ("q_proj", "k_proj")
+
+# Names that microsoft/BitNet's fork has for its architectures.
+FORKS = ("bitnet-25", "bitnet-b1.58")
+
+# Where an export of ours says how inputs are rounded.
+TRACKING, GROUP = "vaani.activation_tracking", "vaani.activation_group"
+
+LARGEST = 2**31 - 1  # of any whole number: what int32 indices can count
+RANGE = 2**22  # weights of a range of rows: little memory, and few calls
+
+# Keys that change what a model computes, where they are not what is said here.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "expert_count": (0,),
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.scale": (0.0,),
+    "attention.sliding_window": (0,),
+    "attn_logit_softcapping": (0.0,),
+    "embedding_scale": (0.0, 1.0),
+    "final_logit_softcapping": (0.0,),
+    "logit_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "use_parallel_residual": (False,),
+}
+
+# llama.cpp's names of activations, of `bitnet` only; others are SwiGLU.
+ACTIVATIONS = {"silu": "swiglu", "relu2": "relu2", "relu_sqr": "relu2"}
+
+
+class Keys:
+    """The keys of a file that begin with the name of its architecture.
+
+    Attributes:
+      architecture: that name.
+    """
+
+    def __init__(self, metadata: dict[str, Any], architecture: str) -> None:
+        self._metadata = metadata
+        self.architecture = architecture
+
+    def name(self, key: str) -> str:
+        """The whole name of a key."""
+        return f"{self.architecture}.{key}"
+
+    def _get(self, key: str) -> Any:
+        """The value of a key, or None; one for all layers where they have their own."""
+        value = self._metadata.get(self.name(key))
+        if isinstance(value, np.ndarray):
+            if not len(value) or (value != value[0]).any():
+                raise VaaniError(
+                    f"{self.name(key)} gives layers their own: they are alike here"
+                )
+            value = value[0].item()
+        return value
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A number from 1; raises VaaniError, as where there is neither it nor one."""
+        value = self._get(key)
+        if value is None and default is not None:
+            return default
+        if type(value) is not int or not 1 <= value <= LARGEST:
+            raise VaaniError(
+                f"{self.name(key)} is {shown(value)[:60]}: it must be a whole number"
+                f" from 1 to {LARGEST}"
+            )
+        return value
+
+    def number(
+        self,
+        key: str,
+        default: float | None = None,
+        low: float = -1e30,
+        high: float = 1e30,
+    ) -> float:
+        """A number; one that is a float32 there is the shortest that rounds to it."""
+        value = self._get(key)
+        if value is None and default is not None:
+            return default
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise VaaniError(
+                f"{self.name(key)} is {shown(value)[:60]}: it must be a number from"
+                f" {low:g} to {high:g}"
+            )
+        narrow = np.float32(value)
+        return float(str(narrow)) if float(narrow) == value else float(value)
+
+    def text(self, key: str, default: str) -> str:
+        """A text."""
+        value = self._get(key)
+        if value is None:
+            return default
+        if not isinstance(value, str):
+            raise VaaniError(f"{self.name(key)} is {shown(value)[:60]}: no text")
+        return value
+
+
+def architecture_keys(file: GGUFFile) -> dict[str, Any]:
+    """The keys of `Architecture` that a file decides, those with defaults left out.
+
+    Raises VaaniError, naming the key, for what this project's model can't express.
+    """
+    name = file.metadata.get("general.architecture")
+    if name in FORKS:
+        raise VaaniError(
+            f"{file.path} is of the architecture {name}, of microsoft/BitNet's fork of"
+            " llama.cpp alone: import the model's Hugging Face folder"
+        )
+    if name not in ARCHITECTURES:
+        raise VaaniError(
+            f"{file.path} is of the architecture {shown(name)[:60]}:"
+            f" {', '.join(ARCHITECTURES)} can be imported"
+        )
+    keys = Keys(file.metadata, name)
+    for key, known in NEUTRAL.items():
+        value = file.metadata.get(keys.name(key))
+        if value is not None and (
+            isinstance(value, np.ndarray | list) or value not in known
+        ):
+            raise VaaniError(
+                f"{file.path} has {keys.name(key)} = {shown(value)[:60]}: models that"
+                " need it can't be imported"
+            )
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise VaaniError(f"{file.path} has no matrix token_embd.weight")
+    dim, heads = keys.whole("embedding_length"), keys.whole("attention.head_count")
+    size = keys.whole("attention.key_length", -(-dim // heads))
+    if size % 2:
+        raise VaaniError(
+            f"{keys.name('attention.key_length')} is {size}: rotary embedding needs an"
+            " even head dimension"
+        )
+    if keys.whole("attention.value_length", size) != size:
+        raise VaaniError(
+            f"{keys.name('attention.value_length')} is not {size}, as the keys have:"
+            " heads of both are alike here"
+        )
+    layers = keys.whole("block_count")
+    if layers > len(file.tensors):
+        raise VaaniError(
+            f"{keys.name('block_count')} is {layers}, more than there are tensors"
+        )
+    act = keys.text("hidden_act", "silu") if name == "bitnet" else "silu"
+    if act not in ACTIVATIONS:
+        raise VaaniError(
+            f"{keys.name('hidden_act')} is {shown(act)[:60]}: silu and relu2 can be"
+            " imported"
+        )
+    values: dict[str, Any] = {
+        "vocab_size": embedding.shape[0],
+        "dim": dim,
+        "n_layers": layers,
+        "n_heads": heads,
+        "n_kv_heads": keys.whole("attention.head_count_kv", heads),
+        "ffn_dim": keys.whole("feed_forward_length"),
+        "max_seq_len": keys.whole("context_length"),
+        "activation": ACTIVATIONS[act],
+        "norm_eps": keys.number(
+            "attention.layer_norm_rms_epsilon", low=1e-30, high=1.0
+        ),
+        "tie_embeddings": "output.weight" not in file.tensors,
+    }
+    if keys.whole("vocab_size", embedding.shape[0]) != embedding.shape[0]:
+        raise VaaniError(
+            f"{keys.name('vocab_size')} is not the {embedding.shape[0]} rows of"
+            " token_embd.weight"
+        )
+    if size * heads != dim:
+        values["head_dim"] = size
+    values |= gguf_rotary.from_keys(keys, size, _factors(file, size))
+    block = FAMILIES[name]
+    values["sub_norms"] = block.sub_norms
+    if block.qk_norm:
+        values["qk_norm"] = True
+    if block.attention_bias or (
+        name in PERMUTED and "blk.0.attn_q.bias" in file.tensors
+    ):
+        values["attention_bias"] = True
+    return values
+
+
+def _factors(file: GGUFFile, size: int) -> np.ndarray | None:
+    """What a file has frequencies divided by, float32 [H / 2]."""
+    entry = file.tensors.get(gguf_rotary.FACTORS)
+    if entry is None:
+        return None
+    if entry.shape != (size // 2,) or entry.type.name != "F32":
+        raise VaaniError(
+            f"{entry.name} is {entry.type.name} {list(entry.shape)}: it must be F32"
+            f" [{size // 2}]"
+        )
+    return _decoded(file, entry, slice(None))[0]
+
+
+def _decoded(file: GGUFFile, entry: Entry, which: slice | np.ndarray) -> np.ndarray:
+    """Rows of a tensor, float32 [n, columns]."""
+    return entry.type.floats(entry.type.split(file.rows(entry, which)))
+
+
+def quantization_keys(
+    grouping: Grouping,
+    *,
+    half: bool,
+    tracking: str,
+    activation_group: int,
+    head: bool,
+    embedding: bool,
+) -> dict[str, Any]:
+    """The keys of `Quantization` of a ternary model, those with defaults left out.
+
+    Args:
+      grouping: of its scales.
+      half: whether all are float16.
+      tracking: how inputs are rounded.
+      activation_group: inputs that share a scale where that is "group".
+      head, embedding: whether those are ternary, too.
+    """
+    values: dict[str, Any] = {"weight_scale": "stored"}
+    if grouping == CHANNEL:
+        values["weight_granularity"] = "channel"
+    elif grouping != TENSOR:
+        values |= {"weight_granularity": "group"}
+        if grouping != 128:
+            values["weight_group"] = grouping
+        if half:
+            values["scale_dtype"] = "float16"
+    if tracking != "token":
+        values["activation_tracking"] = tracking
+    if tracking == "group" and activation_group != 32:
+        values["activation_group"] = activation_group
+    if head:
+        values["ternary_head"] = True
+    if embedding:
+        values["ternary_embedding"] = True
+    return values
+
+
+class GGUFModel:
+    """A model in a GGUF file.
+
+    Attributes:
+      module: the model, with the context that the file names.
+      storage: "full", "masters", or "multiply" for codes and scales.
+      reason: why its weights are taken for that, for people.
+      tokenizer: its tokenizer.
+      grouping: which weights share a scale, where they are codes; else None.
+      half: whether all scales of it are float16.
+
+    Making one checks names, types and shapes, and looks whether weights are ternary;
+    `variables`, `ternary` and `floats` read them.
+
+    Raises VaaniError for whatever is wrong with it.
+    """
+
+    def __init__(self, path: pathlib.Path, kind: Weights = "auto") -> None:
+        """Looks at everything.
+
+        Args:
+          path: of the file.
+          kind: what to take weights in floats for that are not ternary as they are.
+        """
+        self._file = GGUFFile(path)
+        metadata = self._file.metadata
+        if rotated := [key for key in metadata if key.startswith("prism.hadamard")]:
+            raise VaaniError(
+                f"{path} has {shown(rotated[0])}: its matrices expect inputs rotated by"
+                " a Hadamard matrix, which is not known here"
+            )
+        architecture = build(Architecture, architecture_keys(self._file), "model.")
+        self._name = metadata["general.architecture"]
+        self._head_size = architecture.head_size
+        self._tensors = tensors(architecture)
+        self._check_tensors(architecture)
+        self.tokenizer = from_gguf(metadata, architecture.vocab_size)
+        self._surveys: dict[str, Survey] = {}
+        self.grouping: Grouping | None = None
+        self.half = False
+        self.storage, self.reason = self._look(kind)
+        self.module = Vaani(architecture, self._quantization(architecture))
+
+    # -- Checking -----------------------------------------------------------------
+
+    def _entry(self, tensor: Tensor) -> Entry:
+        return self._file.tensors[tensor.gguf_name]
+
+    def _check_tensors(self, architecture: Architecture) -> None:
+        left = dict(self._file.tensors)
+        left.pop(gguf_rotary.FACTORS if self._name in PERMUTED else "", None)
+        for tensor in self._tensors:
+            name = tensor.gguf_name
+            entry = left.pop(name, None)
+            if entry is None:
+                raise VaaniError(f"{self._file.path} has no tensor {name}")
+            flip = tensor.kind in ("linear", "head")
+            shape = tensor.shape[::-1] if flip else tensor.shape
+            if entry.shape != shape:
+                raise VaaniError(
+                    f"{name} has shape {list(entry.shape)}: the keys of"
+                    f" {self._file.path} ask for {list(shape)}"
+                )
+            if tensor.kind in ("norm", "bias") and entry.type.block > 1:
+                raise VaaniError(
+                    f"{name} is of type {entry.type.name}: it must be F32, F16 or BF16"
+                )
+            scale = left.pop(f"{tensor.gguf}.scale", None)
+            if scale is not None and (scale.shape != (1,) or scale.type.block > 1):
+                raise VaaniError(
+                    f"{scale.name} is {scale.type.name} {list(scale.shape)}: it must be"
+                    " F32 [1]"
+                )
+        if left:
+            raise VaaniError(
+                f"{self._file.path} holds a tensor that {architecture.n_layers} layers"
+                f" of {self._name} do not have: {ascii(min(left))[:100]}"
+                f" ({len(left)} in all)"
+            )
+
+    def _factor(self, tensor: Tensor) -> np.float32:
+        """What the tensor beside a matrix multiplies its products by; 1 without one."""
+        if tensor.kind in ("norm", "bias"):
+            return np.float32(1)
+        entry = self._file.tensors.get(f"{tensor.gguf}.scale")
+        if entry is None:
+            return np.float32(1)
+        scale: np.float32 = _decoded(self._file, entry, slice(None))[0, 0]
+        if not 0 < scale < hf.LARGEST_SCALE:
+            raise VaaniError(
+                f"{entry.name} is {float(scale)}: it must be above 0 and below"
+                f" {hf.LARGEST_SCALE:g}"
+            )
+        return scale
+
+    # -- Looking ------------------------------------------------------------------
+
+    def _ranges(self, tensor: Tensor) -> Iterator[tuple[int, np.ndarray]]:
+        """Where ranges of rows begin, and their bytes, in the order of our outputs."""
+        entry = self._entry(tensor)
+        order = None if len(entry.shape) < 2 else self._order(tensor)
+        step = max(1, RANGE // entry.shape[-1])
+        for start in range(0, entry.rows, step):
+            which: slice | np.ndarray = slice(start, start + step)
+            if order is not None:
+                which = order[which]
+            yield start, self._file.rows(entry, which)
+            self._file.release()
+
+    def _order(self, tensor: Tensor) -> np.ndarray | None:
+        """The row in the file of each of ours; None where they are the same."""
+        return order_in_file(tensor, self._name, self._head_size)
+
+    def _split(self, tensor: Tensor, rows: np.ndarray, block: int) -> Any:
+        """Codes and scales of rows, or None where they are not ternary."""
+        kind = self._entry(tensor).type
+        try:
+            if kind.is_ternary:
+                return kind.ternary(rows)
+        except VaaniError as error:
+            raise VaaniError(f"{tensor.gguf_name} is {error}") from None
+        return split(kind.floats(kind.split(rows)), block)
+
+    def _survey(self, tensor: Tensor) -> Survey | None:
+        """Which weights of a matrix share scales; None where it isn't ternary."""
+        entry = self._entry(tensor)
+        kind, columns = entry.type, entry.shape[-1]
+        survey = Survey(columns, kind.block if kind.is_ternary else block_of(columns))
+        for _, rows in self._ranges(tensor):
+            if kind.is_ternary:
+                try:
+                    scales = kind.magnitudes(rows)
+                except VaaniError as error:
+                    raise VaaniError(f"{tensor.gguf_name} is {error}") from None
+            else:
+                found = self._split(tensor, rows, survey.block)
+                if found is None:
+                    return None
+                scales = found[1]
+            survey.add(scales)
+        if not survey.largest < hf.LARGEST_SCALE:
+            raise VaaniError(
+                f"{tensor.gguf_name} has a scale of {survey.largest:g}: it must be"
+                f" below {hf.LARGEST_SCALE:g}"
+            )
+        return survey
+
+    def _look(self, kind: Weights) -> tuple[hf.Storage, str]:
+        """How the weights are kept, and why; sets what it finds out on the way."""
+        linear = [t for t in self._tensors if t.kind == "linear"]
+        types = sorted({self._entry(t).type.name for t in linear})
+        coded = [t for t in linear if self._entry(t).type.is_ternary]
+        if kind == "full" and coded:
+            raise VaaniError(
+                f"--weights full: {coded[0].gguf_name} is of the ternary type"
+                f" {self._entry(coded[0]).type.name}; leave the flag out"
+            )
+        says = f"its matrices are {' and '.join(types)}"
+        if kind == "full":
+            return "full", f"full precision, as you say (--weights), and {says}"
+        for tensor in linear:
+            survey = self._survey(tensor)
+            if survey is not None:
+                self._surveys[tensor.gguf_name] = survey
+                continue
+            self._surveys.clear()
+            if coded:
+                raise VaaniError(
+                    f"{tensor.gguf_name} is no ternary matrix, and"
+                    f" {coded[0].gguf_name} is one: all linear layers of a block are"
+                    " ternary here, or none"
+                )
+            if kind == "ternary":
+                return "masters", "ternary masters, as you say (--weights)"
+            return "full", f"full precision, as {says} with more than three values"
+        self.grouping = coarsest(self._surveys.values())
+        if self.grouping is None:
+            raise VaaniError(
+                f"{self._file.path} has matrices whose scales go by groups of different"
+                " sizes: they are alike here"
+            )
+        for tensor in self._tensors:
+            if tensor.kind in ("embedding", "head"):
+                survey = self._survey(tensor)
+                if survey is not None and self.grouping in survey.fits:
+                    self._surveys[tensor.gguf_name] = survey
+        self.half = all(survey.half for survey in self._surveys.values()) and all(
+            self._factor(t) == 1 for t in self._tensors
+        )
+        per = {TENSOR: "one scale per matrix", CHANNEL: "one scale per output"}.get(
+            str(self.grouping), f"one scale per {self.grouping} inputs of an output"
+        )
+        if len(coded) == len(linear):
+            return "multiply", f"ternary, as {says}, with {per}"
+        return "multiply", f"ternary, as {says} that hold {per}, its negative and 0"
+
+    def is_ternary(self, tensor: Tensor) -> bool:
+        """Whether a tensor is codes and scales."""
+        return tensor.gguf_name in self._surveys
+
+    def _quantization(self, architecture: Architecture) -> Quantization:
+        if self.storage == "full":
+            return Quantization(quantize=False)
+        if self.storage == "masters":
+            return Quantization()
+        assert self.grouping is not None
+        tracking, group = self._activations(architecture)
+        kinds = {t.kind for t in self._tensors if self.is_ternary(t)}
+        values = quantization_keys(
+            self.grouping,
+            half=self.half,
+            tracking=tracking,
+            activation_group=group,
+            head="head" in kinds,
+            embedding="embedding" in kinds,
+        )
+        return build(Quantization, values, "quantization.")
+
+    def _activations(self, architecture: Architecture) -> tuple[str, int]:
+        """How inputs are rounded, and how many share a scale."""
+        metadata = self._file.metadata
+        said, group = metadata.get(TRACKING), metadata.get(GROUP, 32)
+        if said is not None:
+            if not isinstance(said, str) or type(group) is not int:
+                raise VaaniError(f"{TRACKING} must be a text, and {GROUP} a number")
+            return said, group
+        heads = architecture.n_heads * architecture.head_size
+        sizes = (architecture.dim, architecture.hidden_dim, heads)
+        if self.grouping == TENSOR or any(size % 32 for size in sizes):
+            return "token", group
+        return "group", group
+
+    # -- Reading ------------------------------------------------------------------
+
+    def ternary(self, tensor: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """A ternary matrix, by ranges of its outputs, in order.
+
+        Yields:
+          Codes int8 [n, columns] in {-1, 0, 1} and scales [n, groups], float16 where
+          all of the model's are and go by groups, else float32; [n, 1] where a row or
+          the matrix has one. Those of groups of zeros are 1.
+
+        Raises VaaniError for codes that are not ternary.
+        """
+        survey = self._surveys[tensor.gguf_name]
+        assert self.grouping is not None
+        factor = self._factor(tensor)
+        half = self.half and self.grouping not in (TENSOR, CHANNEL)
+        for _, rows in self._ranges(tensor):
+            codes, scales = self._split(tensor, rows, survey.block)
+            found = regrouped(scales.astype(np.float32), survey, self.grouping)
+            found = found * factor
+            yield codes, found.astype(np.float16) if half else found
+
+    def floats(self, tensor: Tensor) -> np.ndarray:
+        """A tensor as it is here, float32, whatever it is stored as.
+
+        Raises VaaniError for values that are not finite.
+        """
+        entry = self._entry(tensor)
+        flip = tensor.kind in ("linear", "head")
+        found = np.empty((entry.rows, entry.shape[-1]), np.float32)
+        factor = self._factor(tensor)
+        for start, rows in self._ranges(tensor):
+            part = found[start : start + len(rows)]
+            try:
+                part[:] = entry.type.floats(entry.type.split(rows))
+            except VaaniError as error:
+                raise VaaniError(f"{tensor.gguf_name} is {error}") from None
+            if factor != 1:
+                part *= factor
+            if not np.isfinite(part).all():
+                raise VaaniError(f"{tensor.gguf_name} holds values that are not finite")
+        if flip:
+            return np.ascontiguousarray(found.T)
+        if tensor.kind == "bias" and (order := self._order(tensor)) is not None:
+            found = found[:, order]
+        return found.reshape(tensor.shape)
+
+    def codes(self, tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """A ternary matrix as a kernel: codes int8 [in, out], and its scale.
+
+        The scale is [] for the matrix, [out] for each output, [groups, out] else.
+        """
+        entry = self._entry(tensor)
+        codes = np.empty((entry.rows, entry.shape[-1]), np.int8)
+        scales, at = [], 0
+        for part, found in self.ternary(tensor):
+            codes[at : at + len(part)] = part
+            scales.append(found)
+            at += len(part)
+        scale = np.concatenate(scales).T
+        if self.grouping == TENSOR:
+            scale = scale[0, 0]
+        elif self.grouping == CHANNEL:
+            scale = scale[0]
+        return np.ascontiguousarray(codes.T), np.array(scale)
+
+    def variables(self) -> Tree:
+        """Parameters and quantizer variables, as `init_variables` shapes them.
+
+        Masters of codes quantize to them again. Streams: one tensor at a time is in
+        memory twice.
+        """
+        params: Tree = {}
+        quant: Tree = {}
+        for tensor in self._tensors:
+            if not self.is_ternary(tensor):
+                hf.put(params, tensor.path, jnp.asarray(self.floats(tensor)))
+                if tensor.kind == "linear" and self.storage == "masters":
+                    kept = {"threshold": np.asarray(0.5, np.float32)}
+                    hf.put(quant, (*tensor.module, "weight_quantizer"), kept)
+                continue
+            codes, scale = self.codes(tensor)
+            scale = scale.astype(np.float32)
+            array = grouped_masters(codes, scale)
+            kept = {"threshold": np.asarray(0.5, np.float32), "scale": scale}
+            if tensor.kind == "embedding":
+                array = np.ascontiguousarray(array.T)
+                hf.put(quant, ("embedding_quantizer",), kept)
+            else:
+                hf.put(quant, (*tensor.module, "weight_quantizer"), kept)
+            hf.put(params, tensor.path, jnp.asarray(array))
+        return {"params": params, "quant": quant}
+
+    def packed_variables(self) -> Tree:
+        """Variables as `packing.pack_variables` returns them; never masters of a model.
+
+        Raises VaaniError for weights in full precision.
+        """
+        if self.storage == "full":
+            raise VaaniError(
+                "these weights are in full precision: they can't be packed"
+            )
+        params: Tree = {}
+        threshold = jnp.asarray(0.5, jnp.float32)
+        for tensor in self._tensors:
+            if self.is_ternary(tensor):
+                codes, scale = self.codes(tensor)
+                leaf: Any = _packed(jnp.asarray(codes), jnp.asarray(scale))
+            elif tensor.kind == "linear":
+                masters = jnp.asarray(self.floats(tensor))
+                leaf = hf.pack_kernel(masters, threshold, None, self.module.spec)
+            else:
+                leaf = jnp.asarray(self.floats(tensor))
+            hf.put(params, tensor.path, leaf)
+        return {"params": params, "quant": {}}
+
+
+_packed = jax.jit(pack)  # traced: codes that were read are ternary
+
+
+def order_in_file(tensor: Tensor, architecture: str, size: int) -> np.ndarray | None:
+    """The row in a file of each of our rows of q or k; None where they are the same.
+
+    A head's rows ``2 j`` and ``2 j + 1`` there are our ``j`` and ``j + size / 2``.
+
+    Args:
+      tensor: any; of a bias, numbers are rows.
+      architecture: of the file.
+      size: of a head.
+    """
+    split_heads = tensor.kind in ("linear", "bias") and tensor.module[-1] in SPLIT_HEADS
+    if architecture not in PERMUTED or not split_heads:
+        return None
+    order = np.arange(tensor.shape[-1]).reshape(-1, size // 2, 2)
+    return order.swapaxes(1, 2).reshape(-1)
+
+
+def grouped_masters(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Masters [in, out] from which the rule of b1.58 finds codes and scales again.
+
+    As `hf.masters_of`, in every group that has a scale of its own.
+
+    Args:
+      codes: int8 [in, out].
+      scale: float32 [], [out] or [groups, out].
+    """
+    if scale.ndim == 0:
+        return hf.masters_of(codes, scale)
+    groups = 1 if scale.ndim == 1 else len(scale)
+    parts = codes.reshape(groups, -1, codes.shape[1])
+    kept = np.count_nonzero(parts, axis=1) / np.float32(parts.shape[1])
+    values = np.maximum(scale.reshape(groups, -1), EPSILON) / np.maximum(kept, 1e-9)
+    c = np.where(kept > 0, values, 0).astype(np.float32)
+    found: np.ndarray = (parts * c[:, None]).reshape(codes.shape)
+    return found
