@@ -1,4 +1,4 @@
-"""What is alike in all models that are read: tensors in parts, and what becomes of them.
+"""What is alike in models that are read: tensors in parts, and what becomes of them.
 
 A format says which tensors are codes and scales, and reads them, and floats, by ranges
 of rows. Here they become masters to train from, or a packed folder, for which no matrix
