@@ -165,6 +165,18 @@ struct Isa {
 
 bool always() { return true; }
 
+// Up to so many rows, products are bound by reading the weights, which are asked for
+// ahead of time: so many bytes, or those of the next outputs. What is asked for may lie
+// beyond the end of the buffer.
+constexpr int64_t kFew = 4;
+constexpr int64_t kAhead = 8192;
+
+inline void ask_for([[maybe_unused]] const void* address) {
+#if defined(__GNUC__)
+  __builtin_prefetch(address);
+#endif
+}
+
 // The bound of a row from its range, and the factor that gives codes. A row that isn't
 // finite gets a NaN, so that its outputs are NaN as in training.
 float bound_of(float range, bool finite, float* factor) {
@@ -305,7 +317,7 @@ constexpr int group_columns(int) { return 1; }
 
 VAANI_LANE void multiply_piece(const uint8_t* tiles, int64_t, const int8_t* q, int64_t,
                                int64_t blocks, const int32_t* starts, int64_t,
-                               Lanes (&sums)[1][1]) {
+                               int64_t, Lanes (&sums)[1][1]) {
   int32_t found[kTile];
   std::fill_n(found, kTile, *starts);
   for (int64_t kb = 0; kb < blocks; ++kb)
@@ -575,6 +587,7 @@ VAANI_AVX2 inline __attribute__((always_inline)) void avx2_add(
     __m256i acc[M][2];
     for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = _mm256_setzero_si256();
     for (int64_t kb = start; kb < stop; ++kb) {
+      ask_for(tiles + kb * kBlock + kAhead);
       const __m256i* tile = reinterpret_cast<const __m256i*>(tiles + kb * kBlock);
       __m256i left = _mm256_loadu_si256(tile), right = _mm256_loadu_si256(tile + 1);
       for (int plane = 0; plane < 4; ++plane) {
@@ -665,7 +678,7 @@ constexpr int group_columns(int) { return 1; }
 template <int M>
 VAANI_AVX2 inline __attribute__((always_inline)) void multiply_piece(
     const uint8_t* tiles, int64_t, const int8_t* q, int64_t stride, int64_t blocks,
-    const int32_t* starts, int64_t pieces, Lanes (&sums)[M][1]) {
+    const int32_t* starts, int64_t pieces, int64_t, Lanes (&sums)[M][1]) {
   __m256i found[M][2];
   for (int m = 0; m < M; ++m)
     found[m][0] = found[m][1] = _mm256_set1_epi32(starts[m * pieces]);
@@ -812,7 +825,7 @@ VAANI_AVX512 inline void avx512_store(const Activations& a, const Product& p,
 
 #define VAANI_AVX512_INLINE VAANI_AVX512 inline __attribute__((always_inline))
 
-// Few rows: bound by reading the tiles. The planes are masked where they stand, which
+// One or two rows: bound by reading the tiles. The planes are masked where they stand, which
 // multiplies their sums by 1, 4, 16 and 64; each has its accumulator and is shifted
 // back at the end.
 template <int M>
@@ -837,13 +850,6 @@ VAANI_AVX512_INLINE __m512i avx512_of_planes(const __m512i (&acc)[4]) {
   return _mm512_add_epi32(low, high);
 }
 
-// How far ahead of the tiles that are multiplied others are asked for.
-constexpr int64_t kAhead = 2048;
-
-VAANI_AVX512_INLINE void avx512_ask_for(const uint8_t* tile) {
-  _mm_prefetch(reinterpret_cast<const char*>(tile + kAhead), _MM_HINT_T0);
-}
-
 // U accumulators a plane hide the latency of vpdpbusd.
 template <int M, int U>
 VAANI_AVX512 void avx512_narrow(const Activations& a, const Product& p, int64_t row,
@@ -859,7 +865,7 @@ VAANI_AVX512 void avx512_narrow(const Activations& a, const Product& p, int64_t 
     int64_t kb = 0;
     for (; kb + U <= p.depth; kb += U)
       for (int u = 0; u < U; ++u) {
-        avx512_ask_for(tiles + (kb + u) * kBlock);
+        ask_for(tiles + (kb + u) * kBlock + kAhead);
         avx512_add_planes(tiles + (kb + u) * kBlock, q + (kb + u) * kTile, a.stride,
                           acc[u]);
       }
@@ -874,21 +880,23 @@ VAANI_AVX512 void avx512_narrow(const Activations& a, const Product& p, int64_t 
   }
 }
 
-// Many rows: bound by arithmetic. M rows times two blocks in registers; a tile is
+// More rows: bound by arithmetic. M rows times two blocks in registers; a tile is
 // unpacked once for all of them.
 template <int M>
-VAANI_AVX512_INLINE void avx512_add_pair(const uint8_t* tile, const uint8_t* other,
-                                         const int8_t* q, int64_t stride,
+VAANI_AVX512_INLINE void avx512_add_pair(const uint8_t* tiles, const uint8_t* others,
+                                         const int8_t* q, int64_t stride, int64_t kb,
                                          __m512i (&acc)[M][2]) {
   const __m512i three = _mm512_set1_epi8(3);
-  __m512i left = _mm512_loadu_si512(tile), right = _mm512_loadu_si512(other);
+  __m512i left = _mm512_loadu_si512(tiles + kb * kBlock);
+  __m512i right = _mm512_loadu_si512(others + kb * kBlock);
   for (int plane = 0; plane < 4; ++plane) {
     const __m512i l = _mm512_and_si512(left, three);
     const __m512i r = _mm512_and_si512(right, three);
     left = _mm512_srli_epi16(left, 2);
     right = _mm512_srli_epi16(right, 2);
     for (int m = 0; m < M; ++m) {
-      const __m512i x = _mm512_set1_epi32(four(q + m * stride + 4 * plane));
+      const __m512i x =
+          _mm512_set1_epi32(four(q + m * stride + kb * kTile + 4 * plane));
       acc[m][0] = _mm512_dpbusd_epi32(acc[m][0], l, x);
       acc[m][1] = _mm512_dpbusd_epi32(acc[m][1], r, x);
     }
@@ -905,9 +913,13 @@ VAANI_AVX512 void avx512_wide(const Activations& a, const Product& p, int64_t ro
     const uint8_t* others = pair ? tiles + p.depth * kBlock : tiles;
     __m512i acc[M][2];
     for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = _mm512_setzero_si512();
-    for (int64_t kb = 0; kb < p.depth; ++kb)
-      avx512_add_pair(tiles + kb * kBlock, others + kb * kBlock, q + kb * kTile,
-                      a.stride, acc);
+    for (int64_t kb = 0; kb < p.depth; ++kb) {
+      if (M <= kFew) {
+        ask_for(tiles + (kb + 2 * p.depth) * kBlock);
+        ask_for(others + (kb + 2 * p.depth) * kBlock);
+      }
+      avx512_add_pair(tiles, others, q, a.stride, kb, acc);
+    }
     for (int m = 0; m < M; ++m) {
       avx512_store(a, p, b, row + m, acc[m][0]);
       if (pair) avx512_store(a, p, b + 1, row + m, acc[m][1]);
@@ -924,7 +936,8 @@ constexpr std::array<Avx512Part, sizeof...(I)> wide_parts(
   return {avx512_wide<I + 1>...};
 }
 
-constexpr int kWide = 12;
+// More than this, and compilers spill.
+constexpr int kWide = 8;
 constexpr auto kWideParts = wide_parts(std::make_integer_sequence<int, kWide>());
 
 VAANI_AVX512 void avx512_multiply(const Activations& a, const Product& p,
@@ -932,11 +945,9 @@ VAANI_AVX512 void avx512_multiply(const Activations& a, const Product& p,
   switch (a.m) {
     case 1: return avx512_narrow<1, 2>(a, p, 0, begin, end);
     case 2: return avx512_narrow<2, 1>(a, p, 0, begin, end);
-    case 3: return avx512_narrow<3, 1>(a, p, 0, begin, end);
-    case 4: return avx512_narrow<4, 1>(a, p, 0, begin, end);
   }
   for (int64_t row = 0; row < a.m;) {
-    // Rows in equal parts: 13 are 7 and 6, not 12 and 1.
+    // Rows in equal parts: 9 are 5 and 4, not 8 and 1.
     const int64_t left = a.m - row, parts = (left + kWide - 1) / kWide;
     const int64_t count = (left + parts - 1) / parts;
     kWideParts[count - 1](a, p, row, begin, end);
@@ -948,39 +959,54 @@ namespace avx512 {
 
 #define VAANI_TARGET VAANI_AVX512
 
-constexpr int kGroupRows = kWide;
-constexpr int group_columns(int rows) { return rows <= 4 ? 1 : 2; }
+constexpr int kGroupRows = 6;  // that have floats beside their integers
+constexpr int group_columns(int rows) { return rows <= 2 ? 1 : 2; }
 
-// Few rows. Pieces are many and wait for nothing of each other: that hides latency.
+// One or two rows: tiles are read in one go. Two accumulators hide latency.
 template <int M>
 VAANI_AVX512_INLINE void multiply_piece(const uint8_t* tiles, int64_t, const int8_t* q,
                                         int64_t stride, int64_t blocks,
-                                        const int32_t* starts, int64_t pieces,
+                                        const int32_t* starts, int64_t pieces, int64_t,
                                         Lanes (&sums)[M][1]) {
-  __m512i acc[M][4];
+  const __m512i three = _mm512_set1_epi8(3);
+  __m512i acc[M][2];
   for (int m = 0; m < M; ++m) {
     acc[m][0] = _mm512_set1_epi32(starts[m * pieces]);
-    for (int plane = 1; plane < 4; ++plane) acc[m][plane] = _mm512_setzero_si512();
+    acc[m][1] = _mm512_setzero_si512();
   }
-  for (int64_t kb = 0; kb < blocks; kb += 2)  // an even number
-    for (int64_t u = kb; u < kb + 2; ++u) {
-      avx512_ask_for(tiles + u * kBlock);
-      avx512_add_planes(tiles + u * kBlock, q + u * kTile, stride, acc);
+  for (int64_t kb = 0; kb < blocks; kb += 2)  // their number is even
+    for (int u = 0; u < 2; ++u) {
+      const uint8_t* at = tiles + (kb + u) * kBlock;
+      ask_for(at + kAhead);
+      __m512i tile = _mm512_loadu_si512(at);
+      for (int plane = 0; plane < 4; ++plane) {
+        const __m512i codes = _mm512_and_si512(tile, three);
+        tile = _mm512_srli_epi16(tile, 2);
+        for (int m = 0; m < M; ++m)
+          acc[m][u] = _mm512_dpbusd_epi32(
+              acc[m][u], codes,
+              _mm512_set1_epi32(four(q + m * stride + (kb + u) * kTile + 4 * plane)));
+      }
     }
-  for (int m = 0; m < M; ++m) sums[m][0] = _mm512_cvtepi32_ps(avx512_of_planes(acc[m]));
+  for (int m = 0; m < M; ++m)
+    sums[m][0] = _mm512_cvtepi32_ps(_mm512_add_epi32(acc[m][0], acc[m][1]));
 }
 
 template <int M>
 VAANI_AVX512_INLINE void multiply_piece(const uint8_t* tiles, int64_t apart,
                                         const int8_t* q, int64_t stride, int64_t blocks,
                                         const int32_t* starts, int64_t pieces,
-                                        Lanes (&sums)[M][2]) {
+                                        int64_t next, Lanes (&sums)[M][2]) {
   __m512i acc[M][2];
   for (int m = 0; m < M; ++m)
     acc[m][0] = acc[m][1] = _mm512_set1_epi32(starts[m * pieces]);
-  for (int64_t kb = 0; kb < blocks; ++kb)
-    avx512_add_pair(tiles + kb * kBlock, tiles + apart + kb * kBlock, q + kb * kTile,
-                    stride, acc);
+  for (int64_t kb = 0; kb < blocks; ++kb) {
+    if (M <= kFew) {
+      ask_for(tiles + kb * kBlock + next);
+      ask_for(tiles + kb * kBlock + next + apart);
+    }
+    avx512_add_pair(tiles, tiles + apart, q, stride, kb, acc);
+  }
   for (int m = 0; m < M; ++m)
     for (int c = 0; c < 2; ++c) sums[m][c] = _mm512_cvtepi32_ps(acc[m][c]);
 }
@@ -1309,7 +1335,7 @@ constexpr int group_columns(int) { return 1; }
 template <int M>
 VAANI_LANE void multiply_piece(const uint8_t* tiles, int64_t, const int8_t* q,
                                int64_t stride, int64_t blocks, const int32_t* starts,
-                               int64_t pieces, Lanes (&sums)[M][1]) {
+                               int64_t pieces, int64_t, Lanes (&sums)[M][1]) {
   int32x4_t acc[M][4];
   for (int m = 0; m < M; ++m)
     for (int part = 0; part < 4; ++part) acc[m][part] = vdupq_n_s32(starts[m * pieces]);
