@@ -1253,6 +1253,7 @@ VAANI_DOT inline __attribute__((always_inline)) void neon_add(
     int32x4_t (&acc)[M][4]) {
   const uint8x16_t three = vdupq_n_u8(3);
   for (int64_t kb = 0; kb < blocks; ++kb) {
+    ask_for(tiles + kb * kBlock + kAhead);
     int8x16_t x[M];
     for (int m = 0; m < M; ++m) x[m] = vld1q_s8(q + m * stride + kb * kTile);
     for (int part = 0; part < 4; ++part) {
@@ -1637,6 +1638,7 @@ ffi::Error ternary_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   const size_t count = results.size();
   if (args.size() != 2 * count + tracked + normed)
     return ffi::Error::InvalidArgument("tiles and a scale for each product");
+  const int64_t depth = rounded(k, kTile) / kTile;
   std::vector<Product> products(count);
   int64_t work = 0;
   for (size_t i = 0; i < count; ++i) {
@@ -1738,14 +1740,19 @@ ffi::Error ternary_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
            });
   if (quantized.failure()) return quantized;
 
-  // Blocks of all products in one row, cut in parts of even numbers of blocks.
+  // Blocks of all products in one row, cut in parts of even numbers of blocks: some for
+  // each thread, and no larger than what stays in its cache while the rows pass by, or,
+  // where they are few and nothing stays, than what the last thread may be late with.
+  const int64_t largest = m > kFew ? 1 << 18 : 1 << 20;  // bytes
   const Activations activations{codes, row_sums, row_bounds, steps, m, stride, groups};
   std::vector<int64_t> starts{0};
   for (const Product& p : products)
     starts.push_back(starts.back() + rounded(p.n, 2 * kTile) / kTile);
   const int64_t total = starts.back();
   if (total == 0) return ffi::Error::Success();
-  const int64_t parts = threads == 1 ? 1 : std::min(total / 2, 4 * threads);
+  const int64_t least = std::max(threads == 1 ? 1 : 4 * threads,
+                                 total * depth * kBlock / largest);
+  const int64_t parts = std::min(total / 2, least);
   const int64_t each = rounded((total + parts - 1) / parts, 2);
   return parallel(pool, m, threads, (total + each - 1) / each, [=, &isa](int64_t part) {
     const int64_t begin = part * each, end = std::min(total, begin + each);
