@@ -431,8 +431,12 @@ def test_feed_forward(model, activation):
 
 
 def block(model, params, x):
-    x = x + attention(model, params["attn"], rms_norm(params["attn_norm"], x))
-    return x + feed_forward(model, params["ffn"], rms_norm(params["ffn_norm"], x))
+    epsilon = model.architecture.norm_eps
+    y = rms_norm(params["attn_norm"], x, epsilon)
+    x = x + attention(model, params["attn"], y)
+    return x + feed_forward(
+        model, params["ffn"], rms_norm(params["ffn_norm"], x, epsilon)
+    )
 
 
 def block_and_its_arguments(model):
