@@ -23,12 +23,17 @@ from vaani_jax.data.sources import SOURCES, Corpus, load_corpus
 from vaani_jax.devices.mesh import make_mesh
 from vaani_jax.errors import VaaniError
 from vaani_jax.inference.sampling import FILTERS, Filter, SamplerConfig, sample_token
+from vaani_jax.interop.convert import _check_holdable as check_holdable
 from vaani_jax.interop.convert import export_model
 from vaani_jax.interop.formats import FORMATS, Format
 from vaani_jax.interop.formats.hf import put
 from vaani_jax.interop.names import tensors
 from vaani_jax.model.activations import ACTIVATIONS
+from vaani_jax.model.config import Architecture
+from vaani_jax.model.families import FAMILIES, Family
 from vaani_jax.model.norm import NORMS, Norm
+from vaani_jax.model.rotary import SCALINGS, Scaling, rotary_angles
+from vaani_jax.model.transformer import Vaani
 from vaani_jax.runs.curves import plot_curves
 from vaani_jax.runs.metrics import METRICS, Metric, read_rows
 from vaani_jax.text.tokenizers import TOKENIZERS, ByteTokenizer, Kind, from_json
@@ -91,6 +96,31 @@ def test_a_norm_trains_a_step(monkeypatch):
     assert np.isfinite(metrics["train/loss"])
     assert metrics["train/loss"] != other["train/loss"]
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+
+
+def test_a_family_of_blocks_trains_a_step(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "both", Family(sub_norms=True, qk_norm=True))
+    before, after, metrics = trained(model={"family": "both"})
+    assert np.isfinite(metrics["train/loss"])
+    heads = [tree["layers_0"]["attn"]["q_norm"]["scale"] for tree in (before, after)]
+    assert (heads[0] != heads[1]).any()
+    assert "sub_norm" in after["layers_0"]["ffn"]
+
+
+def test_a_rotary_scaling_trains_a_step(monkeypatch):
+    def slower(frequency, rotary):
+        return frequency / rotary.factor**0.5
+
+    monkeypatch.setitem(SCALINGS, "slower", Scaling(slower, fields=("factor",)))
+    keys = {"rope_scaling": "slower", "rope_factor": 9.0}
+    _, _, metrics = trained(model=keys)
+    _, _, other = trained()
+    assert np.isfinite(metrics["train/loss"])
+    assert metrics["train/loss"] != other["train/loss"]
+    rotary = Architecture(**MODEL, **keys).rotary
+    np.testing.assert_allclose(rotary_angles(4, rotary)[0][3, 0], np.cos(1), rtol=1e-6)
+    with pytest.raises(VaaniError, match="rotary scaling slower"):
+        check_holdable(Vaani(Architecture(**MODEL, **keys)))
 
 
 def test_a_schedule_and_an_optimizer_make_a_program(monkeypatch):

@@ -256,6 +256,13 @@ def saved(module, workdir):
         {"ternary_head": True, "activation_tracking": "ema"},
         {"ternary_head": True, "tie_embeddings": False},
         {"weight_granularity": "channel"},
+        {"weight_granularity": "group", "weight_group": 32, "ternary_embedding": True},
+        {
+            "weight_granularity": "group",
+            "weight_group": 32,
+            "scale_dtype": "float16",
+            "scan_layers": True,
+        },
         {"scan_layers": True, "qk_norm": True, "attention_bias": True},
     ],
     ids=lambda keys: "-".join(keys) or "plain",

@@ -456,7 +456,7 @@ def test_truncated_weights(damaged):
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("model_type", "gpt2", "bitnet and llama can be imported"),
+        ("model_type", "gpt2", "bitnet, llama, qwen2, qwen3 can be imported"),
         ("model_type", None, "model_type"),
         ("hidden_size", 10**12, "whole number"),
         ("hidden_size", 2**30, "head_dim"),
@@ -477,7 +477,8 @@ def test_truncated_weights(damaged):
         ("tie_word_embeddings", 1, "true or false"),
         ("attention_bias", True, "biases"),
         ("head_dim", 3, "head_dim"),
-        ("rope_parameters", {"rope_type": "llama3", "factor": 8}, "rotary scaling"),
+        ("rope_parameters", {"rope_type": "llama3", "factor": 8}, "low_freq_factor"),
+        ("rope_parameters", {"rope_type": "dynamic", "factor": 8}, "rotary scaling"),
         ("rope_parameters", {"rope_theta": -1.0}, "rope_theta"),
         ("rope_scaling", "yarn", "rope_scaling"),
         ("rope_scaling", {"factor": 4.0}, r"rope_scaling\.factor"),

@@ -153,12 +153,29 @@ def test_a_cache_that_is_full_is_written_within():
     np.testing.assert_array_equal(keys[0, :, 0, 0], [0, 0, 0, 1])
 
 
-def test_a_packed_model_writes_the_same(monkeypatch):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {
+            "qk_norm": True,
+            "attention_bias": True,
+            "head_dim": 12,
+            "rope_scaling": "yarn",
+            "rope_factor": 4.0,
+            "rope_original_len": 8,
+        },
+    ],
+    ids=["plain", "others"],
+)
+def test_a_packed_model_writes_the_same(changes, monkeypatch):
     tokenizer = CharTokenizer.from_text("to be, or not to be: that is the question")
-    module = Vaani().changed(
-        vocab_size=tokenizer.vocab_size, dim=32, n_layers=1, n_heads=4, n_kv_heads=2
-    )
+    shape = {"dim": 32, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2}
+    module = Vaani().changed(vocab_size=tokenizer.vocab_size, **shape, **changes)
     variables = init_variables(module, jax.random.key(1))
+    for name in ("q_proj", "k_proj", "v_proj") if changes else ():
+        layer = variables["params"]["layers_0"]["attn"][name]
+        layer["bias"] += jax.random.normal(jax.random.key(2), layer["bias"].shape)
     packed = pack_model(Model(module, variables, tokenizer))
     prompts = [tokenizer.encode("to be"), tokenizer.encode("that is the")]
     options = {

@@ -629,7 +629,11 @@ def test_ternary_codes_are_those_of_the_kernels(scan_layers, granularity):
 
 @pytest.mark.parametrize(
     ("granularity", "tie", "quantize"),
-    [("tensor", True, True), ("channel", False, True), ("tensor", False, False)],
+    [
+        ("tensor", True, True),
+        ("channel", False, True),
+        ("tensor", False, False),
+    ],
 )
 def test_model_size_counts_the_real_tree(granularity, tie, quantize):
     model = change(tie_embeddings=tie, quantize=quantize)

@@ -1,9 +1,11 @@
 """Safetensors files, aligned when written and mapped when read."""
 
 import json
+import math
 import mmap
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -21,6 +23,7 @@ ALIGNMENT = 64  # bytes; what JAX asks of memory that it uses in place
 
 DTYPES = {
     "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "I32": np.dtype(np.int32),
     "I8": np.dtype(np.int8),
@@ -35,31 +38,81 @@ NO_NUMBERS = (ValueError, ArithmeticError, RecursionError)
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def write_tensors(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes a safetensors file whose data begins, and goes on, aligned.
+class TensorWriter:
+    """Writes a safetensors file, each array in one part or several.
 
-    Arrays of whole multiples of 64 bytes come first, so all of those are aligned. (The
-    `safetensors` package reads such files; it doesn't promise to write them.)
+    Its data begins, and goes on, aligned: arrays of whole multiples of 64 bytes come
+    first. (The `safetensors` package reads such files; it doesn't promise to write
+    them.) As a context manager, it ends with everything on disk, or an error.
+
+    Attributes:
+      order: of the arrays in the file; any order of writing will do.
     """
-    order = sorted(arrays, key=lambda name: (arrays[name].nbytes % ALIGNMENT > 0, name))
-    header: dict[str, Any] = {"__metadata__": {"format": FORMAT}}
-    at = 0
-    for name in order:
-        array = arrays[name]
-        header[name] = {
-            "dtype": NAMES[array.dtype],
-            "shape": list(array.shape),
-            "data_offsets": [at, at + array.nbytes],
+
+    def __init__(
+        self,
+        path: pathlib.Path,
+        arrays: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]],
+    ) -> None:
+        """Makes the file.
+
+        Args:
+          path: of the file.
+          arrays: shape and dtype of each array, by name.
+        """
+        sizes = {
+            name: math.prod(shape) * dtype.itemsize
+            for name, (shape, dtype) in arrays.items()
         }
-        at += array.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % ALIGNMENT)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            file.write(np.ascontiguousarray(arrays[name]).data)
-        file.flush()
-        os.fsync(file.fileno())
+        header: dict[str, Any] = {"__metadata__": {"format": FORMAT}}
+        self._done = dict.fromkeys(sizes, 0)  # bytes written of each
+        self._places: dict[str, tuple[int, int]] = {}
+        at = 0
+        for name in sorted(sizes, key=lambda name: (sizes[name] % ALIGNMENT > 0, name)):
+            shape, dtype = arrays[name]
+            header[name] = {
+                "dtype": NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [at, at + sizes[name]],
+            }
+            self._places[name] = at, sizes[name]
+            at += sizes[name]
+        self.order = list(self._places)
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-(len(text) + 8) % ALIGNMENT)
+        self._start = 8 + len(text)
+        self._file = open(path, "wb")  # noqa: SIM115
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, part: np.ndarray) -> None:
+        """Writes the next part of an array."""
+        begin, size = self._places[name]
+        done = self._done[name]
+        assert done + part.nbytes <= size, name
+        self._file.seek(self._start + begin + done)
+        self._file.write(np.ascontiguousarray(part).data)
+        self._done[name] = done + part.nbytes
+
+    def __enter__(self) -> "TensorWriter":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        try:
+            if kind is None:
+                short = [n for n, at in self._done.items() if at != self._places[n][1]]
+                assert not short, short
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+
+def write_tensors(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes a file of arrays that are there: see `TensorWriter`."""
+    shapes = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+    with TensorWriter(path, shapes) as writer:
+        for name in writer.order:
+            writer.write(name, arrays[name])
 
 
 def read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:

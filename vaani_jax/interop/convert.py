@@ -30,6 +30,7 @@ from vaani_jax.interop.names import (
     family_of,
     tensors,
 )
+from vaani_jax.interop.rotary import TYPES
 from vaani_jax.model.config import Architecture
 from vaani_jax.model.names import ternary_kernels
 from vaani_jax.model.rotary import SCALING_FIELDS
@@ -109,6 +110,12 @@ def _check_holdable(module: Vaani) -> None:
         raise VaaniError(
             f"no other tool is known to have the activation {activation}: export"
             f" knows {', '.join(ACTIVATIONS)}"
+        )
+    scaling = module.architecture.rope_scaling
+    if scaling not in TYPES:
+        raise VaaniError(
+            f"no other tool is known to have the rotary scaling {scaling}: export knows"
+            f" {', '.join(TYPES)}"
         )
     if module.architecture.norm != "rms_norm":
         raise VaaniError(

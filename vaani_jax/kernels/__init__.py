@@ -1,6 +1,6 @@
 """Products with packed weights: one function, several ways to compute it.
 
-    ternary_matmul(x, packed)     quantizes x per token, multiplies, rescales
+    ternary_matmul(x, packed)     quantizes x, multiplies, rescales
     rows_matmul(x, rows)          an output head in 8 bits
 
 Backends, all equal to the bit in `ternary_matmul`:
@@ -44,6 +44,7 @@ def ternary_matmul(
     packed: PackedTernary,
     *,
     activation_range: Array | None = None,
+    activation_group: int = 0,
     norm: Norm | None = None,
     using: Backend | None = None,
 ) -> Array: ...
@@ -55,6 +56,7 @@ def ternary_matmul(
     packed: Sequence[PackedTernary],
     *,
     activation_range: Array | None = None,
+    activation_group: int = 0,
     norm: Norm | None = None,
     using: Backend | None = None,
 ) -> tuple[Array, ...]: ...
@@ -65,10 +67,11 @@ def ternary_matmul(
     packed: PackedTernary | Sequence[PackedTernary],
     *,
     activation_range: Array | None = None,
+    activation_group: int = 0,
     norm: Norm | None = None,
     using: Backend | None = None,
 ) -> Any:
-    """Products of one input, quantized to 8 bits per token, with packed kernels.
+    """Products of one input, quantized to 8 bits, with packed kernels.
 
     Equal to `quant.ternary_dot` of the kernels that were packed, bit for bit in
     float32. Not differentiable.
@@ -77,6 +80,7 @@ def ternary_matmul(
       x: activations [..., K], float32 or bfloat16.
       packed: a kernel [K, N], or several that share the input.
       activation_range: see `quantize_activations`.
+      activation_group: inputs of x with a scale of their own; 0 for one per token.
       norm: scale [K] and epsilon of an RMSNorm that x passes first.
       using: the backend; None takes `backend()`.
 
@@ -85,7 +89,12 @@ def ternary_matmul(
     """
     if isinstance(packed, PackedTernary):
         (y,) = ternary_matmul(
-            x, (packed,), activation_range=activation_range, norm=norm, using=using
+            x,
+            (packed,),
+            activation_range=activation_range,
+            activation_group=activation_group,
+            norm=norm,
+            using=using,
         )
         return y
     for kernel in packed:
@@ -95,6 +104,9 @@ def ternary_matmul(
                 f" {kernel.shape[0]} inputs"
             )
     name = using or backend()
+    grouped = activation_group or any(kernel.groups for kernel in packed)
+    if grouped and name in ("gpu", "tpu"):
+        name = "reference"  # Pallas kernels have a scale per tensor or channel
     flat = x.reshape(-1, x.shape[-1])
     if norm is not None and not _joins(name, len(flat)):
         flat, norm = rms_norm(flat, *norm), None
@@ -107,10 +119,16 @@ def ternary_matmul(
     elif name == "cpu":
         halves = x.dtype == jnp.bfloat16
         outputs = cpu.ternary_matmul(
-            flat.astype(jnp.float32), kernels, activation_range, norm, halves=halves
+            flat.astype(jnp.float32),
+            kernels,
+            activation_range,
+            norm,
+            halves=halves,
+            activation_group=activation_group,
         )
     elif name == "reference":
-        outputs = reference(flat.astype(jnp.float32), kernels, activation_range)
+        wide = flat.astype(jnp.float32)
+        outputs = reference(wide, kernels, activation_range, activation_group)
     else:
         from vaani_jax.kernels import tpu
 

@@ -1,30 +1,34 @@
 """Products with packed weights in plain JAX, which every backend is compared with."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
-from vaani_jax.quant.activations import activation_bound, quantize_activations
-from vaani_jax.quant.packed import PackedTernary, unpack
-from vaani_jax.quant.product import output_scale
+from vaani_jax.quant.packed import PackedTernary, scale_of, unpack
+from vaani_jax.quant.product import integers_of, scaled_product
 from vaani_jax.quant.spec import operand_dtype
 
 Array = jax.Array
 
 
 def reference(
-    x: Array, packed: tuple[PackedTernary, ...], activation_range: Array | None
+    x: Array,
+    packed: Sequence[PackedTernary],
+    activation_range: Array | None,
+    activation_group: int = 0,
 ) -> list[Array]:
     """`ternary_matmul` in plain JAX: x [M, K] float32, outputs [M, N] float32."""
-    bound = activation_bound(x, activation_range)
-    q, _ = quantize_activations(x, bound)
+    q, _, bound = integers_of(x, activation_group, activation_range)
     dtype = operand_dtype("auto")
-    outputs = []
-    for kernel in packed:
-        sums = jnp.dot(
+    return [
+        scaled_product(
             q.astype(dtype),
             unpack(kernel, dtype),
-            precision="highest",
-            preferred_element_type=jnp.float32,
+            scale_of(kernel),
+            bound,
+            x.shape,
+            jnp.float32,
         )
-        outputs.append(sums * output_scale(bound, kernel.scale, 2))
-    return outputs
+        for kernel in packed
+    ]

@@ -216,6 +216,10 @@ class Quantization:
     ternary_head: bool = key(
         False, "whether the head is ternary too (b1.58 keeps it in full precision)"
     )
+    ternary_embedding: bool = key(
+        False,
+        "whether the embedding is ternary too, and with it a head that is tied to it",
+    )
     threshold: float = key(
         0.5, "tau of every BitLinear at the start, in units of mean|W|", at_least=0
     )
@@ -224,11 +228,31 @@ class Quantization:
         '"absmean" (b1.58) or "least_squares"; "stored" for models that were imported '
         "as codes and scales, which are not trained as they are",
     )
-    weight_granularity: Literal["tensor", "channel"] = key(
-        "tensor", 'one scale per "tensor" or per output "channel"'
+    weight_granularity: Literal["tensor", "channel", "group"] = key(
+        "tensor",
+        'one scale per "tensor" (b1.58), per output "channel", or per "group" of inputs'
+        " of an output",
     )
-    activation_tracking: Literal["token", "ema"] = key(
-        "token", '"token" (b1.58), or "ema" for a tracked range'
+    weight_group: int = key(
+        128,
+        "inputs of such a group, a multiple of 32; the inputs of every ternary layer "
+        "must be a multiple of it",
+        at_least=32,
+        at_most=256,
+    )
+    scale_dtype: Literal["float32", "float16"] = key(
+        "float32",
+        '"float16" rounds scales to numbers that it holds, while training too: GGUF '
+        "files with groups keep them so, and then hold the model exactly",
+    )
+    activation_tracking: Literal["token", "ema", "group", "none"] = key(
+        "token",
+        'how inputs are rounded to 8 bits: a scale per "token" (b1.58); "ema" for a '
+        'tracked range; per "group" of inputs, as llama.cpp does; or "none", which '
+        "leaves them as they are",
+    )
+    activation_group: int = key(
+        32, "inputs of a group of activations, a multiple of 32", at_least=32
     )
     activation_momentum: float = key(
         0.99, "momentum of the tracked range", at_least=0, below=1
@@ -239,9 +263,46 @@ class Quantization:
 
     def __post_init__(self) -> None:
         check(self, "quantization.")
-        if self.weight_scale == "stored" and self.weight_granularity != "tensor":
+        for name in ("weight_group", "activation_group"):
+            if getattr(self, name) % 32:
+                raise VaaniError(
+                    f"quantization.{name} is {getattr(self, name)}: it must be a"
+                    " multiple of 32"
+                )
+
+    @property
+    def activation_pieces(self) -> int:
+        """Inputs that share a scale of activations; 0 where a token has one."""
+        return self.activation_group if self.activation_tracking == "group" else 0
+
+    def check_fits(self, architecture: Architecture) -> None:
+        """Raises VaaniError where inputs of a layer are no multiple of a group."""
+        a = architecture
+        if not self.quantize:
+            return
+        sizes = {
+            "model.dim": a.dim,
+            "model.ffn_dim": a.hidden_dim,
+            "model.n_heads times the head dimension": a.n_heads * a.head_size,
+        }
+        by_groups = self.weight_granularity == "group"
+        groups = {
+            "activation_group": self.activation_pieces,
+            "weight_group": self.weight_group if by_groups else 0,
+        }
+        for key_, group in groups.items():
+            for name, size in sizes.items():
+                if group and size % group:
+                    raise VaaniError(
+                        f"{name} is {size}: it must be a multiple of"
+                        f" quantization.{key_} = {group}"
+                    )
+        small, large = sorted(groups.values())
+        if small and large % small:
             raise VaaniError(
-                "quantization.weight_scale = stored has one scale per tensor"
+                f"quantization.weight_group = {groups['weight_group']} and"
+                f" activation_group = {groups['activation_group']} do not fit each"
+                " other: one must be a multiple of the other"
             )
 
 
@@ -284,11 +345,16 @@ class Execution:
 
 def ternary_spec(quantization: Quantization, execution: Execution) -> TernarySpec:
     """How the ternary products of such a model quantize."""
+    tracking = quantization.activation_tracking
     return TernarySpec(
-        quantization.weight_scale,
-        quantization.weight_granularity,
-        execution.operands,
-        execution.wire,
+        scale=quantization.weight_scale,
+        granularity=quantization.weight_granularity,
+        group=quantization.weight_group,
+        scale_dtype=quantization.scale_dtype,
+        activations="token" if tracking == "ema" else tracking,
+        activation_group=quantization.activation_group,
+        operands=execution.operands,
+        wire=execution.wire,
     )
 
 

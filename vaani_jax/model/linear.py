@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from vaani_jax.kernels import rows_matmul, ternary_matmul
+from vaani_jax.kernels.floats import float_matmul
 from vaani_jax.model.config import Execution, Quantization, ternary_spec
 from vaani_jax.model.norm import Norm, RMSNorm
 from vaani_jax.quant.activations import ActivationQuantizer
 from vaani_jax.quant.barriers import rounded, to_dtype
 from vaani_jax.quant.held import Held
-from vaani_jax.quant.packed import PackedRows, PackedTernary
+from vaani_jax.quant.packed import PackedRows, PackedTernary, dequantized
 from vaani_jax.quant.product import ternary_dot
 from vaani_jax.quant.spec import Split, TernarySpec
 from vaani_jax.quant.weights import TernaryQuantizer
@@ -59,7 +60,7 @@ class BitLinear(nn.Module):
         if q.quantize:
             self.weight_quantizer = TernaryQuantizer(q.threshold, self.spec)
             self.activation_quantizer = ActivationQuantizer(
-                q.activation_tracking, q.activation_momentum
+                q.activation_tracking, q.activation_momentum, q.activation_group
             )
 
     @property
@@ -80,6 +81,13 @@ class BitLinear(nn.Module):
             jnp.float32,
         )
 
+    def quantized(self, kernel: Array, mix: Array | None) -> Array:
+        """The kernel in float32 as its codes and scale have it; see `ternary_dot`."""
+        found: Array = self.weight_quantizer(kernel)
+        if mix is not None:
+            found = kernel + mix.astype(jnp.float32) * (found - kernel)
+        return whole_kernel(found, jnp.float32, self.split)
+
     def held(self) -> Held | None:
         """Codes and scale of the kernel, where they are given: see `names.held`."""
         found: Any = self.get_variable("held", "kernel")
@@ -90,6 +98,11 @@ class BitLinear(nn.Module):
     ) -> Array:
         """Maps [..., in] to [..., features], in the dtype of ``x``."""
         return project(x, (self,), train=train, mix=mix)[0]
+
+
+def unrounded_product(x: Array, kernel: Array) -> Array:
+    """``x @ kernel`` in the dtype of x: [..., in] times [in, out], float32."""
+    return to_dtype(float_matmul(x, kernel.astype(x.dtype), True), x.dtype)
 
 
 def project(
@@ -137,6 +150,10 @@ def _products(
 ) -> tuple[Array, ...]:
     kernels: list[Any] = [layer.kernel(x.shape[-1]) for layer in layers]
     first = layers[0]
+    how = first.quantization
+    if isinstance(kernels[0], PackedTernary) and how.activation_tracking == "none":
+        x = x if norm is None else norm(x)
+        return tuple(unrounded_product(x, dequantized(kernel)) for kernel in kernels)
     if isinstance(kernels[0], PackedTernary):
         weights = None
         if type(norm) is RMSNorm:  # a subclass may compute something else
@@ -144,12 +161,24 @@ def _products(
         elif norm is not None:
             x = norm(x)
         tracked = first.activation_quantizer.observe(x, train=False)
-        return ternary_matmul(x, kernels, activation_range=tracked, norm=weights)
+        return ternary_matmul(
+            x,
+            kernels,
+            activation_range=tracked,
+            activation_group=how.activation_pieces,
+            norm=weights,
+        )
     if norm is not None:
         x = norm(x)
     if isinstance(kernels[0], PackedRows):
         return tuple(rows_matmul(x, kernel) for kernel in kernels)
-    if not first.quantization.quantize:
+    if how.quantize and how.activation_tracking == "none":
+        outputs = tuple(
+            unrounded_product(x, layer.quantized(kernel, mix))
+            for layer, kernel in zip(layers, kernels, strict=True)
+        )
+        return checkpoint_name(outputs, PRODUCT)
+    if not how.quantize:
         wholes = [whole_kernel(kernel, x.dtype, first.split) for kernel in kernels]
         outputs = tuple(jnp.dot(x, kernel) for kernel in wholes)
         return checkpoint_name(outputs, PRODUCT)
@@ -158,7 +187,10 @@ def _products(
         kernels,
         [layer.weight_quantizer.tau() for layer in layers],
         spec=first.spec,
-        scales=[layer.weight_quantizer.stored() for layer in layers],
+        scales=[
+            layer.weight_quantizer.stored(*kernel.shape)
+            for layer, kernel in zip(layers, kernels, strict=True)
+        ],
         held=[layer.held() for layer in layers],
         activation_range=first.activation_quantizer.observe(x, train=train),
         mix=mix,

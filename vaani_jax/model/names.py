@@ -34,11 +34,15 @@ class TernaryKernel:
         return "in" if self.name.endswith(("o_proj", "down_proj")) else "out"
 
 
+# Quantizers of the embedding's transpose, [D, V], and what that kernel is called.
+OF_EMBEDDING = {"head_quantizer": "head", "embedding_quantizer": "embedding"}
+
+
 def ternary_kernels(variables: Tree) -> list[TernaryKernel]:
     """Every ternary kernel with its threshold, in the order of the tree.
 
-    Names are module paths, such as ``layers_0/attn/q_proj``; a tied ternary head is
-    ``head``.
+    Names are module paths, such as ``layers_0/attn/q_proj``; a ternary embedding is
+    ``embedding``, a ternary head that is tied to one of another kind ``head``.
     """
     found = []
 
@@ -55,11 +59,14 @@ def ternary_kernels(variables: Tree) -> list[TernaryKernel]:
             )
             return
         for key, child in node.items():
-            if key == "head_quantizer":
+            if key in OF_EMBEDDING:
                 kernel = masters["embedding"].T
                 found.append(
                     TernaryKernel(
-                        "head", kernel, child["threshold"], child.get("scale")
+                        OF_EMBEDDING[key],
+                        kernel,
+                        child["threshold"],
+                        child.get("scale"),
                     )
                 )
             elif key in masters:
@@ -76,8 +83,8 @@ def with_settings(quant: Tree, thresholds: dict[str, Array], momentum: Array) ->
         *names, owner, key = leaves.keys(path)
         if owner == "weight_quantizer" and key == "threshold":
             return thresholds["/".join(names)]
-        if owner == "head_quantizer" and key == "threshold":
-            return thresholds["head"]
+        if owner in OF_EMBEDDING and key == "threshold":
+            return thresholds[OF_EMBEDDING[owner]]
         return (
             momentum.astype(leaf.dtype) * jnp.ones_like(leaf)
             if key == "momentum"
@@ -104,8 +111,8 @@ def held(spec: TernarySpec, variables: Tree, *, whole: bool) -> Tree:
             # All at once: XLA's CPU code does not order what several loops send.
             function = jax.vmap(function)
         kept = function(entry.kernel, entry.threshold, entry.scale)
-        if entry.name == "head":
-            found["head"] = kept
+        if entry.name in OF_EMBEDDING.values():
+            found[entry.name] = kept
             continue
         node = found
         for part in entry.name.split("/"):

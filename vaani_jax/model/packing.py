@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 
 from vaani_jax.errors import VaaniError
+from vaani_jax.model.names import OF_EMBEDDING
 from vaani_jax.quant.packed import Layout, PackedTernary, pack, pack_rows
 from vaani_jax.quant.spec import TernarySpec
 from vaani_jax.quant.weights import ternarize
@@ -39,7 +40,10 @@ def pack_kernel(
       spec: how it quantizes; static.
       layout: the order of the codes; static.
     """
-    return pack(*ternarize(kernel, threshold, spec, scale), layout)
+    codes, found = ternarize(kernel, threshold, spec, scale)
+    if spec.granularity == "group":
+        found = found.astype(spec.scale_dtype)
+    return pack(codes, found, layout)
 
 
 _pack_rows = jax.jit(pack_rows)
@@ -63,8 +67,8 @@ def pack_variables(
       layout: the order of the codes of kernels that are packed here.
 
     Returns:
-      Variables as described at the top of this module. A tied ternary head
-      becomes ``head``, beside the embedding.
+      Variables as described at the top of this module. A ternary head that is tied to
+      an embedding of another kind becomes ``head``, beside it.
     """
 
     def ternary(kernel: Array | PackedTernary, quantizer: Tree) -> PackedTernary:
@@ -79,7 +83,11 @@ def pack_variables(
         if quantizer is not None:
             packed = {**masters, "kernel": ternary(masters["kernel"], quantizer)}
             return packed, settings
-        head = settings.pop("head_quantizer", None)
+        quantizers = {
+            name: settings.pop(key)
+            for key, name in OF_EMBEDDING.items()
+            if key in settings
+        }
         kept, left = {}, {}
         for key, node in masters.items():
             if isinstance(node, dict):
@@ -88,8 +96,11 @@ def pack_variables(
                     left[key] = rest
             else:
                 kept[key] = node
-        if head is not None:
-            kept["head"] = ternary(masters["embedding"].T, head)
+        for name, found in quantizers.items():
+            embedding = masters["embedding"]
+            if not isinstance(embedding, PackedTernary):
+                embedding = embedding.T
+            kept[name] = ternary(embedding, found)
         return kept, left
 
     if "layers" in variables["params"]:
@@ -102,8 +113,9 @@ def pack_variables(
 
 
 def round_embedding(params: Tree) -> Tree:
-    """Packed params with the embedding, and a head that isn't ternary, in 8 bits."""
-    params = {**params, "embedding": _pack_rows(params["embedding"])}
+    """Packed params with an embedding and a head in 8 bits, if they aren't ternary."""
+    if not isinstance(params["embedding"], PackedTernary):
+        params = {**params, "embedding": _pack_rows(params["embedding"])}
     head = params.get("lm_head", {}).get("kernel")
     if head is not None and not isinstance(head, PackedTernary):
         params["lm_head"] = {"kernel": _pack_rows(head.T)}  # a row per output

@@ -29,16 +29,17 @@ def model_size(model: Vaani) -> ModelSize:
         lambda v: {e.name: e.kernel for e in ternary_kernels(v)}, variables
     )
     ternary = sum(int(np.prod(k.shape)) for k in kernels.values())
-    channel = model.quantization.weight_granularity == "channel"
+    spec = model.spec
     scales = sum(
-        int(np.prod(k.shape[:-2])) * (k.shape[-1] if channel else 1)
+        int(np.prod(k.shape[:-2])) * int(np.prod(spec.scale_shape(*k.shape[-2:])))
         for k in kernels.values()
     )
+    width = 2 if (spec.granularity, spec.scale_dtype) == ("group", "float16") else 4
     return ModelSize(
         parameters=total,
         ternary=ternary,
         bytes_fp16=2 * total,
-        bytes_2bit=2 * (total - ternary) + (ternary + 3) // 4 + 4 * scales,
+        bytes_2bit=2 * (total - ternary) + (ternary + 3) // 4 + width * scales,
     )
 
 

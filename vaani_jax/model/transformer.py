@@ -15,15 +15,22 @@ from vaani_jax.kernels.floats import float_matmul
 from vaani_jax.model.block import TransformerBlock, dropout
 from vaani_jax.model.cache import KVCache
 from vaani_jax.model.config import Architecture, Execution, Quantization, ternary_spec
-from vaani_jax.model.linear import PRODUCT, BitLinear
+from vaani_jax.model.linear import PRODUCT, BitLinear, unrounded_product
 from vaani_jax.model.norm import NORMS
 from vaani_jax.model.rotary import rotary_angles
 from vaani_jax.quant.barriers import to_dtype
-from vaani_jax.quant.packed import PackedRows, PackedTernary, take_rows
+from vaani_jax.quant.packed import (
+    PackedRows,
+    PackedTernary,
+    dequantized,
+    take_columns,
+    take_rows,
+)
 from vaani_jax.quant.product import ternary_dot
 from vaani_jax.quant.spec import TernarySpec
-from vaani_jax.quant.weights import TernaryQuantizer
-from vaani_jax.quant.wire import whole_kernel
+from vaani_jax.quant.straight_through import straight_through
+from vaani_jax.quant.weights import TernaryQuantizer, along_inputs
+from vaani_jax.quant.wire import receive, whole_kernel
 
 Array = jax.Array
 Tree = Any
@@ -62,8 +69,9 @@ class Vaani(nn.Module):
         a, q, e = self.architecture, self.quantization, self.execution
         if a.vocab_size < 1:
             raise VaaniError("model.vocab_size is 0: set it, or take the tokenizer's")
+        q.check_fits(a)
         stored: Any = self.get_variable("params", "embedding")
-        if not isinstance(stored, PackedRows):
+        if not isinstance(stored, PackedRows | PackedTernary):
             stored = self.param(
                 "embedding",
                 nn.initializers.normal(a.init_std),
@@ -92,8 +100,15 @@ class Vaani(nn.Module):
             self.layers = [block(a, q, e) for _ in range(a.n_layers)]
         self.final_norm = NORMS[a.norm](a.norm_eps)
         self.packed_head: Any = self.get_variable("params", "head")
-        masters = self.packed_head is None
-        if q.ternary_head and q.quantize and a.tie_embeddings and masters:
+        packed = isinstance(stored, PackedTernary) or self.packed_head is not None
+        rounds = q.quantize and not packed
+        self.rounds_embedding = rounds and q.ternary_embedding
+        self.rounds_head = rounds and q.ternary_head and a.tie_embeddings
+        if self.rounds_embedding:
+            self.rounds_head = a.tie_embeddings  # one matrix, one quantizer
+            self.embedding_quantizer = TernaryQuantizer(q.threshold, self.spec)
+            self.held_embedding: Any = self.get_variable("held", "embedding")
+        elif self.rounds_head:
             self.head_quantizer = TernaryQuantizer(q.threshold, self.spec)
             self.held_head: Any = self.get_variable("held", "head")
         if not a.tie_embeddings:
@@ -157,10 +172,12 @@ class Vaani(nn.Module):
             keys = jax.random.split(self.make_rng("dropout"), a.n_layers + 1)
         if isinstance(self.embedding, PackedRows):
             x = to_dtype(take_rows(self.embedding, tokens), dtype)
+        elif isinstance(self.embedding, PackedTernary):
+            x = to_dtype(take_columns(self.embedding, tokens), dtype)
         else:
             # Each device looks up its columns for all rows of its group; where rows are
             # apart, all columns for its own.
-            matrix, rows = self.embedding, constrain(tokens, "data", None)
+            matrix, rows = self._looked_up(mix), constrain(tokens, "data", None)
             if "fsdp" in mapped_axes():
                 matrix = constrain_weights(matrix, None, None)
             x = to_dtype(jnp.take(matrix, rows, axis=0), dtype)
@@ -210,25 +227,63 @@ class Vaani(nn.Module):
             if isinstance(kernel, PackedTernary) or self.lm_head.quantization.quantize:
                 return self.lm_head(x, train=train, mix=mix).astype(jnp.float32)
             return float_matmul(x, whole_kernel(kernel, x.dtype, "out"), True)
-        if self.packed_head is not None:
-            return ternary_matmul(x, self.packed_head).astype(jnp.float32)
-        if isinstance(self.embedding, PackedRows):
-            return rows_matmul(x, self.embedding)
-        if q.ternary_head and q.quantize:
-            (logits,) = ternary_dot(
-                x,
-                (self.embedding.T,),
-                (self.head_quantizer.tau(),),
-                spec=self.spec,
-                scales=(self.head_quantizer.stored(),),
-                held=(self.held_head,),
-                mix=mix,
+        packed = self.packed_head
+        if packed is None and isinstance(self.embedding, PackedTernary):
+            packed = self.embedding
+        if packed is not None and q.activation_tracking == "none":
+            return unrounded_product(x, dequantized(packed)).astype(jnp.float32)
+        if packed is not None:
+            logits: Array = ternary_matmul(
+                x, packed, activation_group=q.activation_pieces
             )
             return logits.astype(jnp.float32)
+        if isinstance(self.embedding, PackedRows):
+            return rows_matmul(x, self.embedding)
+        if self.rounds_head:
+            return self._ternary_head(x, mix).astype(jnp.float32)
         # Cut along V first, which moves nothing; then only that part is gathered.
         embedding = self.embedding.astype(x.dtype)
         embedding = constrain_weights(embedding, "tensor", "fsdp")
         return float_matmul(x, constrain_weights(embedding, "tensor", None))
+
+    def _looked_up(self, mix: Array | None) -> Array:
+        """The embedding [V, D] whose rows are taken, gradients straight through."""
+        if not self.rounds_embedding:
+            return self.embedding
+        w = self.embedding.T
+        if self.held_embedding is None:
+            found = self.embedding_quantizer(w)
+        else:
+            ready = self.held_embedding
+            codes = receive(ready.codes, jnp.float32, "out")
+            found = straight_through(codes * along_inputs(ready.scale, len(w)), w)
+        if mix is not None:
+            found = w + mix.astype(jnp.float32) * (found - w)
+        return found.T
+
+    def _ternary_head(self, x: Array, mix: Array | None) -> Array:
+        """Logits of a ternary head that is tied, in the dtype of ``x``."""
+        w = self.embedding.T
+        quantizer, held = (
+            (self.embedding_quantizer, self.held_embedding)
+            if self.rounds_embedding
+            else (self.head_quantizer, self.held_head)
+        )
+        if self.quantization.activation_tracking == "none":
+            found = quantizer(w)
+            if mix is not None:
+                found = w + mix.astype(jnp.float32) * (found - w)
+            return unrounded_product(x, found)
+        (logits,) = ternary_dot(
+            x,
+            (w,),
+            (quantizer.tau(),),
+            spec=self.spec,
+            scales=(quantizer.stored(*w.shape),),
+            held=(held,),
+            mix=mix,
+        )
+        return logits
 
 
 def stack_layers(tree: Tree, n_layers: int) -> Tree:

@@ -39,6 +39,20 @@ def quantize_activations(
     return codes, bound * (1.0 / LARGEST)
 
 
+def quantize_by_groups(x: Array, group: int) -> tuple[Array, Array]:
+    """8-bit codes of activations with a scale for every ``group`` inputs of a token.
+
+    Args:
+      x: [..., K], any float dtype; K a multiple of ``group``.
+
+    Returns:
+      codes [..., K] float32, and bounds [..., K / group], float32: what maps to 127.
+    """
+    parts = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, group)
+    bound = activation_bound(parts)
+    return quantize_activations(parts, bound)[0].reshape(x.shape), bound[..., 0]
+
+
 def activation_bound(x: Array, activation_range: Array | None = None) -> Array:
     """The magnitude that maps to 127, float32: [..., 1] per token, or [] if given."""
     if activation_range is None:
@@ -64,7 +78,7 @@ def integers(x: Array, activation_range: Array | None) -> tuple[Array, Array]:
 
 
 class ActivationQuantizer(nn.Module):
-    """8-bit activations, per token or with a tracked range.
+    """8-bit activations, per token, per group of inputs, or with a tracked range.
 
     With ``tracking="ema"`` the range is ``m * range + (1 - m) * max|x|``, updated while
     training and frozen in evaluation; the first batch sets it.
@@ -72,13 +86,14 @@ class ActivationQuantizer(nn.Module):
     Variables, for "ema" only: ``quant/range`` and ``quant/momentum``, float32 scalars.
     """
 
-    tracking: Literal["token", "ema"] = "token"
+    tracking: Literal["token", "ema", "group", "none"] = "token"
     momentum: float = 0.99
+    group: int = 32
 
     @nn.compact
     def observe(self, x: Array, *, train: bool) -> Array | None:
         """The range to quantize ``x [..., K]`` with: a scalar, or None per token."""
-        if self.tracking == "token":
+        if self.tracking != "ema":
             return None
         tracked = self.variable("quant", "range", jnp.zeros, (), jnp.float32)
         momentum = self.variable(
@@ -96,5 +111,11 @@ class ActivationQuantizer(nn.Module):
 
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         """The quantized activations ``s * q`` [..., K], gradients straight through."""
-        codes, scale = quantize_activations(x, self.observe(x, train=train))
+        if self.tracking == "none":
+            return x
+        if self.tracking == "group":
+            codes, bound = quantize_by_groups(x, self.group)
+            scale = jnp.repeat(bound * (1.0 / LARGEST), self.group, axis=-1)
+        else:
+            codes, scale = quantize_activations(x, self.observe(x, train=train))
         return straight_through(codes * scale, x)

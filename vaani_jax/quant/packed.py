@@ -29,6 +29,7 @@ import numpy as np
 
 from vaani_jax.errors import VaaniError
 from vaani_jax.quant.rounding import EPSILON, LARGEST, to_codes
+from vaani_jax.quant.weights import along_inputs
 
 Array = jax.Array
 
@@ -55,7 +56,9 @@ class PackedTernary:
 
     Attributes:
       codes: uint8, in one of the three orders above.
-      scale: float32, [] per tensor or [N] per output channel.
+      scale: float32 [] per tensor or [N] per output channel; float32 or float16 for
+        groups of inputs: [N' / 16, K / group, 16] beside tiles, where a block of
+        outputs finds its scales together, else [K / group, N].
       shape: (K, N) without padding; static.
       layout: "tiles", "rows" or "planes"; static.
     """
@@ -64,6 +67,13 @@ class PackedTernary:
     scale: Array
     shape: tuple[int, int] = flax.struct.field(pytree_node=False)
     layout: Layout = flax.struct.field(pytree_node=False, default="tiles")
+
+    @property
+    def groups(self) -> int:
+        """Groups of inputs that have scales of their own; 0 where there are none."""
+        if self.scale.ndim < 2:
+            return 0
+        return self.scale.shape[1 if self.scale.ndim == 3 else 0]
 
 
 @flax.struct.dataclass
@@ -77,6 +87,14 @@ class PackedRows:
 
     codes: Array
     scale: Array
+
+
+def scale_of(packed: PackedTernary) -> Array:
+    """Its scale as `ternarize` has it: float32 [], [N] or [K / group, N]."""
+    scale = packed.scale.astype(jnp.float32)
+    if scale.ndim < 3:
+        return scale
+    return scale.swapaxes(0, 1).reshape(scale.shape[1], -1)[:, : packed.shape[1]]
 
 
 def joined(codes: Any) -> Any:
@@ -128,17 +146,18 @@ def pack(weights: Array, scale: Array, layout: Layout = "tiles") -> PackedTernar
 
     Args:
       weights: [K, N] in {-1, 0, 1}, any dtype.
-      scale: float32, [] or [N].
+      scale: [], [N] or [K / group, N]; float16 is kept for groups.
       layout: the order of the codes.
 
     Raises:
       VaaniError: shapes that don't go together, or, where the weights are concrete,
         one that isn't ternary.
     """
-    if weights.ndim != 2 or scale.shape not in ((), weights.shape[1:]):
+    grouped = weights.ndim == scale.ndim == 2 and _fits_groups(weights, scale)
+    if weights.ndim != 2 or not (scale.shape in ((), weights.shape[1:]) or grouped):
         raise VaaniError(
             f"can't pack weights {weights.shape} with a scale {scale.shape}: they must"
-            " be [K, N] with a scale [] or [N]"
+            " be [K, N] with a scale [], [N] or [K / group, N]"
         )
     if not isinstance(weights, jax.core.Tracer):
         values = np.asarray(weights, np.float32)
@@ -157,9 +176,42 @@ def pack(weights: Array, scale: Array, layout: Layout = "tiles") -> PackedTernar
         blocks = codes.reshape(codes.shape[0] // TILE, 4, 4, -1, TILE)
         planes = blocks.transpose(1, 3, 0, 4, 2)  # plane, n block, k block, n, k % 4
         planes = planes.reshape(4, *planes.shape[1:3], 64)
-    return PackedTernary(
-        joined(planes), jnp.asarray(scale, jnp.float32), (k, n), layout
-    )
+    scale = jnp.asarray(scale)
+    if not grouped or scale.dtype != jnp.float16:
+        scale = scale.astype(jnp.float32)
+    if grouped and layout == "tiles":
+        scale = jnp.pad(scale, ((0, 0), (0, -n % TILE)))
+        scale = scale.reshape(len(scale), -1, TILE).swapaxes(0, 1)
+    return PackedTernary(joined(planes), scale, (k, n), layout)
+
+
+def _fits_groups(weights: Array, scale: Array) -> bool:
+    (k, n), (groups, width) = weights.shape, scale.shape
+    return width == n and groups > 0 and k % groups == 0
+
+
+def tiles_of_rows(codes: np.ndarray) -> np.ndarray:
+    """Codes of some outputs in layout "tiles", so that a kernel is packed in parts.
+
+    Args:
+      codes: [n, K] in {-1, 0, 1}, int8, an output a row; n a multiple of 16 but for the
+        last part.
+
+    Returns:
+      uint8 [ceil(n / 16), ceil(K / 16), 64].
+    """
+    n, k = codes.shape
+    padded = np.pad(codes, ((0, -n % TILE), (0, -k % TILE)))
+    blocks = (padded + np.int8(1)).view(np.uint8).reshape(-1, TILE, -(-k // TILE), 4, 4)
+    planes = blocks.transpose(3, 0, 2, 1, 4).reshape(4, len(blocks), -1, 64)
+    packed: np.ndarray = joined(planes)
+    return packed
+
+
+def tiles_of_scales(scales: np.ndarray) -> np.ndarray:
+    """Scales of the same outputs, [n, K / group], as [ceil(n / 16), K / group, 16]."""
+    padded = np.pad(scales, ((0, -len(scales) % TILE), (0, 0)))
+    return padded.reshape(-1, TILE, scales.shape[1]).swapaxes(1, 2)
 
 
 def unpack(packed: PackedTernary, dtype: Any = jnp.int8) -> Array:
@@ -182,7 +234,47 @@ def relayout(packed: PackedTernary, layout: Layout) -> PackedTernary:
     """The same weights in another order."""
     if packed.layout == layout:
         return packed
-    return pack(unpack(packed), packed.scale, layout)
+    scale = scale_of(packed).astype(packed.scale.dtype)
+    return pack(unpack(packed), scale, layout)
+
+
+def dequantized(packed: PackedTernary) -> Array:
+    """The kernel [K, N] that packed weights stand for, float32: codes times scales."""
+    scale = scale_of(packed)
+    return unpack(packed, jnp.float32) * along_inputs(scale, packed.shape[0])
+
+
+def take_columns(packed: PackedTernary, ids: Array) -> Array:
+    """Columns [..., K], float32, of a packed kernel [K, N], at ids [...].
+
+    Rows of a ternary embedding, whose kernel is that of the head.
+    """
+    k, _ = packed.shape
+    block, lane = ids // TILE, ids % TILE
+    if packed.layout == "planes":
+        columns = jnp.moveaxis(jnp.take(packed.codes, ids, axis=1), 0, -1)
+        planes = jnp.stack([code(columns, i) for i in range(4)], axis=-2)
+    else:
+        if packed.layout == "rows":
+            words = jnp.take(packed.codes, ids, axis=0)
+        else:
+            words = jnp.take(packed.codes, block, axis=0)  # [..., K' / 16, 64]
+            words = words.reshape(*words.shape[:-1], TILE, 4)
+            words = jnp.take_along_axis(words, lane[..., None, None, None], axis=-2)
+        words = words.reshape(*ids.shape, -1, 4)
+        planes = jnp.stack([code(words, i) for i in range(4)], axis=-2)
+    weights = planes.reshape(*ids.shape, -1)[..., :k].astype(jnp.float32) - 1.0
+    scale = packed.scale.astype(jnp.float32)
+    if scale.ndim == 0:
+        return weights * scale
+    if scale.ndim == 1:
+        return weights * jnp.take(scale, ids)[..., None]
+    if scale.ndim == 2:
+        scale = jnp.moveaxis(jnp.take(scale, ids, axis=1), 0, -1)
+    else:
+        scale = jnp.take(scale, block, axis=0)  # [..., K / group, 16]
+        scale = jnp.take_along_axis(scale, lane[..., None, None], axis=-1)[..., 0]
+    return weights * jnp.repeat(scale, k // scale.shape[-1], axis=-1)
 
 
 def pack_rows(matrix: Array) -> PackedRows:

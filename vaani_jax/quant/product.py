@@ -11,12 +11,14 @@ from vaani_jax.devices.mesh import constrain
 from vaani_jax.quant.activations import (
     activation_bound,
     quantize_activations,
+    quantize_by_groups,
 )
 from vaani_jax.quant.barriers import to_dtype
+from vaani_jax.quant.groups import check_groups, grouped_product
 from vaani_jax.quant.held import Held
 from vaani_jax.quant.rounding import LARGEST
 from vaani_jax.quant.spec import Split, TernarySpec, operand_dtype
-from vaani_jax.quant.weights import ternarize
+from vaani_jax.quant.weights import along_inputs, ternarize
 from vaani_jax.quant.wire import STORED, opened, receive, send
 
 Array = jax.Array
@@ -47,6 +49,55 @@ def _along_last(scale: Array, ndim: int) -> Array:
     return scale if scale.ndim == 0 else scale.reshape((1,) * (ndim - 1) + (-1,))
 
 
+def integers_of(
+    x: Array, group: int, activation_range: Array | None
+) -> tuple[Array, Array, Array]:
+    """Activations [..., K] as a product takes them.
+
+    Args:
+      x: any float dtype.
+      group: inputs with a scale of their own; 0 for a scale per token.
+      activation_range: see `quantize_activations`; not with a group.
+
+    Returns:
+      codes [..., K] float32; their scales, which they can be multiplied with; and
+      bounds, see `activation_bound`, or [..., K / group].
+    """
+    if not group:
+        bound = activation_bound(x, activation_range)
+        return *quantize_activations(x, bound), bound
+    check_groups(x.shape[-1], group, group)
+    q, bound = quantize_by_groups(x, group)
+    return q, jnp.repeat(bound * (1.0 / LARGEST), group, axis=-1), bound
+
+
+def scaled_product(
+    q: Array, t: Array, scale: Array, bound: Array, shape: tuple[int, ...], total: Any
+) -> Array:
+    """``q @ t`` times its scales.
+
+    Args:
+      q: integers [M, K] of activations of ``shape`` [..., K].
+      t: ternary weights [K, N] in the same dtype.
+      scale: of the weights, [], [N] or [K / group, N].
+      bound: of the activations, see `integers_of`.
+      total: dtype of sums of products of integers.
+
+    Returns:
+      [..., N] float32.
+    """
+    shape = (*shape[:-1], t.shape[-1])
+    if scale.ndim < 2 and (bound.ndim == 0 or bound.shape[-1] == 1):
+        sums = jnp.dot(q, t, precision="highest", preferred_element_type=total)
+        sums = sums.astype(jnp.float32).reshape(shape)
+        return sums * output_scale(bound, scale, len(shape))
+    token = bound * (1.0 / LARGEST)
+    token = token.reshape(-1, token.shape[-1]) if token.ndim else token
+    if token.ndim == 0 or len(token) != len(q):
+        token = jnp.broadcast_to(token, (len(q), 1))
+    return grouped_product(q, t, scale, token).reshape(shape)
+
+
 def _as_rows(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1])
 
@@ -72,7 +123,7 @@ def ternary_dot(
       x: activations [..., K], float32 or bfloat16.
       kernels: master kernels [K, N_i].
       thresholds: tau of each kernel, scalars.
-      spec: how to quantize.
+      spec: how to quantize; its activations are rounded.
       scales: of each kernel, where they are "stored".
       held: codes and scale of each kernel, where they have been computed before.
       activation_range: see `quantize_activations`.
@@ -128,8 +179,7 @@ def _ternary_dot_fwd(
     activation_range: Array | None,
     mix: Array | None,
 ) -> tuple[tuple[Array, ...], Any]:
-    bound = activation_bound(x, activation_range)
-    q, s = quantize_activations(x, bound)
+    q, s, bound = integers_of(x, spec.pieces, activation_range)
     # A mix is no integer.
     dtype = operand_dtype(spec.operands) if mix is None else jnp.dtype(jnp.float32)
     total = jnp.int32 if dtype == jnp.int8 else jnp.float32
@@ -147,16 +197,15 @@ def _ternary_dot_fwd(
         else:
             t, scale = ready.values(split), ready.scale
         if rest is not None:
-            t = t + rest * (w.astype(jnp.float32) / _along_last(scale, 2) - t)
+            t = t + rest * (w.astype(jnp.float32) / along_inputs(scale, len(w)) - t)
             sent = send(t, dtype, "float", split)
         elif ready is None or spec.wire == "float":
             sent = send(t, dtype, spec.wire, split)
         else:
             sent = ready.codes
         t = _multiplied(sent, ready, dtype, split)
-        sums = jnp.dot(q, t, precision="highest", preferred_element_type=total)
-        sums = sums.astype(jnp.float32).reshape(*x.shape[:-1], t.shape[-1])
-        outputs.append(to_dtype(sums * output_scale(bound, scale, x.ndim), x.dtype))
+        y = scaled_product(q, t, scale, bound, x.shape, total)
+        outputs.append(to_dtype(y, x.dtype))
         quantized.append((sent, scale))  # cut, so that no kernel is kept whole
     rest_of_arguments = (thresholds, stored, activation_range, mix)
     residuals = (x, q, s, quantized, kernels, held, rest_of_arguments)
@@ -183,7 +232,8 @@ def _ternary_dot_bwd(
     for g, (sent, scale), w, ready in zip(gs, quantized, kernels, held, strict=True):
         g = _as_rows(g)
         t = _multiplied(sent, ready, q.dtype, split)
-        w_quantized = (t.astype(jnp.float32) * _along_last(scale, 2)).astype(dtype)
+        w_quantized = t.astype(jnp.float32) * along_inputs(scale, len(t))
+        w_quantized = w_quantized.astype(dtype)
         dx = dx + jnp.dot(g, w_quantized.T)
         dw = jnp.dot(x_quantized.T, g, preferred_element_type=jnp.float32)
         dws.append(constrain(dw.astype(w.dtype), *STORED[split]))

@@ -11,7 +11,13 @@ import jax.numpy as jnp
 WeightScale = Literal["absmean", "least_squares", "stored"]
 
 
-Granularity = Literal["tensor", "channel"]
+Granularity = Literal["tensor", "channel", "group"]
+
+
+ScaleDtype = Literal["float32", "float16"]
+
+
+Activations = Literal["token", "group", "none"]
 
 
 OperandDtype = Literal["auto", "bfloat16", "float32", "int8"]
@@ -30,7 +36,14 @@ class TernarySpec:
     Attributes:
       scale: "absmean" (b1.58), "least_squares" (arXiv:1605.04711), or "stored": a
         number kept beside the kernel, for weights that came as codes and a scale.
-      granularity: one scale per "tensor" or per output "channel".
+      granularity: one scale per "tensor", per output "channel", or per "group" of
+        inputs of an output.
+      group: inputs of a group, where scales go by groups; K is a multiple of it.
+      scale_dtype: "float16" rounds scales to numbers that float16 holds, so that files
+        which keep two bytes a scale hold the model exactly.
+      activations: 8 bits with a scale per "token" (or a given range), 8 bits with a
+        scale per "group" of inputs, or "none": they are not rounded.
+      activation_group: inputs of such a group; K is a multiple of it.
       operands: dtype in which the integers of the forward product ride, and in which
         the backward pass keeps them: "float32", "bfloat16", "int8" (summed in int32).
         The result is the same to the bit; "auto" takes the fastest one that has been
@@ -41,8 +54,22 @@ class TernarySpec:
 
     scale: WeightScale = "absmean"
     granularity: Granularity = "tensor"
+    group: int = 128
+    scale_dtype: ScaleDtype = "float32"
+    activations: Activations = "token"
+    activation_group: int = 32
     operands: OperandDtype = "auto"
     wire: Wire = "2bit"
+
+    def scale_shape(self, k: int, n: int) -> tuple[int, ...]:
+        """Of the scale of a kernel [k, n]: [], [n] or [k / group, n]."""
+        shapes = {"tensor": (), "channel": (n,), "group": (k // self.group, n)}
+        return shapes[self.granularity]
+
+    @property
+    def pieces(self) -> int:
+        """Inputs that share a scale of activations; 0 where a token has one."""
+        return self.activation_group if self.activations == "group" else 0
 
 
 @functools.cache

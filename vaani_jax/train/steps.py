@@ -187,6 +187,8 @@ def make_report_step(
     def report(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         sparsity, scale, flipped, codes = {}, {}, {}, {}
         entries = ternary_codes(model.spec, state.variables)
+        kinds = {"tensor": (), "channel": (-1,), "group": (-2, -1)}
+        scale_axes = kinds[model.spec.granularity]
         for name, (t, gamma) in entries.items():
             codes[name] = t
             axes = (-2, -1)
@@ -194,9 +196,7 @@ def make_report_step(
             flipped[name] = jnp.mean(
                 t != state.codes[name], axis=axes, dtype=jnp.float32
             )
-            if model.quantization.weight_granularity == "channel":
-                gamma = gamma.mean(axis=-1)
-            scale[name] = gamma
+            scale[name] = gamma.mean(axis=scale_axes)
         stats = {
             "quant/sparsity": sparsity,
             "quant/scale": scale,
