@@ -207,6 +207,49 @@ def test_q2_0_holds_scales_in_its_blocks_where_they_are_float16(tmp_path):
             assert beside.view(np.float32)[0, 0] == scale
 
 
+GROUPED = {
+    "q2_0": {"weight_group": 64},
+    "f16": {"weight_group": 32, "ternary_embedding": True},
+    "q8_0": {"weight_granularity": "channel", "activation_tracking": "token"},
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", GROUPED)
+def test_models_with_more_scales_come_back_exactly(kind, family, tmp_path):
+    changes: dict[str, Any] = {
+        "weight_granularity": "group",
+        "scale_dtype": "float16",
+        "activation_tracking": "group",
+        "ternary_head": True,
+        **GROUPED[kind],
+    }
+    module = FAMILIES[family].changed(n_layers=1, **changes)
+    before, path = exported(tmp_path, module, gguf_type=kind, embedding="float32")
+    import_model(path, tmp_path / "back", notify=notify)
+    after = load(tmp_path / "back", notify=notify)
+    q = dataclasses.replace(module.quantization, weight_scale="stored")
+    if kind == "q8_0":
+        q = dataclasses.replace(q, scale_dtype="float32")  # those of groups only
+    assert after.quantization == q
+    ours = ternary_codes(before.module.spec, before.variables)
+    theirs = ternary_codes(after.module.spec, after.variables)
+    assert ours.keys() == theirs.keys()
+    assert ("embedding" in ours) == (kind == "f16")
+    for name, (codes, scale) in ours.items():
+        np.testing.assert_array_equal(codes, theirs[name][0])
+        used = np.asarray(codes).any(axis=0)  # of those of zeros no file says it
+        if np.ndim(scale) == 1:
+            np.testing.assert_array_equal(scale[used], theirs[name][1][used])
+        else:
+            np.testing.assert_array_equal(scale, theirs[name][1])
+    ids = np.arange(24)[None]
+    np.testing.assert_allclose(after(ids), before(ids), atol=2e-5)
+    import_model(path, tmp_path / "packed", packed=True, notify=notify)
+    packed = load(tmp_path / "packed", notify=notify)
+    np.testing.assert_allclose(packed(ids), after(ids), atol=2e-5)
+
+
 class Taken:
     """What `gguf.write` takes tensors from: random codes with scales of a shape."""
 

@@ -94,6 +94,13 @@ def check(module: Vaani, kind: str) -> None:
             f"llama.cpp's {name} does not know the rotary scaling llama3: use --format"
             " hf or hf-packed"
         )
+    q = module.quantization
+    tied = architecture.tie_embeddings and not q.ternary_embedding
+    if q.quantize and q.ternary_head and tied:
+        raise VaaniError(
+            "GGUF files hold a tied head once, and this model's is ternary and its"
+            " embedding is not: train with quantization.ternary_embedding=True"
+        )
     if not module.quantization.quantize and kind not in FLOATS:
         raise VaaniError(
             f"this model is in full precision, which --type {kind} can't hold: use"

@@ -56,6 +56,7 @@ FORKS = ("bitnet-25", "bitnet-b1.58")
 
 # Where an export of ours says how inputs are rounded.
 TRACKING, GROUP = "vaani.activation_tracking", "vaani.activation_group"
+KNOWN_TRACKING = ("token", "group", "none")
 
 LARGEST = 2**31 - 1  # of any whole number: what int32 indices can count
 RANGE = 2**22  # weights of a range of rows: little memory, and few calls
@@ -329,7 +330,9 @@ class GGUFModel:
         self.grouping: Grouping | None = None
         self.half = False
         self.storage, self.reason = self._look(kind)
-        self.module = Vaani(architecture, self._quantization(architecture))
+        quantization = self._quantization(architecture)
+        quantization.check_fits(architecture)
+        self.module = Vaani(architecture, quantization)
 
     # -- Checking -----------------------------------------------------------------
 
@@ -511,8 +514,13 @@ class GGUFModel:
         metadata = self._file.metadata
         said, group = metadata.get(TRACKING), metadata.get(GROUP, 32)
         if said is not None:
-            if not isinstance(said, str) or type(group) is not int:
-                raise VaaniError(f"{TRACKING} must be a text, and {GROUP} a number")
+            if not isinstance(said, str) or said not in KNOWN_TRACKING:
+                raise VaaniError(
+                    f"{TRACKING} is {shown(said)[:60]}: {', '.join(KNOWN_TRACKING)} are"
+                    " known"
+                )
+            if type(group) is not int:
+                raise VaaniError(f"{GROUP} is {shown(group)[:60]}: no whole number")
             return said, group
         heads = architecture.n_heads * architecture.head_size
         sizes = (architecture.dim, architecture.hidden_dim, heads)
