@@ -672,7 +672,13 @@ def test_a_full_disk_leaves_no_export(folders, tmp_path, monkeypatch):
 
 
 def test_every_parameter_has_its_name():
-    for config in (SMALL, SMALL.changed(tie_embeddings=False)):
+    for config in (
+        SMALL,
+        SMALL.changed(tie_embeddings=False),
+        SMALL.changed(family="qwen2", n_kv_heads=1),
+        SMALL.changed(family="qwen3", head_dim=24, n_kv_heads=2),
+        SMALL.changed(qk_norm=True, attention_bias=True, head_dim=8),
+    ):
         variables = jax.eval_shape(
             lambda c=config: init_variables(c, jax.random.key(0))
         )

@@ -264,7 +264,12 @@ def test_a_bias_is_added_to_the_product(model, dtype):
     gradient, y = jax.jit(jax.grad(loss, has_aux=True))(bias)
     product: Any = plain.apply({**shape, "params": {"kernel": kernel}}, x)
     expected = (product.astype(jnp.float32) + bias[None]).astype(dtype)
-    np.testing.assert_array_equal(y.astype(jnp.float32), expected.astype(jnp.float32))
+    y, expected = (np.asarray(part, np.float32) for part in (y, expected))
+    if model.quantization.quantize:
+        np.testing.assert_array_equal(y, expected)
+    else:  # compiled code sums a product of floats in another order
+        tolerance = 1e-5 if dtype == jnp.float32 else 0.02
+        np.testing.assert_allclose(y, expected, rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(
         gradient, weights.astype(dtype).astype(jnp.float32).sum(axis=0), rtol=1e-5
     )
