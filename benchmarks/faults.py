@@ -541,8 +541,8 @@ class Mutations:
             room.must(functools.partial(vaani, "export", run, *flags))
         for kind in types:
             file = made / f"{kind}.gguf"
-            flags = "--format=gguf", f"--type={kind}", "--output", file
-            room.must(functools.partial(vaani, "export", run, *flags))
+            told = "--format=gguf", f"--type={kind}", "--output", file
+            room.must(functools.partial(vaani, "export", run, *told))
         self._command = command
 
     @staticmethod

@@ -1,8 +1,11 @@
 """Models in GGUF files: out, in, and against transformers."""
 
 import dataclasses
+import importlib.util
 import json
 import os
+import pathlib
+import random
 from typing import Any
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # eager: compiling would take minutes
@@ -32,8 +35,9 @@ from vaani_jax.interop.convert import export_model, import_model
 from vaani_jax.interop.formats import gguf as gguf_files
 from vaani_jax.interop.formats import gguf_model, opened
 from vaani_jax.interop.formats.gguf_file import GGUFFile
-from vaani_jax.interop.formats.gguf_model import GGUFModel, quantization_keys
+from vaani_jax.interop.formats.gguf_model import GGUFModel
 from vaani_jax.interop.formats.gguf_rotary import to_factors
+from vaani_jax.interop.formats.gguf_settings import quantization_keys
 from vaani_jax.interop.names import tensors
 from vaani_jax.model.names import ternary_codes
 
@@ -180,12 +184,12 @@ def test_q2_0_holds_scales_in_its_blocks_where_they_are_float16(tmp_path):
     variables = random_variables(module)
     names = ["q_proj", "k_proj"]
     attention = variables["params"]["layers_0"]["attn"]
-    for name, scale in zip(names, (np.float32(0.125), np.float32(0.1)), strict=True):
+    for name, wanted in zip(names, (0.125, 0.1), strict=True):
         codes = np.random.default_rng(0).integers(
             -1, 2, attention[name]["kernel"].shape
         )
         share = np.count_nonzero(codes) / codes.size
-        attention[name]["kernel"] = (codes * (scale / share)).astype(np.float32)
+        attention[name]["kernel"] = (codes * (wanted / share)).astype(np.float32)
     run = make_run(tmp_path / "run", module, variables=variables)
     path = tmp_path / "out.gguf"
     export_model(run, path, target="gguf", notify=notify)
@@ -193,12 +197,12 @@ def test_q2_0_holds_scales_in_its_blocks_where_they_are_float16(tmp_path):
     expected = ternary_codes(model.module.spec, model.variables)
     file = GGUFFile(path)
     for name in (*names, "v_proj"):
-        codes, scale = (np.asarray(x) for x in expected[f"layers_0/attn/{name}"])
+        codes, scale = map(np.asarray, expected[f"layers_0/attn/{name}"])
         label = f"blk.0.attn_{name[0]}"
         entry = file.tensors[f"{label}.weight"]
         assert entry.type.id == 42
-        found = gguf_reference.decode_q2(file.rows(entry, WHOLE).tobytes(), 64)
-        found = np.reshape(found, entry.shape).T
+        values = gguf_reference.decode_q2(file.rows(entry, WHOLE).tobytes(), 64)
+        found = np.reshape(values, entry.shape).T
         exact = np.float32(np.float16(scale)) == scale
         np.testing.assert_array_equal(found, codes * (scale if exact else 1))
         assert (f"{label}.scale" in file.tensors) != exact
@@ -207,7 +211,7 @@ def test_q2_0_holds_scales_in_its_blocks_where_they_are_float16(tmp_path):
             assert beside.view(np.float32)[0, 0] == scale
 
 
-GROUPED = {
+GROUPED: dict[str, dict[str, Any]] = {
     "q2_0": {"weight_group": 64},
     "f16": {"weight_group": 32, "ternary_embedding": True},
     "q8_0": {"weight_granularity": "channel", "activation_tracking": "token"},
@@ -862,6 +866,52 @@ def test_matrices_of_which_some_are_ternary_are_refused(tmp_path):
     ):
         import_model(tmp_path / "a.gguf", tmp_path / "run", notify=notify)
     assert not (tmp_path / "run").exists()
+
+
+# -- Damage -----------------------------------------------------------------------
+
+
+def mutations():
+    """How the benchmark of faults damages files."""
+    path = pathlib.Path(__file__).parents[2] / "benchmarks" / "mutations.py"
+    spec = importlib.util.spec_from_file_location("mutations", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def outcome(path):
+    """The variables of a file, or what is wrong with it."""
+    try:
+        return opened(path).variables()
+    except VaaniError as error:
+        return error
+
+
+def test_hundreds_of_damaged_files_give_a_model_or_one_line(tmp_path):
+    """benchmarks/faults.py does it thousands of times, with other tokenizers."""
+    ternary_file(tmp_path / "a.gguf", "Q2_0", 0, "llama", change=plain_ends)
+    keys, found = as_their_converter(their_model("qwen2"), "qwen2")
+    gguf_reference.write(tmp_path / "b.gguf", "qwen2", keys, found, CHARACTERS)
+    whole = [(tmp_path / name).read_bytes() for name in ("a.gguf", "b.gguf")]
+    damage = mutations()
+    path = tmp_path / "damaged.gguf"
+    refused = read = 0
+    for seed in range(400):
+        rng = random.Random(seed)
+        path.write_bytes(damage.mutated(path.name, rng.choice(whole), rng))
+        result = outcome(path)
+        if isinstance(result, VaaniError):
+            assert len(str(result).splitlines()) == 1
+            assert len(str(result)) < 600
+            refused += 1
+        else:
+            assert all(np.isfinite(x).all() for x in jax.tree.leaves(result))
+            read += 1
+    assert refused > 200
+    assert read > 40
 
 
 # -- The command line -------------------------------------------------------------
