@@ -177,7 +177,7 @@ class GGUFModel:
                 return kind.ternary(rows)
         except VaaniError as error:
             raise VaaniError(f"{tensor.gguf_name} is {error}") from None
-        return split(kind.floats(kind.split(rows)), block)
+        return split(kind.values(rows), block)
 
     def _survey(self, tensor: Tensor) -> Survey | None:
         """Which weights of a matrix share scales; None where it isn't ternary."""
