@@ -526,9 +526,12 @@ class Mutations:
         self._made.mkdir()
         made, tokenizer = self._made, self._made / "tokenizer.json"
         keys: dict[str, Any] = SHORT
+        types = ["f16"]
         if not toy:  # which reads characters, as runs that are compiled already
             tokenizer.write_text(self._tokenizer())
-            keys = {**SHORT, "data.tokenizer_file": tokenizer}
+            # A block of GGUF's smallest ternary type has 64 weights.
+            keys = {**SHORT, "data.tokenizer_file": tokenizer, "model.dim": 64}
+            types += ["q2_0", "q8_0"]
         command = training(room.text, made / "run", **keys)
         room.must(lambda: vaani(*command))
         run = f"--workdir={made / 'run'}"
@@ -536,6 +539,10 @@ class Mutations:
         for form in ("hf", "hf-packed"):
             flags = f"--format={form}", "--output", made / form
             room.must(functools.partial(vaani, "export", run, *flags))
+        for kind in types:
+            file = made / f"{kind}.gguf"
+            told = "--format=gguf", f"--type={kind}", "--output", file
+            room.must(functools.partial(vaani, "export", run, *told))
         self._command = command
 
     @staticmethod
@@ -703,8 +710,8 @@ class Readers:
         folder = self._folder
         form = folder / rng.choice(["hf", "hf-packed"])
         use = rng.randrange(4) == 0
-        kind = rng.randrange(11) // 2
-        if kind == 5:
+        kind = rng.randrange(13) // 2
+        if kind == 6:
             file = folder / "run" / rng.choice(["metrics.jsonl", "tuner.jsonl"])
             return "damaged records", file, functools.partial(self._record, file)
         if kind == 0:
@@ -729,6 +736,13 @@ class Readers:
             names = ["tokenizer.json"] * 3 + ["tokenizer_config.json"]
             file = form / rng.choice(names)
             return "damaged tokenizers", file, functools.partial(self._spell, file)
+        if kind == 4:
+            file = rng.choice(sorted(folder.glob("*.gguf")))
+            return (
+                "damaged GGUF files",
+                file,
+                functools.partial(self._import, file, use),
+            )
         read = functools.partial(self._import, form, use)
         return "damaged configs", form / "config.json", read
 
@@ -750,9 +764,9 @@ class Readers:
 
     def _import(self, form: pathlib.Path, use: bool) -> None:
         from vaani_jax.inference.model import Model
-        from vaani_jax.interop.formats.hf import Folder
+        from vaani_jax.interop.formats import opened
 
-        found = Folder(form)
+        found = opened(form)
         self._use(Model(found.module, found.variables(), found.tokenizer), use)
 
     def _spell(self, file: pathlib.Path) -> None:

@@ -6,9 +6,9 @@
 
 Perplexity over the non-overlapping windows of the held-out text (``--windows`` of them;
 0 takes all), and greedy text for ``--prompts`` prompts at equal distances in them.
-llama.cpp rounds activations per block of 256 (TQ types) or 32 (Q8_0), not per token, or
-not at all (F16), so that its figures come near ours without being them; where a text
-parts from ours, the last column says by how much our own logits preferred our token.
+llama.cpp rounds activations per block of 256 (TQ types) or 32 (Q2_0, Q8_0), not per
+token, or not at all (F16), so that its figures come near ours without being them; where
+a text parts from ours, the last column says by how much our own logits preferred ours.
 "positions" are those of the windows where llama.cpp finds another token likeliest: the
 figure to go by, as ten prompts say little. Exits with status 1 where a bar is missed:
 1 % of perplexity, nine prompts of ten.
@@ -83,7 +83,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", default="", help="of the run")
     parser.add_argument("--toy", action="store_true", help="seconds: does it run?")
-    parser.add_argument("--types", default="tq2_0,tq1_0,q8_0,f16")
+    parser.add_argument("--types", default="q2_0,tq2_0,tq1_0,q8_0,f16")
     parser.add_argument("--embeddings", default="float32", help="float16,float32")
     parser.add_argument("--prompts", type=int, default=10)
     parser.add_argument("--windows", type=int, default=400)

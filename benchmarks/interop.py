@@ -19,6 +19,7 @@ import time
 COMMANDS = {
     "export hf": ["export", "--format=hf"],
     "export hf-packed": ["export", "--format=hf-packed"],
+    "export q2_0": ["export", "--format=gguf", "--type=q2_0"],
     "export tq2_0": ["export", "--format=gguf", "--type=tq2_0"],
     "export tq1_0": ["export", "--format=gguf", "--type=tq1_0"],
     "export q8_0": ["export", "--format=gguf", "--type=q8_0"],

@@ -127,12 +127,87 @@ def change_header(data: bytes, rng: random.Random) -> bytes:
     return len(header).to_bytes(LENGTH, "little") + header + rest
 
 
+# Bytes of the numbers in a GGUF file, by their kind; 8 is a text, 9 an array.
+NUMBERS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+TEXT, ARRAY = 8, 9
+
+
+def gguf_numbers(data: bytes) -> list[tuple[int, int]]:
+    """Where the numbers of a whole GGUF file's header are, and how long each is.
+
+    Lengths, counts, kinds, values, dimensions and offsets; of long arrays the first.
+    """
+    found: list[tuple[int, int]] = []
+    at = 4
+
+    def number(size: int) -> int:
+        nonlocal at
+        found.append((at, size))
+        at += size
+        return int.from_bytes(data[at - size : at], "little")
+
+    def text() -> None:
+        nonlocal at
+        length = number(8)
+        at += length
+
+    def value(kind: int) -> None:
+        nonlocal at
+        if kind == TEXT:
+            text()
+        elif kind == ARRAY:
+            inner, count = number(4), number(8)
+            for i in range(count):
+                before = len(found)
+                value(inner)
+                if i > 20:
+                    del found[before:]
+        else:
+            number(NUMBERS[kind])
+
+    number(4)
+    tensors, keys = number(8), number(8)
+    for _ in range(keys):
+        text()
+        value(number(4))
+    for _ in range(tensors):
+        text()
+        for _ in range(number(4)):
+            number(8)
+        number(4)
+        number(8)
+    return found
+
+
+def change_gguf(data: bytes, rng: random.Random) -> bytes:
+    """A GGUF file with other numbers in its header, or bytes of it flipped or gone."""
+    numbers = gguf_numbers(data)
+    end = sum(numbers[-1])
+    if rng.randrange(4) == 0:
+        return rng.choice(BYTES)(data[:end], rng) + data[end:]
+    found = bytearray(data)
+    for _ in range(rng.choice([1, 1, 1, 2])):
+        at, size = rng.choice(numbers)
+        old = int.from_bytes(found[at : at + size], "little")
+        new = rng.choice(
+            [
+                *(0, 1, 2, 3, 7, 255, 2**16, 2**31 - 1, 2**31, 2**32, 2**40, 2**63),
+                *(2**64 - 1, old + 1, old - 1, old * 2, old // 2, old + 32, -old),
+                rng.getrandbits(8 * size),
+            ]
+        )
+        found[at : at + size] = (new % 2 ** (8 * size)).to_bytes(size, "little")
+    return bytes(found)
+
+
 def mutated(name: str, data: bytes, rng: random.Random) -> bytes:
     """The content of a file, damaged in a way that its kind invites."""
     if rng.randrange(3):
         try:
             if pathlib.PurePath(name).suffix == ".safetensors":
                 return change_header(data, rng)
+            if pathlib.PurePath(name).suffix == ".gguf":
+                return change_gguf(data, rng)
             json.loads(data)
         except ValueError:
             pass

@@ -1,7 +1,7 @@
 """A character model that llama.cpp runs as it was trained: SwiGLU, tied, rows of 256.
 
 python train.py --config=configs/gguf.py
-python -m vaani_jax export --workdir runs/gguf --format gguf --output gguf.gguf
+python -m vaani_jax export --workdir runs/gguf --format gguf --type tq2_0 --output g
 
 A row is one block of llama.cpp's ternary types, so that activations are rounded in one
 piece, as here; --embedding float32 makes the export exact. Two cores of an Intel Xeon

@@ -464,9 +464,6 @@ def test_windows_that_see_everything_are_no_refusal():
         ({"head_dim": 24}, "hf", r"model\.head_dim = 24"),
         ({"head_dim": 24}, "hf-packed", r"model\.head_dim = 24"),
         ({"family": "llama", "dim": 66, "head_dim": 16}, "hf", "multiple of n_heads"),
-        ({"family": "qwen3"}, "gguf", "qwen3"),
-        ({"rope_scaling": "linear", "rope_factor": 2.0}, "gguf", "rope_scaling"),
-        ({"head_dim": 24}, "gguf", r"model\.head_dim = 24"),
     ],
 )
 def test_blocks_that_a_format_lacks_are_refused(changes, target, words, tmp_path):

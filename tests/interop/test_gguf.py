@@ -1,7 +1,11 @@
 """Models in GGUF files: out, in, and against transformers."""
 
 import dataclasses
+import importlib.util
+import json
 import os
+import pathlib
+import random
 from typing import Any
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # eager: compiling would take minutes
@@ -31,9 +35,11 @@ from vaani_jax.interop.convert import export_model, import_model
 from vaani_jax.interop.formats import gguf as gguf_files
 from vaani_jax.interop.formats import gguf_model, opened
 from vaani_jax.interop.formats.gguf_file import GGUFFile
-from vaani_jax.interop.formats.gguf_model import GGUFModel, quantization_keys
+from vaani_jax.interop.formats.gguf_model import GGUFModel
 from vaani_jax.interop.formats.gguf_rotary import to_factors
+from vaani_jax.interop.formats.source import quantization_of
 from vaani_jax.interop.names import tensors
+from vaani_jax.model.config import Architecture, Quantization
 from vaani_jax.model.names import ternary_codes
 
 WHOLE = slice(None)
@@ -179,12 +185,12 @@ def test_q2_0_holds_scales_in_its_blocks_where_they_are_float16(tmp_path):
     variables = random_variables(module)
     names = ["q_proj", "k_proj"]
     attention = variables["params"]["layers_0"]["attn"]
-    for name, scale in zip(names, (np.float32(0.125), np.float32(0.1)), strict=True):
+    for name, wanted in zip(names, (0.125, 0.1), strict=True):
         codes = np.random.default_rng(0).integers(
             -1, 2, attention[name]["kernel"].shape
         )
         share = np.count_nonzero(codes) / codes.size
-        attention[name]["kernel"] = (codes * (scale / share)).astype(np.float32)
+        attention[name]["kernel"] = (codes * (wanted / share)).astype(np.float32)
     run = make_run(tmp_path / "run", module, variables=variables)
     path = tmp_path / "out.gguf"
     export_model(run, path, target="gguf", notify=notify)
@@ -192,18 +198,61 @@ def test_q2_0_holds_scales_in_its_blocks_where_they_are_float16(tmp_path):
     expected = ternary_codes(model.module.spec, model.variables)
     file = GGUFFile(path)
     for name in (*names, "v_proj"):
-        codes, scale = (np.asarray(x) for x in expected[f"layers_0/attn/{name}"])
+        codes, scale = map(np.asarray, expected[f"layers_0/attn/{name}"])
         label = f"blk.0.attn_{name[0]}"
         entry = file.tensors[f"{label}.weight"]
         assert entry.type.id == 42
-        found = gguf_reference.decode_q2(file.rows(entry, WHOLE).tobytes(), 64)
-        found = np.reshape(found, entry.shape).T
+        values = gguf_reference.decode_q2(file.rows(entry, WHOLE).tobytes(), 64)
+        found = np.reshape(values, entry.shape).T
         exact = np.float32(np.float16(scale)) == scale
         np.testing.assert_array_equal(found, codes * (scale if exact else 1))
         assert (f"{label}.scale" in file.tensors) != exact
         if not exact:
             beside = file.rows(file.tensors[f"{label}.scale"], WHOLE)
             assert beside.view(np.float32)[0, 0] == scale
+
+
+GROUPED: dict[str, dict[str, Any]] = {
+    "q2_0": {"weight_group": 64},
+    "f16": {"weight_group": 32, "ternary_embedding": True},
+    "q8_0": {"weight_granularity": "channel", "activation_tracking": "token"},
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", GROUPED)
+def test_models_with_more_scales_come_back_exactly(kind, family, tmp_path):
+    changes: dict[str, Any] = {
+        "weight_granularity": "group",
+        "scale_dtype": "float16",
+        "activation_tracking": "group",
+        "ternary_head": True,
+        **GROUPED[kind],
+    }
+    module = FAMILIES[family].changed(n_layers=1, **changes)
+    before, path = exported(tmp_path, module, gguf_type=kind, embedding="float32")
+    import_model(path, tmp_path / "back", notify=notify)
+    after = load(tmp_path / "back", notify=notify)
+    q = dataclasses.replace(module.quantization, weight_scale="stored")
+    if kind == "q8_0":
+        q = dataclasses.replace(q, scale_dtype="float32")  # those of groups only
+    assert after.quantization == q
+    ours = ternary_codes(before.module.spec, before.variables)
+    theirs = ternary_codes(after.module.spec, after.variables)
+    assert ours.keys() == theirs.keys()
+    assert ("embedding" in ours) == (kind == "f16")
+    for name, (codes, scale) in ours.items():
+        np.testing.assert_array_equal(codes, theirs[name][0])
+        used = np.asarray(codes).any(axis=0)  # of those of zeros no file says it
+        if np.ndim(scale) == 1:
+            np.testing.assert_array_equal(scale[used], theirs[name][1][used])
+        else:
+            np.testing.assert_array_equal(scale, theirs[name][1])
+    ids = np.arange(24)[None]
+    np.testing.assert_allclose(after(ids), before(ids), atol=2e-5)
+    import_model(path, tmp_path / "packed", packed=True, notify=notify)
+    packed = load(tmp_path / "packed", notify=notify)
+    np.testing.assert_allclose(packed(ids), after(ids), atol=2e-5)
 
 
 class Taken:
@@ -649,28 +698,32 @@ def test_ranges_of_rows_are_small(tmp_path, monkeypatch):
     )
 
 
-def test_the_keys_of_a_quantization():
-    says: Any = {"head": False, "embedding": False, "activation_group": 32}
-    tensor = quantization_keys("tensor", half=True, tracking="token", **says)
-    assert tensor == {"weight_scale": "stored"}
-    channel = quantization_keys("channel", half=False, tracking="group", **says)
-    assert channel == {
-        "weight_scale": "stored",
-        "weight_granularity": "channel",
-        "activation_tracking": "group",
-    }
-    says |= {"head": True, "embedding": True, "activation_group": 64}
-    grouped = quantization_keys(64, half=True, tracking="group", **says)
-    assert grouped == {
-        "weight_scale": "stored",
-        "weight_granularity": "group",
-        "weight_group": 64,
-        "scale_dtype": "float16",
-        "activation_tracking": "group",
-        "activation_group": 64,
-        "ternary_head": True,
-        "ternary_embedding": True,
-    }
+def test_what_files_leave_open_is_as_such_models_are_run():
+    a = Architecture(dim=128, n_heads=4, ffn_dim=192)
+    tensor = quantization_of(a, "tensor", half=True, kinds={"linear"})
+    assert tensor == Quantization(weight_scale="stored")
+    channel = quantization_of(a, "channel", half=False, kinds={"linear"})
+    assert channel == Quantization(
+        weight_scale="stored",
+        weight_granularity="channel",
+        activation_tracking="group",
+    )
+    kinds = {"linear", "head", "embedding"}
+    grouped = quantization_of(
+        a, 64, half=True, kinds=kinds, tracking="group", activation_group=64
+    )
+    assert grouped == Quantization(
+        weight_scale="stored",
+        weight_granularity="group",
+        weight_group=64,
+        scale_dtype="float16",
+        activation_tracking="group",
+        activation_group=64,
+        ternary_head=True,
+        ternary_embedding=True,
+    )
+    odd = dataclasses.replace(a, ffn_dim=200)  # no multiple of llama.cpp's groups
+    assert quantization_of(odd, 64, half=True, kinds=kinds).activation_pieces == 0
 
 
 def test_unpacked_weights_make_the_model_that_packed_ones_make(tmp_path):
@@ -820,6 +873,52 @@ def test_matrices_of_which_some_are_ternary_are_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+# -- Damage -----------------------------------------------------------------------
+
+
+def mutations():
+    """How the benchmark of faults damages files."""
+    path = pathlib.Path(__file__).parents[2] / "benchmarks" / "mutations.py"
+    spec = importlib.util.spec_from_file_location("mutations", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def outcome(path):
+    """The variables of a file, or what is wrong with it."""
+    try:
+        return opened(path).variables()
+    except VaaniError as error:
+        return error
+
+
+def test_hundreds_of_damaged_files_give_a_model_or_one_line(tmp_path):
+    """benchmarks/faults.py does it thousands of times, with other tokenizers."""
+    ternary_file(tmp_path / "a.gguf", "Q2_0", 0, "llama", change=plain_ends)
+    keys, found = as_their_converter(their_model("qwen2"), "qwen2")
+    gguf_reference.write(tmp_path / "b.gguf", "qwen2", keys, found, CHARACTERS)
+    whole = [(tmp_path / name).read_bytes() for name in ("a.gguf", "b.gguf")]
+    damage = mutations()
+    path = tmp_path / "damaged.gguf"
+    refused = read = 0
+    for seed in range(400):
+        rng = random.Random(seed)
+        path.write_bytes(damage.mutated(path.name, rng.choice(whole), rng))
+        result = outcome(path)
+        if isinstance(result, VaaniError):
+            assert len(str(result).splitlines()) == 1
+            assert len(str(result)) < 600
+            refused += 1
+        else:
+            assert all(np.isfinite(x).all() for x in jax.tree.leaves(result))
+            read += 1
+    assert refused > 200
+    assert read > 40
+
+
 # -- The command line -------------------------------------------------------------
 
 
@@ -835,8 +934,8 @@ def test_the_commands_take_a_file(tmp_path, capsys, monkeypatch):
     answers = []
     for workdir in (str(run), back):
         assert main([*ask, "--workdir", workdir]) == 0
-        answers.append(capsys.readouterr().out)
-    assert answers[0].split("samples")[1] == answers[1].split("samples")[1]
+        answers.append(json.loads(capsys.readouterr().out)["samples"])
+    assert answers[0] == answers[1]
     monkeypatch.chdir(tmp_path)
     assert main(["import", "--from", "prism-ml/Bonsai-8B", "--workdir", "x"]) == 1
     told = capsys.readouterr().err

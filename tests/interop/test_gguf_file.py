@@ -23,7 +23,7 @@ from vaani_jax.interop.ternary import (
     split,
 )
 
-KINDS = gguf.GGMLQuantizationType
+KINDS: Any = gguf.GGMLQuantizationType
 WHOLE = slice(None)
 
 
@@ -203,6 +203,7 @@ def test_the_largest_groups_are_found(group, dtype):
     survey = surveyed(values)
     assert survey is not None
     grouping = coarsest([survey])
+    assert grouping is not None
     assert grouping == (CHANNEL if group == 512 else group)
     if dtype != "Q8_0":
         assert survey.half == (dtype != "float32")  # bfloat16 here: 8 bits from 0.01 on

@@ -194,7 +194,13 @@ def test_gguf_carries_what_it_has_room_for_and_says_what_it_has_not(tmp_path):
     import_model(chat(tmp_path), tmp_path / "imported", notify=notify)
     said: list[str] = []
     path = tmp_path / "model.gguf"
-    export_model(tmp_path / "imported", path, target="gguf", notify=said.append)
+    export_model(
+        tmp_path / "imported",
+        path,
+        target="gguf",
+        gguf_type="tq2_0",
+        notify=said.append,
+    )
     reader = gguf.GGUFReader(path)
 
     def field(key):

@@ -93,16 +93,29 @@ def _ternarize(w: Any, threshold: Any, spec: Any, stored: Any) -> Any:
     return codes.astype(jnp.int8), scale
 
 
-def _codes(module: Vaani, variables: Tree) -> dict[str, tuple[str, float]]:
-    """Digest of the codes, and scale, of every ternary kernel."""
+def _codes(module: Vaani, variables: Tree) -> dict[str, tuple[str, np.ndarray]]:
+    """Digest of the codes, and scales, of every ternary kernel."""
     found = {}
     for entry in ternary_kernels(variables):
         codes, scale = _ternarize(
             entry.kernel, entry.threshold, module.spec, entry.scale
         )
-        digest = hashlib.sha256(np.asarray(codes).data).hexdigest()
-        found[entry.name] = (digest, float(scale))
+        codes, scale = np.asarray(codes), np.asarray(scale)
+        digest = hashlib.sha256(codes.data).hexdigest()
+        found[entry.name] = (digest, _fine_scales(codes, scale))
     return found
+
+
+def _fine_scales(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """The scale of every 32 inputs [in / 32, out], whatever inputs share it.
+
+    A format may find that more of them do; 1 where all codes are 0, as any will do.
+    """
+    inputs, outputs = codes.shape
+    parts = inputs // 32 if inputs % 32 == 0 else 1
+    coarse = scale if scale.ndim == 2 else np.broadcast_to(scale, (1, outputs))
+    used = codes.reshape(parts, -1, outputs).any(axis=1)
+    return np.where(used, np.repeat(coarse, parts // len(coarse), axis=0), 1)
 
 
 def _check_holdable(module: Vaani) -> None:
@@ -124,17 +137,7 @@ def _check_holdable(module: Vaani) -> None:
             f"no format holds the norm {module.architecture.norm}: train with"
             " model.norm=rms_norm to export"
         )
-    if q.ternary_head and q.quantize:
-        raise VaaniError(
-            "this model's head is ternary, which no other tool can read: train with"
-            " quantization.ternary_head=False to export"
-        )
-    if q.quantize and q.weight_granularity != "tensor":
-        raise VaaniError(
-            "this model has a scale per channel, which no other tool can read: train"
-            " with quantization.weight_granularity=tensor to export"
-        )
-    if q.quantize and q.activation_tracking != "token":
+    if q.quantize and q.activation_tracking == "ema":
         raise VaaniError(
             "this model quantizes activations with a tracked range, and other tools per"
             " token: train with quantization.activation_tracking=token to export"
@@ -206,7 +209,7 @@ def export_model(
     if form.rounded is not None:
         # In place; rounding again changes nothing.
         for tensor in tensors(architecture):
-            coded = ternary and tensor.kind == "linear"
+            coded = _kernel_name(tensor) in kernels
             left[tensor.path] = form.rounded(tensor, left[tensor.path], options, coded)
         expected = np.array(
             _logits(module, {"params": _nested(left), "quant": quant}, probe)
@@ -214,11 +217,13 @@ def export_model(
 
     def take(tensor: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
         array = left.pop(tensor.path)
-        if tensor.kind != "linear" or not ternary or not form.codes:
+        if _kernel_name(tensor) not in kernels or not form.codes:
             return np.asarray(array), None
-        threshold, stored = kernels["/".join(tensor.module)]
-        t, scale = _ternarize(array, threshold, module.spec, stored)
-        return np.asarray(t), np.asarray(scale)
+        threshold, stored = kernels[_kernel_name(tensor)]
+        is_embedding = tensor.kind == "embedding"  # a kernel is its transpose
+        kernel = array.T if is_embedding else array
+        t, scale = _ternarize(kernel, threshold, module.spec, stored)
+        return np.asarray(t.T if is_embedding else t), np.asarray(scale)
 
     with appearing(output, folder=form.folder) as temporary:
         form.write(temporary, module, tokenizer, take, options)
@@ -238,6 +243,13 @@ def export_model(
     if note := form.note(tokenizer):
         notify(f"note: {note}")
     return result
+
+
+def _kernel_name(tensor: Tensor) -> str:
+    """What `ternary_kernels` calls a parameter, if it is one."""
+    if tensor.kind not in ("linear", "head", "embedding"):
+        return ""
+    return "/".join(tensor.module) or "embedding"
 
 
 def _flat(params: Tree) -> Flat:
@@ -269,13 +281,15 @@ def _check_codes(before: dict[str, Any], after: dict[str, Any]) -> None:
             f"the export does not come back as it was: other codes in {wrong[:1]};"
             " nothing was kept. This is a defect: please report it"
         )
-    off = [k for k in before if before[k][1] != after[k][1]]
-    if off:
-        raise VaaniError(
-            f"the export does not come back as it was: {off[0]} has the scale"
-            f" {after[off[0]][1]!r}, not {before[off[0]][1]!r}; nothing was kept. This"
-            " is a defect: please report it"
-        )
+    for name, (_, scales) in before.items():
+        found = after[name][1]
+        if (found != scales).any():
+            at = np.unravel_index(np.argmax(found != scales), scales.shape)
+            raise VaaniError(
+                f"the export does not come back as it was: {name} has the scale"
+                f" {found[at]!r}, not {scales[at]!r}; nothing was kept. This is a"
+                " defect: please report it"
+            )
 
 
 def import_model(

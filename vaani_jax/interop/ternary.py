@@ -29,19 +29,26 @@ def block_of(columns: int) -> int:
 def split(values: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray] | None:
     """Codes and scales of rows, or None where a block holds more than {-s, 0, s}.
 
+    Bits are compared, as integers: those of floats without a sign have the same order.
+
     Args:
-      values: float [n, columns].
+      values: float16 or float32 [n, columns].
       block: weights that share a scale, a divisor of the columns.
 
     Returns:
       Codes int8 [n, columns] in {-1, 0, 1} and scales [n, columns / block] of the same
       dtype, 0 where all codes are. Infinities are magnitudes like others; NaN is not.
     """
-    parts = np.abs(values).reshape(len(values), -1, block)
-    scales = parts.max(axis=-1)
-    if not ((parts == scales[..., None]) | (parts == 0)).all():
+    bits = np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}")
+    sign = bits.dtype.type(1 << 8 * bits.dtype.itemsize - 1)
+    parts = (bits & ~sign).reshape(len(bits), -1, block)
+    tops = parts.max(axis=-1)
+    used = parts != 0
+    scales = tops.view(values.dtype)
+    if not ((parts == tops[..., None]) | ~used).all() or np.isnan(scales).any():
         return None
-    return np.sign(values).astype(np.int8), scales
+    codes = used.view(np.int8).reshape(bits.shape)
+    return codes - 2 * (codes & (bits >= sign)), scales
 
 
 @dataclasses.dataclass

@@ -283,7 +283,7 @@ def _sentencepiece(
 ) -> dict[str, Any]:
     for key in ("remove_extra_whitespaces", "precompiled_charsmap"):
         value = metadata.get(f"tokenizer.ggml.{key}")
-        if value is not None and np.any(value):
+        if value is not None and value is not False:
             raise VaaniError(
                 f"tokenizer.ggml.{key} is set: a tokenizer that rewrites texts can't be"
                 " imported"

@@ -77,12 +77,14 @@ class Format:
 def _check_masters(module: Vaani, quant: Tree, options: Options) -> None:
     del options
     hf.check_block(module.architecture)
+    hf.check_quantization(module.quantization)
     hf.check_masters(module.quantization, quant)
 
 
 def _check_packed(module: Vaani, quant: Tree, options: Options) -> None:
     del quant, options
     hf.check_block(module.architecture)
+    hf.check_quantization(module.quantization)
     hf.check_packed(module)
 
 

@@ -25,13 +25,8 @@ import numpy as np
 
 from vaani_jax.errors import VaaniError
 from vaani_jax.interop.formats import gguf_rotary
-from vaani_jax.interop.formats.gguf_model import (
-    GROUP,
-    PERMUTED,
-    TRACKING,
-    GGUFModel,
-    order_in_file,
-)
+from vaani_jax.interop.formats.gguf_model import GGUFModel, order_in_file
+from vaani_jax.interop.formats.gguf_settings import FACTORED, GROUP, TRACKING
 from vaani_jax.interop.formats.gguf_types import TYPES, Type
 from vaani_jax.interop.names import Tensor, family_of, settings, tensors
 from vaani_jax.interop.tokenizers import GGUFVocabulary, left_out_of_gguf, to_gguf
@@ -89,10 +84,17 @@ def check(module: Vaani, kind: str) -> None:
             "llama.cpp's bitnet has heads of dim / n_heads, and this model's are"
             f" {architecture.head_size}: use --format hf or hf-packed"
         )
-    if architecture.rope_scaling == "llama3" and name not in PERMUTED:
+    if architecture.rope_scaling == "llama3" and name not in FACTORED:
         raise VaaniError(
             f"llama.cpp's {name} does not know the rotary scaling llama3: use --format"
             " hf or hf-packed"
+        )
+    q = module.quantization
+    tied = architecture.tie_embeddings and not q.ternary_embedding
+    if q.quantize and q.ternary_head and tied:
+        raise VaaniError(
+            "GGUF files hold a tied head once, and this model's is ternary and its"
+            " embedding is not: train with quantization.ternary_embedding=True"
         )
     if not module.quantization.quantize and kind not in FLOATS:
         raise VaaniError(

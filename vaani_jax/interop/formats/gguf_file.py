@@ -120,6 +120,10 @@ class GGUFFile:
         found: np.ndarray = data.reshape(entry.rows, entry.row_bytes)[which]
         return found
 
+    def floats(self, entry: Entry, which: slice | np.ndarray) -> np.ndarray:
+        """Rows of a tensor, float32 [n, columns]; VaaniError where its type has one."""
+        return entry.type.floats(entry.type.split(self.rows(entry, which)))
+
     def release(self) -> None:
         """Lets the system take back the memory of what has been read so far.
 
@@ -226,7 +230,7 @@ class GGUFFile:
 
     def _check_whole(self) -> None:
         count = self.metadata.get("split.count", 1)
-        if count == 1 or count == 0:
+        if type(count) is int and count in (0, 1):
             return
         number = self.metadata.get("split.no")
         first = type(number) is int and number == 0

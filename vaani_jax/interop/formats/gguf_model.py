@@ -1,14 +1,10 @@
 """A model in a GGUF file, read by ranges of rows.
 
-What a file is: keys of its architecture, tensors by their names, a tokenizer. What it
-does not say, the tensors do: they are ternary where their types are, or where every
-group of their weights holds -s, 0 and s only (`interop.ternary`). Scales that several
-groups share are found by looking, too, so that a model with one scale for each matrix
-is that model again, though its file repeats the scale in every block.
-
-Nor does a file say how inputs are rounded. An export of ours has a key for it. Without
-one, a model with one scale per matrix is taken for a b1.58 (8 bits per token), and one
-with more is computed as llama.cpp does it, 8 bits for each 32 inputs.
+What a file is: keys of its architecture, tensors by their names, a tokenizer. Whether
+weights are ternary, the tensors say: where their types are, or where every group of
+their weights holds -s, 0 and s only (`interop.ternary`). Scales that several groups
+share are found by looking, too, so that a model with one scale for each matrix is that
+model again, though its file repeats the scale in every block.
 
 llama.cpp's `llama` rotates pairs of neighbors where others rotate halves: rows of q and
 k are in that order in its files, and come back in ours.
@@ -23,6 +19,12 @@ import numpy as np
 from vaani_jax.errors import VaaniError
 from vaani_jax.interop.formats import gguf_rotary
 from vaani_jax.interop.formats.gguf_file import Entry, GGUFFile
+from vaani_jax.interop.formats.gguf_settings import (
+    FACTORED,
+    PERMUTED,
+    activations,
+    architecture_keys,
+)
 from vaani_jax.interop.formats.source import (
     LARGEST_SCALE,
     RANGE,
@@ -42,214 +44,12 @@ from vaani_jax.interop.ternary import (
 )
 from vaani_jax.interop.vocabularies import from_gguf
 from vaani_jax.model.config import Architecture, Quantization
-from vaani_jax.model.families import FAMILIES
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.quant.packed import TILE
 from vaani_jax.settings import build
 from vaani_jax.words import shown
 
-Tree = Any
-
-ARCHITECTURES = ("bitnet", "llama", "qwen2", "qwen3")
-PERMUTED = ("llama",)  # whose q and k rows are in the order of pairs
 SPLIT_HEADS = ("q_proj", "k_proj")
-
-# Names that microsoft/BitNet's fork has for its architectures.
-FORKS = ("bitnet-25", "bitnet-b1.58")
-
-# Where an export of ours says how inputs are rounded.
-TRACKING, GROUP = "vaani.activation_tracking", "vaani.activation_group"
-
-LARGEST = 2**31 - 1  # of any whole number: what int32 indices can count
-
-# Keys that change what a model computes, where they are not what is said here.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "expert_count": (0,),
-    "attention.causal": (True,),
-    "attention.clamp_kqv": (0.0,),
-    "attention.max_alibi_bias": (0.0,),
-    "attention.scale": (0.0,),
-    "attention.sliding_window": (0,),
-    "attn_logit_softcapping": (0.0,),
-    "embedding_scale": (0.0, 1.0),
-    "final_logit_softcapping": (0.0,),
-    "logit_scale": (0.0, 1.0),
-    "residual_scale": (0.0, 1.0),
-    "use_parallel_residual": (False,),
-}
-
-# llama.cpp's names of activations, of `bitnet` only; others are SwiGLU.
-ACTIVATIONS = {"silu": "swiglu", "relu2": "relu2", "relu_sqr": "relu2"}
-
-
-class Keys:
-    """The keys of a file that begin with the name of its architecture.
-
-    Attributes:
-      architecture: that name.
-    """
-
-    def __init__(self, metadata: dict[str, Any], architecture: str) -> None:
-        self._metadata = metadata
-        self.architecture = architecture
-
-    def name(self, key: str) -> str:
-        """The whole name of a key."""
-        return f"{self.architecture}.{key}"
-
-    def _get(self, key: str) -> Any:
-        """The value of a key, or None; one for all layers where they have their own."""
-        value = self._metadata.get(self.name(key))
-        if isinstance(value, np.ndarray):
-            if not len(value) or (value != value[0]).any():
-                raise VaaniError(
-                    f"{self.name(key)} gives layers their own: they are alike here"
-                )
-            value = value[0].item()
-        return value
-
-    def whole(self, key: str, default: int | None = None) -> int:
-        """A number from 1; raises VaaniError, as where there is neither it nor one."""
-        value = self._get(key)
-        if value is None and default is not None:
-            return default
-        if type(value) is not int or not 1 <= value <= LARGEST:
-            raise VaaniError(
-                f"{self.name(key)} is {shown(value)[:60]}: it must be a whole number"
-                f" from 1 to {LARGEST}"
-            )
-        return value
-
-    def number(
-        self,
-        key: str,
-        default: float | None = None,
-        low: float = -1e30,
-        high: float = 1e30,
-    ) -> float:
-        """A number; one that is a float32 there is the shortest that rounds to it."""
-        value = self._get(key)
-        if value is None and default is not None:
-            return default
-        if type(value) not in (int, float) or not low <= value <= high:
-            raise VaaniError(
-                f"{self.name(key)} is {shown(value)[:60]}: it must be a number from"
-                f" {low:g} to {high:g}"
-            )
-        narrow = np.float32(value)
-        return float(str(narrow)) if float(narrow) == value else float(value)
-
-    def text(self, key: str, default: str) -> str:
-        """A text."""
-        value = self._get(key)
-        if value is None:
-            return default
-        if not isinstance(value, str):
-            raise VaaniError(f"{self.name(key)} is {shown(value)[:60]}: no text")
-        return value
-
-
-def architecture_keys(file: GGUFFile) -> dict[str, Any]:
-    """The keys of `Architecture` that a file decides, those with defaults left out.
-
-    Raises VaaniError, naming the key, for what this project's model can't express.
-    """
-    name = file.metadata.get("general.architecture")
-    if name in FORKS:
-        raise VaaniError(
-            f"{file.path} is of the architecture {name}, of microsoft/BitNet's fork of"
-            " llama.cpp alone: import the model's Hugging Face folder"
-        )
-    if name not in ARCHITECTURES:
-        raise VaaniError(
-            f"{file.path} is of the architecture {shown(name)[:60]}:"
-            f" {', '.join(ARCHITECTURES)} can be imported"
-        )
-    keys = Keys(file.metadata, name)
-    for key, known in NEUTRAL.items():
-        value = file.metadata.get(keys.name(key))
-        if value is not None and (
-            isinstance(value, np.ndarray | list) or value not in known
-        ):
-            raise VaaniError(
-                f"{file.path} has {keys.name(key)} = {shown(value)[:60]}: models that"
-                " need it can't be imported"
-            )
-    embedding = file.tensors.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
-        raise VaaniError(f"{file.path} has no matrix token_embd.weight")
-    dim, heads = keys.whole("embedding_length"), keys.whole("attention.head_count")
-    size = keys.whole("attention.key_length", -(-dim // heads))
-    if size % 2:
-        raise VaaniError(
-            f"{keys.name('attention.key_length')} is {size}: rotary embedding needs an"
-            " even head dimension"
-        )
-    if keys.whole("attention.value_length", size) != size:
-        raise VaaniError(
-            f"{keys.name('attention.value_length')} is not {size}, as the keys have:"
-            " heads of both are alike here"
-        )
-    layers = keys.whole("block_count")
-    if layers > len(file.tensors):
-        raise VaaniError(
-            f"{keys.name('block_count')} is {layers}, more than there are tensors"
-        )
-    act = keys.text("hidden_act", "silu") if name == "bitnet" else "silu"
-    if act not in ACTIVATIONS:
-        raise VaaniError(
-            f"{keys.name('hidden_act')} is {shown(act)[:60]}: silu and relu2 can be"
-            " imported"
-        )
-    values: dict[str, Any] = {
-        "vocab_size": embedding.shape[0],
-        "dim": dim,
-        "n_layers": layers,
-        "n_heads": heads,
-        "n_kv_heads": keys.whole("attention.head_count_kv", heads),
-        "ffn_dim": keys.whole("feed_forward_length"),
-        "max_seq_len": keys.whole("context_length"),
-        "activation": ACTIVATIONS[act],
-        "norm_eps": keys.number(
-            "attention.layer_norm_rms_epsilon", low=1e-30, high=1.0
-        ),
-        "tie_embeddings": "output.weight" not in file.tensors,
-    }
-    if keys.whole("vocab_size", embedding.shape[0]) != embedding.shape[0]:
-        raise VaaniError(
-            f"{keys.name('vocab_size')} is not the {embedding.shape[0]} rows of"
-            " token_embd.weight"
-        )
-    if size * heads != dim:
-        values["head_dim"] = size
-    values |= gguf_rotary.from_keys(keys, size, _factors(file, size))
-    block = FAMILIES[name]
-    values["sub_norms"] = block.sub_norms
-    if block.qk_norm:
-        values["qk_norm"] = True
-    if block.attention_bias or (
-        name in PERMUTED and "blk.0.attn_q.bias" in file.tensors
-    ):
-        values["attention_bias"] = True
-    return values
-
-
-def _factors(file: GGUFFile, size: int) -> np.ndarray | None:
-    """What a file has frequencies divided by, float32 [H / 2]."""
-    entry = file.tensors.get(gguf_rotary.FACTORS)
-    if entry is None:
-        return None
-    if entry.shape != (size // 2,) or entry.type.name != "F32":
-        raise VaaniError(
-            f"{entry.name} is {entry.type.name} {list(entry.shape)}: it must be F32"
-            f" [{size // 2}]"
-        )
-    return _decoded(file, entry, slice(None))[0]
-
-
-def _decoded(file: GGUFFile, entry: Entry, which: slice | np.ndarray) -> np.ndarray:
-    """Rows of a tensor, float32 [n, columns]."""
-    return entry.type.floats(entry.type.split(file.rows(entry, which)))
 
 
 class GGUFModel(Source):
@@ -288,7 +88,9 @@ class GGUFModel(Source):
         self.grouping: Grouping | None = None
         self.half = False
         self.storage, self.reason = self._look(kind)
-        self.module = Vaani(architecture, self._quantization(architecture))
+        quantization = self._quantization(architecture)
+        quantization.check_fits(architecture)
+        self.module = Vaani(architecture, quantization)
 
     # -- Checking -----------------------------------------------------------------
 
@@ -297,7 +99,7 @@ class GGUFModel(Source):
 
     def _check_tensors(self, architecture: Architecture) -> None:
         left = dict(self._file.tensors)
-        left.pop(gguf_rotary.FACTORS if self._name in PERMUTED else "", None)
+        left.pop(gguf_rotary.FACTORS if self._name in FACTORED else "", None)
         for tensor in self._tensors:
             name = tensor.gguf_name
             entry = left.pop(name, None)
@@ -334,7 +136,7 @@ class GGUFModel(Source):
         entry = self._file.tensors.get(f"{tensor.gguf}.scale")
         if entry is None:
             return np.float32(1)
-        scale: np.float32 = _decoded(self._file, entry, slice(None))[0, 0]
+        scale: np.float32 = self._file.floats(entry, slice(None))[0, 0]
         if not 0 < scale < LARGEST_SCALE:
             raise VaaniError(
                 f"{entry.name} is {float(scale)}: it must be above 0 and below"
@@ -368,7 +170,7 @@ class GGUFModel(Source):
                 return kind.ternary(rows)
         except VaaniError as error:
             raise VaaniError(f"{tensor.gguf_name} is {error}") from None
-        return split(kind.floats(kind.split(rows)), block)
+        return split(kind.values(rows), block)
 
     def _survey(self, tensor: Tensor) -> Survey | None:
         """Which weights of a matrix share scales; None where it isn't ternary."""
@@ -453,7 +255,7 @@ class GGUFModel(Source):
         if self.storage == "masters":
             return Quantization()
         assert self.grouping is not None
-        tracking, group = self._activations()
+        tracking, group = activations(self._file.metadata)
         return quantization_of(
             architecture,
             self.grouping,
@@ -463,18 +265,18 @@ class GGUFModel(Source):
             activation_group=group,
         )
 
-    def _activations(self) -> tuple[str, int]:
-        """How the file says that inputs are rounded, and how many share a scale."""
-        metadata = self._file.metadata
-        said, group = metadata.get(TRACKING, ""), metadata.get(GROUP, 32)
-        if not isinstance(said, str) or type(group) is not int:
-            raise VaaniError(f"{TRACKING} must be a text, and {GROUP} a number")
-        return said, group
-
     # -- Reading ------------------------------------------------------------------
 
     def ternary(self, tensor: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """See `Source.ternary`; scales of groups of zeros are 1."""
+        """A ternary matrix, by ranges of its outputs, in order.
+
+        Yields:
+          Codes int8 [n, columns] in {-1, 0, 1} and scales [n, groups], float16 where
+          all of the model's are and go by groups, else float32; [n, 1] where a row or
+          the matrix has one. Those of groups of zeros are 1.
+
+        Raises VaaniError for codes that are not ternary.
+        """
         survey = self._surveys[tensor.gguf_name]
         assert self.grouping is not None
         factor = self._factor(tensor)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from vaani_jax.errors import VaaniError
+from vaani_jax.interop.formats.gguf_keys import LARGEST, Keys
 from vaani_jax.model.config import Architecture
 from vaani_jax.model.rotary import SCALINGS, Rotary, yarn_attention_factor
 from vaani_jax.words import shown
@@ -36,7 +37,6 @@ NEUTRAL = {
 # Relative; factors are computed in float32 where files are made.
 TOLERANCE = 1e-5
 
-LARGEST = 2**31 - 1  # of a context
 LARGEST_BASE = 1e12
 LARGEST_FACTOR = 1e6
 
@@ -44,11 +44,11 @@ LARGEST_FACTOR = 1e6
 USUAL = (8192, 1.0, 4.0)
 
 
-def from_keys(keys: Any, size: int, factors: np.ndarray | None) -> dict[str, Any]:
+def from_keys(keys: Keys, size: int, factors: np.ndarray | None) -> dict[str, Any]:
     """Keys of `Architecture` that a file decides, those with today's defaults left out.
 
     Args:
-      keys: of its architecture, a `gguf_model.Keys`.
+      keys: of its architecture.
       size: H.
       factors: of `FACTORS`, float32 [H / 2]; None where there is none.
 
@@ -101,7 +101,7 @@ def from_keys(keys: Any, size: int, factors: np.ndarray | None) -> dict[str, Any
     return values
 
 
-def _llama3(keys: Any, theta: float, size: int, factors: np.ndarray) -> dict[str, Any]:
+def _llama3(keys: Keys, theta: float, size: int, factors: np.ndarray) -> dict[str, Any]:
     """Parameters with which frequencies are divided by these factors."""
     if not (np.isfinite(factors) & (factors > 0)).all():
         raise VaaniError(f"{FACTORS} holds values that are no factors")

@@ -57,6 +57,13 @@ class Type:
         """Rows of bytes [n, row bytes] as blocks [n, blocks, bytes]."""
         return rows.reshape(len(rows), -1, self.bytes)
 
+    def values(self, rows: np.ndarray) -> np.ndarray:
+        """Rows of bytes as floats [n, columns], as narrow as they are in the file."""
+        if self.name == "F16":
+            found: np.ndarray = np.ascontiguousarray(rows).view("<f2")
+            return found
+        return self.floats(self.split(rows))
+
     def ternary(self, rows: np.ndarray) -> Ternary:
         """Codes int8 [n, columns] and scales float16 [n, blocks] of a ternary type.
 

@@ -110,6 +110,31 @@ def check_block(architecture: Architecture) -> None:
         )
 
 
+def check_quantization(quantization: Quantization) -> None:
+    """Raises VaaniError for what transformers' BitLinear does not do."""
+    q = quantization
+    if not q.quantize:
+        return
+    if q.ternary_head or q.ternary_embedding:
+        part = "head" if q.ternary_head else "embedding"
+        raise VaaniError(
+            f"this model's {part} is ternary, which transformers can't read: use"
+            f" --format gguf, or train with quantization.ternary_{part}=False"
+        )
+    if q.weight_granularity != "tensor":
+        raise VaaniError(
+            f"this model has a scale per {q.weight_granularity}, which transformers"
+            " can't read: use --format gguf, or train with"
+            " quantization.weight_granularity=tensor"
+        )
+    if q.activation_tracking != "token":
+        raise VaaniError(
+            "this model quantizes activations in another way than per token, which is"
+            " transformers': use --format gguf, or train with"
+            " quantization.activation_tracking=token"
+        )
+
+
 def check_packed(module: Vaani) -> None:
     """Raises VaaniError, with what works instead, for what they can't hold."""
     if not module.quantization.quantize:
