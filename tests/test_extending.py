@@ -26,7 +26,7 @@ from vaani_jax.inference.sampling import FILTERS, Filter, SamplerConfig, sample_
 from vaani_jax.interop.convert import _check_holdable as check_holdable
 from vaani_jax.interop.convert import export_model
 from vaani_jax.interop.formats import FORMATS, Format
-from vaani_jax.interop.formats.hf import put
+from vaani_jax.interop.formats.source import put
 from vaani_jax.interop.names import tensors
 from vaani_jax.model.activations import ACTIVATIONS
 from vaani_jax.model.families import FAMILIES, Family
