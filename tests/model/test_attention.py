@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vaani_jax.model.attention import cached_attention, quantize_heads
+from vaani_jax.model.attention import cached_attention
+from vaani_jax.model.codes import quantize_heads
 
 B, S, K, H = 3, 9, 2, 6
 
@@ -41,7 +42,7 @@ def test_each_row_sees_the_slots_from_its_start_to_the_query(heads, coded):
         size * gaussian(B, S, K, H, seed=2),
         size[::-1] * gaussian(B, S, K, H, seed=3),
     )
-    arguments, scales = (k, v), None
+    arguments, scales = (k, v), ()
     if coded:
         (ck, sk), (cv, sv) = quantize_heads(k), quantize_heads(v)
         arguments, scales = (ck, cv), (sk, sv)
