@@ -30,7 +30,7 @@ from vaani_jax.inference.sampling import SamplerConfig, sample_token
 from vaani_jax.inference.room import cache_bytes, check_room, in_words
 from vaani_jax.kernels.floats import log_likelihood, native
 from vaani_jax.model.cache import KVCache
-from vaani_jax.model.transformer import Vaani
+from vaani_jax.model.transformer import Vaani, with_angles
 from vaani_jax.settings import LARGEST_SEED
 from vaani_jax.text.tokenizers import Tokenizer
 
@@ -223,8 +223,13 @@ def decode(
 
 
 def bucket(length: int, limit: int) -> int:
-    """The padded length of a prompt: the next power of two, from 16 up."""
-    return min(limit, max(16, 1 << (length - 1).bit_length()))
+    """The padded length of a prompt: the next power of two, from 16 up.
+
+    Above 4,096, the next multiple of an eighth of it: memory is then worth a program.
+    """
+    power = max(16, 1 << (length - 1).bit_length())
+    step = power if power <= 4096 else power // 8
+    return min(limit, -(-length // step) * step)
 
 
 def _split(prompt: Any) -> list[np.ndarray]:
@@ -452,7 +457,7 @@ def segments(
     _check_counts(max_new_tokens, num_samples, segment)
     if not 0 <= seed <= LARGEST_SEED:
         raise VaaniError(f"seed is {seed}: it must be in [0, {LARGEST_SEED}]")
-    module, variables = model.module, model.variables
+    module = model.module
     context = module.architecture.max_seq_len
     if context < 2:
         raise VaaniError("a model with a context of one token can't continue a prompt")
@@ -462,6 +467,7 @@ def segments(
     capacity = capacity_for(longest, max_new_tokens, segment, context)
     dtype = kv_dtype or module.quantization.dtype
     check_room(module.architecture, len(windows), capacity, dtype)
+    variables = with_angles(module, model.variables, capacity)
     allowed = _allowed(model.tokenizer, module.architecture.vocab_size)
     ends = np.asarray([] if ignore_eos else model.tokenizer.eos_ids, np.int32)
     ended = np.full(len(windows), -1, np.int32)  # by which id; -1 for none

@@ -1486,8 +1486,9 @@ ffi::Error decode(ffi::ThreadPool pool, const Isa& isa, const Attention& a, int6
   constexpr int64_t kSlots = 512;  // of a part
   // Sums of values go over all slots in one part: heads are dealt out, and cut where
   // they are fewer than threads.
-  const int64_t cuts = std::min((threads + a.k - 1) / a.k, (a.h + kLanes - 1) / kLanes);
-  const int64_t wide = rounded((a.h + cuts - 1) / cuts, kLanes);
+  constexpr int64_t kPair = 2 * kLanes;  // as Nibbles come
+  const int64_t cuts = std::min((threads + a.k - 1) / a.k, (a.h + kPair - 1) / kPair);
+  const int64_t wide = rounded((a.h + cuts - 1) / cuts, kPair);
   const int64_t heads = std::max<int64_t>(1, a.k / threads);
   const int64_t dealt = (a.k + heads - 1) / heads;
   for (int64_t b = 0; b < batch; ++b) {
