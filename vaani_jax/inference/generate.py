@@ -284,8 +284,7 @@ def row_bytes(
 ) -> int:
     """What each row of a batch takes while it is read and continued, about, in bytes.
 
-    Its cache, which is there twice where a call hands it on; of one layer of the
-    prefill, or of a piece of it, the states, and the scores of attention and their
+    Its cache, which calls hand on in its place; of one layer of the prefill, or of a piece of it, the states, and the scores of attention and their
     weights where no native kernel keeps them to itself; and eight times its logits: as
     they come and go, sorted, with probabilities and their sums, filtered, and with
     noise.
@@ -302,7 +301,7 @@ def row_bytes(
     cached = cache_bytes(a, 1, capacity, kv_dtype or module.quantization.dtype)
     scores = 0 if native() else 2 * a.n_heads * length * capacity
     states = length * (4 * a.dim + 3 * a.hidden_dim)
-    return 2 * cached + 4 * (scores + states + 8 * a.vocab_size)
+    return cached + 4 * (scores + states + 8 * a.vocab_size)
 
 
 def room_for(
@@ -327,7 +326,15 @@ def room_for(
     longest, rows = max(map(len, prompts)), len(prompts) * num_samples
     capacity = capacity_for(longest, max_new_tokens, segment, a.max_seq_len)
     dtype = kv_dtype or module.quantization.dtype
-    check_room(a, rows, capacity, dtype)
+    each = row_bytes(
+        module,
+        longest,
+        max_new_tokens=max_new_tokens,
+        kv_dtype=kv_dtype,
+        segment=segment,
+    )
+    beside = rows * (each - cache_bytes(a, 1, capacity, dtype))
+    check_room(a, rows, capacity, dtype, beside)
     return in_words(a, rows, capacity, dtype)
 
 
@@ -465,8 +472,14 @@ def segments(
     windows = [ids for ids in prompts for _ in range(num_samples)]
     longest = max(map(len, prompts))
     capacity = capacity_for(longest, max_new_tokens, segment, context)
-    dtype = kv_dtype or module.quantization.dtype
-    check_room(module.architecture, len(windows), capacity, dtype)
+    room_for(
+        module,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        num_samples=num_samples,
+        kv_dtype=kv_dtype,
+        segment=segment,
+    )
     variables = with_angles(module, model.variables, capacity)
     allowed = _allowed(model.tokenizer, module.architecture.vocab_size)
     ends = np.asarray([] if ignore_eos else model.tokenizer.eos_ids, np.int32)

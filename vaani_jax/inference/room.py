@@ -48,21 +48,28 @@ def in_words(architecture: Architecture, rows: int, capacity: int, dtype: str) -
 
 
 def check_room(
-    architecture: Architecture, rows: int, capacity: int, dtype: str
+    architecture: Architecture, rows: int, capacity: int, dtype: str, beside: int = 0
 ) -> None:
     """Refuses a cache that the free memory can't hold, where that is known.
+
+    Args:
+      architecture, rows, capacity, dtype: of the cache.
+      beside: bytes that are needed to use it.
 
     Raises VaaniError that says which dtypes would fit.
     """
     taken, free = cache_bytes(architecture, rows, capacity, dtype), available_memory()
-    if free is None or taken <= free:
+    if free is None or taken + beside <= free:
         return
     fitting = [
-        name for name in DTYPES if cache_bytes(architecture, rows, capacity, name) <= free
+        name
+        for name in DTYPES
+        if cache_bytes(architecture, rows, capacity, name) + beside <= free
     ]
     asked = plural(rows, "text") if rows > 1 else "the text"
     advice = f"--kv-dtype {fitting[0]} fits" if fitting else "none of --kv-dtype fits"
     raise VaaniError(
-        f"a cache of {capacity:,} tokens for {asked} takes {size(taken)} in {dtype}, and"
-        f" {size(free)} of memory are free: {advice}; or ask for fewer tokens"
+        f"a cache of {capacity:,} tokens for {asked} takes {size(taken)} in {dtype},"
+        f" reading it {size(beside)} more, and {size(free)} of memory are free: {advice};"
+        " or ask for fewer tokens"
     )

@@ -225,7 +225,7 @@ constexpr int64_t bytes_of(int64_t count) {
 }
 
 inline const void* place_of(const void* x) { return x; }
-inline const void* place_of(Nibbles x) { return x.bytes + x.i / 2; }
+inline const void* place_of(Nibbles x) { return x.bytes + (x.i >> 1); }
 
 // -- Portable ---------------------------------------------------------------------
 
@@ -267,8 +267,8 @@ VAANI_LANE Lanes load(const uint16_t* x) {  // bfloat16
   });
 }
 VAANI_LANE Lanes load(Nibbles x) {
-  const uint8_t* bytes = x.bytes + x.i / 32 * 16;
-  const int up = x.i % 32 ? 0 : 4;
+  const uint8_t* bytes = x.bytes + (x.i >> 5 << 4);
+  const int up = (x.i & 31) ? 0 : 4;
   return by_lane([&](int i) {
     const int8_t high = static_cast<int8_t>(bytes[i] << up);
     return static_cast<float>(high >> 4);
@@ -434,15 +434,15 @@ VAANI_LANE Lanes from_halves(__m128i halves) {  // the low ones
   return from_bytes(_mm_shuffle_epi8(values, _mm_and_si128(halves, _mm_set1_epi8(15))));
 }
 VAANI_LANE void load_two(Nibbles x, Lanes* to) {
-  const void* from = x.bytes + x.i / 2;
+  const void* from = x.bytes + (x.i >> 1);
   const __m128i bytes = _mm_loadu_si128(static_cast<const __m128i*>(from));
   to[0] = from_halves(bytes);
   to[1] = from_halves(_mm_srli_epi16(bytes, 4));
 }
 VAANI_LANE Lanes load(Nibbles x) {
   Lanes both[2];
-  load_two(Nibbles{x.bytes, x.i / 32 * 32}, both);
-  return both[x.i % 32 != 0];
+  load_two(Nibbles{x.bytes, x.i & ~31}, both);
+  return both[(x.i & 31) != 0];
 }
 VAANI_LANE __m256 widened(const uint16_t* x) {
   const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
@@ -676,15 +676,15 @@ VAANI_LANE Lanes from_halves(__m512i halves) {  // of words, the low four bits
   return _mm512_permutexvar_ps(halves, values);
 }
 VAANI_LANE void load_two(Nibbles x, Lanes* to) {
-  const void* from = x.bytes + x.i / 2;
+  const void* from = x.bytes + (x.i >> 1);
   const __m512i words = _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from)));
   to[0] = from_halves(words);
   to[1] = from_halves(_mm512_srli_epi32(words, 4));
 }
 VAANI_LANE Lanes load(Nibbles x) {
-  const void* from = x.bytes + x.i / 32 * 16;
+  const void* from = x.bytes + (x.i >> 5 << 4);
   const __m512i words = _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from)));
-  return from_halves(x.i % 32 ? _mm512_srli_epi32(words, 4) : words);
+  return from_halves((x.i & 31) ? _mm512_srli_epi32(words, 4) : words);
 }
 VAANI_LANE Lanes load(const uint16_t* x) {  // bfloat16
   const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
