@@ -284,10 +284,10 @@ def row_bytes(
 ) -> int:
     """What each row of a batch takes while it is read and continued, about, in bytes.
 
-    Its cache, which calls hand on in its place; of one layer of the prefill, or of a piece of it, the states, and the scores of attention and their
-    weights where no native kernel keeps them to itself; and eight times its logits: as
-    they come and go, sorted, with probabilities and their sums, filtered, and with
-    noise.
+    Its cache, which calls hand on in its place; of one layer of the prefill, or of a
+    piece of it, the states, and the scores of attention and their weights where no
+    native kernel keeps them to itself; and nine times its logits: as they come and go,
+    sorted, with probabilities and their sums, filtered, and with noise.
 
     Args:
       module: the model.
@@ -301,7 +301,7 @@ def row_bytes(
     cached = cache_bytes(a, 1, capacity, kv_dtype or module.quantization.dtype)
     scores = 0 if native() else 2 * a.n_heads * length * capacity
     states = length * (4 * a.dim + 3 * a.hidden_dim)
-    return cached + 4 * (scores + states + 8 * a.vocab_size)
+    return cached + 4 * (scores + states + 9 * a.vocab_size)
 
 
 def room_for(

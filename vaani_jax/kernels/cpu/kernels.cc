@@ -189,7 +189,9 @@ constexpr int64_t kTogether = 4;   // queries that share the reading of values
 constexpr int64_t kQueries = 128;  // of a head, in one part
 constexpr int64_t kSpan = 256;     // slots that stay in the cache while queries pass by
 constexpr int64_t kTurned = kSpan + 2 * kLanes;
-constexpr int64_t kAhead = 64;     // slots that are asked for before their turn
+constexpr int64_t kAhead = 32;     // slots that are asked for before their turn
+constexpr int64_t kFew = 8;        // slots whose keys are read for one head, then another
+constexpr int64_t kSome = 32;      // slots whose values are
 constexpr int64_t kCentered = 64;  // slots whose keys have one center: model/codes.py
 
 // Stands for a pointer to codes of 4 bits, two a byte: of each 32, the first sixteen in
@@ -219,13 +221,15 @@ constexpr int64_t padded(int64_t h) {
   return kHalved<T> ? (h + 31) / 32 * 32 : h;
 }
 
-template <typename T>
-constexpr int64_t bytes_of(int64_t count) {
-  return kHalved<T> ? (count + 1) / 2 : count * sizeof(T);
-}
-
 inline const void* place_of(const void* x) { return x; }
 inline const void* place_of(Nibbles x) { return x.bytes + (x.i >> 1); }
+
+// Bytes of `count` numbers.
+template <typename T>
+constexpr int64_t distance_of(const T*, int64_t count) {
+  return count * sizeof(T);
+}
+constexpr int64_t distance_of(Nibbles, int64_t count) { return count / 2; }
 
 // -- Portable ---------------------------------------------------------------------
 
