@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ NOTICES = 3  # of prompts that are cut; then they are counted
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from vaani_jax.inference.sampling import NUMBERS, SamplerConfig
+    from vaani_jax.model.cache import DTYPES
     from vaani_jax.settings import described
 
     parser.add_argument("--workdir", required=True, help="of the run, or packed")
@@ -58,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-dtype",
         default="auto",
-        choices=["auto", "float32", "bfloat16", "int8"],
+        choices=["auto", *DTYPES],
         help="of cached keys and values; auto is the compute dtype",
     )
     parser.add_argument(
@@ -108,7 +110,13 @@ def run(options: argparse.Namespace) -> int:
         "segment": options.segment,
     }
 
+    said = {""}
+
     def continued(part: list[Any]) -> Iterable[Any]:
+        line = generate.room_for(model.module, part, **chosen)
+        if line not in said:
+            said.add(line)
+            notify(line)
         return generate.segments(
             model,
             part,
@@ -116,6 +124,7 @@ def run(options: argparse.Namespace) -> int:
             seed=options.seed,
             ignore_eos=options.ignore_eos,
             scored=options.log_probabilities,
+            reading=Progress(),
             **chosen,
         )
 
@@ -146,6 +155,25 @@ def run(options: argparse.Namespace) -> int:
         result = {"results": results} if several else results[0]
         print(to_json({**result, "checkpoint": model.step, "seed": options.seed}))
     return 0
+
+
+class Progress:
+    """Says how far a long prompt is read, every few seconds."""
+
+    SECONDS = 5.0
+
+    def __init__(self) -> None:
+        self.began = self.said = time.perf_counter()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if now - self.said >= self.SECONDS and done < total:
+            self.said = now
+            rate = done / (now - self.began)
+            notify(
+                f"{done:,} of {total:,} tokens of the prompt are read, {rate:,.0f} a"
+                " second"
+            )
 
 
 class _Row(NamedTuple):

@@ -1,9 +1,10 @@
 """Text from a model: prefill, one jitted decode loop, samplers.
 
-Prompts are padded to a bucket and run once (prefill); then a jitted loop decodes a
-segment of tokens with the KV cache, and hands it over as a whole, which is what
-streaming shows. Neither recompiles for other prompt lengths within a bucket. The cache
-has room for what is asked, not for the whole context, in buckets too.
+Prompts are padded to a bucket and run once (prefill), or, where they are long, in
+pieces that join one cache; then a jitted loop decodes a segment of tokens with the KV
+cache, and hands it over as a whole, which is what streaming shows. None of these
+recompiles for other prompt lengths within a bucket. The cache has room for what is
+asked, not for the whole context, in buckets too.
 
 Prompts of one batch end together: shorter ones are padded on the left, and the cache
 knows where each row starts. So the padding to the bucket, on the right, is overwritten
@@ -16,8 +17,7 @@ first id that ends a text; what the loop draws behind it is thrown away.
 
 import dataclasses
 import functools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,9 +27,10 @@ import numpy as np
 from vaani_jax.errors import VaaniError
 from vaani_jax.inference.model import Model
 from vaani_jax.inference.sampling import SamplerConfig, sample_token
-from vaani_jax.kernels.floats import log_likelihood
+from vaani_jax.inference.room import cache_bytes, check_room, in_words
+from vaani_jax.kernels.floats import log_likelihood, native
 from vaani_jax.model.cache import KVCache
-from vaani_jax.model.transformer import Vaani
+from vaani_jax.model.transformer import Vaani, with_angles
 from vaani_jax.settings import LARGEST_SEED
 from vaani_jax.text.tokenizers import Tokenizer
 
@@ -40,6 +41,15 @@ SEGMENT = 16  # tokens decoded per call: what streaming shows at a time
 
 
 BATCH_BYTES = 2**28  # of what prompts that are continued together take, see `row_bytes`
+
+
+PIECE = 2048  # tokens of a long prompt that are read at a time, at most
+
+
+SCORES_BYTES = 2**31  # of attention to a piece, where no native kernel keeps them small
+
+
+Reading = Callable[[int, int], None]  # is told of tokens that are read, of how many
 
 
 @functools.partial(jax.jit, static_argnames=("module", "capacity", "kv_dtype"))
@@ -74,6 +84,84 @@ def prefill(
     logits, filled = output
     # What was written beyond the real length is masked until it is overwritten.
     return logits[:, 0], dataclasses.replace(filled, length=length)
+
+
+@functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(3,))
+def read_on(
+    module: Vaani, variables: Any, tokens: Array, cache: KVCache, last: Array
+) -> tuple[Array, KVCache]:
+    """Reads a piece of prompts, after those that the cache has.
+
+    Args:
+      module: static.
+      variables: of the model.
+      tokens: [B, T]; the cache must have room for them.
+      cache: donated.
+      last: index along T of the token whose logits are wanted, int32 scalar.
+
+    Returns:
+      Logits [B, V] after that token, and the cache.
+    """
+    logits, cache = module.apply(variables, tokens, cache, last=last)
+    return logits[:, 0], cache
+
+
+def piece_length(module: Vaani, rows: int, capacity: int) -> int:
+    """Tokens that are read at a time: `PIECE`, or less where their scores are stored."""
+    if native():
+        return PIECE
+    each = 2 * 4 * rows * module.architecture.n_heads * capacity
+    fitting = max(1, SCORES_BYTES // each)
+    return min(PIECE, max(16, 1 << (fitting.bit_length() - 1)))
+
+
+def read(
+    module: Vaani,
+    variables: Any,
+    tokens: np.ndarray,
+    length: int,
+    start: np.ndarray,
+    *,
+    capacity: int,
+    kv_dtype: str | None = None,
+    reading: Reading | None = None,
+) -> tuple[Array, KVCache]:
+    """What `prefill` gives; prompts that are longer than a piece are read in pieces.
+
+    So memory is that of a piece, not of all tokens at once. Numbers are the same, to
+    the bit where attention is native, else up to the order of float sums.
+
+    Args:
+      module, variables, tokens, length, start, capacity, kv_dtype: see `prefill`.
+      reading: is told of each piece of a long prompt, once it is read.
+    """
+    piece = piece_length(module, len(tokens), capacity)
+    if tokens.shape[1] <= piece:
+        return prefill(
+            module,
+            variables,
+            jnp.asarray(tokens),
+            jnp.asarray(length, jnp.int32),
+            jnp.asarray(start),
+            capacity=capacity,
+            kv_dtype=kv_dtype,
+        )
+    dtype = kv_dtype or module.quantization.dtype
+    cache = KVCache.create(
+        module.architecture, len(tokens), capacity, dtype, jnp.asarray(start)
+    )
+    logits = None
+    for first in range(0, length, piece):
+        count = min(piece, length - first)
+        part = tokens[:, first : first + bucket(count, tokens.shape[1] - first)]
+        logits, cache = read_on(
+            module, variables, jnp.asarray(part), cache, jnp.asarray(count - 1)
+        )
+        if reading is not None:
+            logits.block_until_ready()
+            reading(first + count, length)
+    assert logits is not None  # there is a token at least
+    return logits, dataclasses.replace(cache, length=jnp.asarray(length, jnp.int32))
 
 
 @functools.partial(
@@ -135,8 +223,13 @@ def decode(
 
 
 def bucket(length: int, limit: int) -> int:
-    """The padded length of a prompt: the next power of two, from 16 up."""
-    return min(limit, max(16, 1 << (length - 1).bit_length()))
+    """The padded length of a prompt: the next power of two, from 16 up.
+
+    Above 4,096, the next multiple of an eighth of it: memory is then worth a program.
+    """
+    power = max(16, 1 << (length - 1).bit_length())
+    step = power if power <= 4096 else power // 8
+    return min(limit, -(-length // step) * step)
 
 
 def _split(prompt: Any) -> list[np.ndarray]:
@@ -191,10 +284,10 @@ def row_bytes(
 ) -> int:
     """What each row of a batch takes while it is read and continued, about, in bytes.
 
-    Its cache, which is there twice where a call hands it on; of one layer of the
-    prefill, the scores of attention and their weights, and the states; and eight times
-    its logits: as they come and go, sorted, with probabilities and their sums,
-    filtered, and with noise.
+    Its cache, which calls hand on in its place; of one layer of the prefill, or of a
+    piece of it, the states, and the scores of attention and their weights where no
+    native kernel keeps them to itself; and nine times its logits: as they come and go,
+    sorted, with probabilities and their sums, filtered, and with noise.
 
     Args:
       module: the model.
@@ -204,12 +297,45 @@ def row_bytes(
     a = module.architecture
     length = bucket(min(longest, a.max_seq_len), a.max_seq_len)
     capacity = capacity_for(longest, max_new_tokens, segment, a.max_seq_len)
-    dtype = kv_dtype or module.quantization.dtype
-    cache = jax.eval_shape(lambda: KVCache.create(a, 1, capacity, dtype))
-    cached = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(cache))
-    scores = 2 * a.n_heads * length * capacity
+    length = min(length, piece_length(module, 1, capacity))
+    cached = cache_bytes(a, 1, capacity, kv_dtype or module.quantization.dtype)
+    scores = 0 if native() else 2 * a.n_heads * length * capacity
     states = length * (2 * a.dim + 2 * a.n_heads * a.head_size + 3 * a.hidden_dim)
-    return 2 * cached + 4 * (scores + states + 8 * a.vocab_size)
+    return cached + 4 * (scores + states + 9 * a.vocab_size)
+
+
+def room_for(
+    module: Vaani,
+    prompts: Sequence[np.ndarray],
+    *,
+    max_new_tokens: int,
+    num_samples: int = 1,
+    kv_dtype: str | None = None,
+    segment: int = SEGMENT,
+) -> str:
+    """A line on the cache that prompts need together; "" where it is not large.
+
+    Args:
+      module: the model.
+      prompts: ids of each.
+      max_new_tokens, num_samples, kv_dtype, segment: see `segments`.
+
+    Raises VaaniError for a cache that the free memory can't hold.
+    """
+    a = module.architecture
+    longest, rows = max(map(len, prompts)), len(prompts) * num_samples
+    capacity = capacity_for(longest, max_new_tokens, segment, a.max_seq_len)
+    dtype = kv_dtype or module.quantization.dtype
+    each = row_bytes(
+        module,
+        longest,
+        max_new_tokens=max_new_tokens,
+        kv_dtype=kv_dtype,
+        segment=segment,
+    )
+    beside = rows * (each - cache_bytes(a, 1, capacity, dtype))
+    check_room(a, rows, capacity, dtype, beside)
+    return in_words(a, rows, capacity, dtype)
 
 
 def batches(
@@ -304,6 +430,7 @@ def segments(
     segment: int = SEGMENT,
     ignore_eos: bool = False,
     scored: bool = False,
+    reading: Reading | None = None,
 ) -> Iterator[Segment]:
     """Continues prompts, a segment at a time, until all rows have ended.
 
@@ -319,23 +446,25 @@ def segments(
       seed: equal seeds draw equal tokens. Token i of sample s depends on the seed, i
         and s, not on which prompt it continues: equal prompts continue equally.
       num_samples: independent continuations of each prompt.
-      kv_dtype: of the cache: "float32", "bfloat16" or "int8"; the compute dtype where
-        None.
+      kv_dtype: of the cache: "float32", "bfloat16", "int8" or "int4"; the compute dtype
+        where None.
       segment: tokens at a time.
       ignore_eos: whether to go on where an id that ends a text is drawn.
       scored: whether log-likelihoods are asked for.
+      reading: see `read`.
 
     Yields:
       Segments of ``segment`` tokens or fewer.
 
     Raises:
-      VaaniError: an empty prompt, nothing asked for, or a dtype that caches don't have.
+      VaaniError: an empty prompt, nothing asked for, a dtype that caches don't have, or
+        a cache that the free memory can't hold.
     """
     prompts = _split(prompt)
     _check_counts(max_new_tokens, num_samples, segment)
     if not 0 <= seed <= LARGEST_SEED:
         raise VaaniError(f"seed is {seed}: it must be in [0, {LARGEST_SEED}]")
-    module, variables = model.module, model.variables
+    module = model.module
     context = module.architecture.max_seq_len
     if context < 2:
         raise VaaniError("a model with a context of one token can't continue a prompt")
@@ -343,6 +472,15 @@ def segments(
     windows = [ids for ids in prompts for _ in range(num_samples)]
     longest = max(map(len, prompts))
     capacity = capacity_for(longest, max_new_tokens, segment, context)
+    room_for(
+        module,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        num_samples=num_samples,
+        kv_dtype=kv_dtype,
+        segment=segment,
+    )
+    variables = with_angles(module, model.variables, capacity)
     allowed = _allowed(model.tokenizer, module.architecture.vocab_size)
     ends = np.asarray([] if ignore_eos else model.tokenizer.eos_ids, np.int32)
     ended = np.full(len(windows), -1, np.int32)  # by which id; -1 for none
@@ -354,14 +492,16 @@ def segments(
             half = max(1, context // 2)
             windows = [w if len(w) < context else w[-half:] for w in windows]
             tokens, length, start = _align(windows, context)
-            logits, cache = prefill(
+            logits = cache = None  # not two caches at a time
+            logits, cache = read(
                 module,
                 variables,
-                jnp.asarray(tokens),
-                jnp.asarray(length, jnp.int32),
-                jnp.asarray(start),
+                tokens,
+                length,
+                start,
                 capacity=capacity,
                 kv_dtype=kv_dtype,
+                reading=reading,
             )
             room = capacity - length
         # Two compiled lengths serve everything: a full segment, whose surplus is cut,
