@@ -12,6 +12,8 @@ it would alone, and the batch is read again.
 
 Ids without a token, which pad some vocabularies, are never drawn. A row ends with the
 first id that ends a text; what the loop draws behind it is thrown away.
+
+A `Session` keeps the cache of a text for the next one, as the turns of a chat need it.
 """
 
 import dataclasses
@@ -30,7 +32,7 @@ from vaani_jax.inference.sampling import SamplerConfig, sample_token
 from vaani_jax.kernels.floats import log_likelihood
 from vaani_jax.model.cache import KVCache
 from vaani_jax.model.transformer import Vaani
-from vaani_jax.settings import LARGEST_SEED
+from vaani_jax.settings import LARGEST_INT, LARGEST_SEED
 from vaani_jax.text.tokenizers import Tokenizer
 
 Array = jax.Array
@@ -73,6 +75,34 @@ def prefill(
     output: Any = module.apply(variables, tokens, cache, last=length - 1)
     logits, filled = output
     # What was written beyond the real length is masked until it is overwritten.
+    return logits[:, 0], dataclasses.replace(filled, length=length)
+
+
+@functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(5,))
+def extend(
+    module: Vaani,
+    variables: Any,
+    tokens: Array,
+    begin: Array,
+    length: Array,
+    cache: KVCache,
+) -> tuple[Array, KVCache]:
+    """Reads more of a text, of which a cache holds the beginning.
+
+    Args:
+      module: static.
+      variables: its ``params`` and ``quant``.
+      tokens: [B, T]; the new ones first, then padding, any ids.
+      begin: slots of the cache that count, int32 scalar; it must have room for T more.
+      length: slots that count in the end, int32 scalar.
+      cache: donated.
+
+    Returns:
+      Logits [B, V] after the last of the new tokens, and the cache.
+    """
+    cache = dataclasses.replace(cache, length=begin)
+    output: Any = module.apply(variables, tokens, cache, last=length - begin - 1)
+    logits, filled = output
     return logits[:, 0], dataclasses.replace(filled, length=length)
 
 
@@ -169,6 +199,11 @@ def _check_counts(max_new_tokens: int, num_samples: int, segment: int) -> None:
         raise VaaniError("ask for at least one token and one sample")
     if segment < 1:
         raise VaaniError("a segment has at least one token")
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed <= LARGEST_SEED:
+        raise VaaniError(f"seed is {seed}: it must be in [0, {LARGEST_SEED}]")
 
 
 def capacity_for(longest: int, ahead: int, segment: int, context: int) -> int:
@@ -333,8 +368,7 @@ def segments(
     """
     prompts = _split(prompt)
     _check_counts(max_new_tokens, num_samples, segment)
-    if not 0 <= seed <= LARGEST_SEED:
-        raise VaaniError(f"seed is {seed}: it must be in [0, {LARGEST_SEED}]")
+    _check_seed(seed)
     module, variables = model.module, model.variables
     context = module.architecture.max_seq_len
     if context < 2:
@@ -452,3 +486,155 @@ def generate(
       `until_end` for rows that end before others.
     """
     return np.concatenate(list(stream(model, prompt, **options)), axis=1)
+
+
+class Session:
+    """Continues one text after another, and reads only what is new of each.
+
+    The cache of a text stays. Where the next one begins alike, as the next turn of a
+    chat does, it is read from where they part. What is drawn equals what `segments`
+    draws for the whole text: a ternary model to the bit on a CPU with native kernels,
+    else up to the order of float sums.
+
+    Attributes:
+      held: the ids that the cache holds, in order, int32.
+      reused: how many ids of the last text were held already.
+    """
+
+    def __init__(
+        self, model: Model, *, kv_dtype: str | None = None, segment: int = SEGMENT
+    ) -> None:
+        """Begins with an empty cache.
+
+        Args:
+          model: packed or not.
+          kv_dtype, segment: see `segments`.
+
+        Raises VaaniError where a segment has no token.
+        """
+        _check_counts(1, 1, segment)
+        self._model, self._kv_dtype, self._segment = model, kv_dtype, segment
+        self._cache: KVCache | None = None
+        self.held = np.zeros(0, np.int32)
+        self.reused = 0
+
+    def continued(
+        self,
+        text: np.ndarray,
+        *,
+        max_new_tokens: int,
+        sampler: SamplerConfig = SamplerConfig(),
+        seed: int = 0,
+        ends: Sequence[int] = (),
+    ) -> Iterator[np.ndarray]:
+        """Continues a text, a segment at a time.
+
+        Args:
+          text: all of its ids [length], at least one.
+          max_new_tokens: how many to draw at most; no more than fit the context.
+          sampler: how.
+          seed: equal seeds draw equal tokens.
+          ends: ids that end it.
+
+        Yields:
+          Ids [n], int32; the last one of all may be of ``ends``.
+
+        Raises:
+          VaaniError: an empty text, or one that fills the context; nothing asked for.
+        """
+        (ids,) = _split(text)
+        _check_counts(max_new_tokens, 1, self._segment)
+        _check_seed(seed)
+        model, module = self._model, self._model.module
+        room = module.architecture.max_seq_len - len(ids)
+        if room < 1:
+            raise VaaniError(
+                f"the text has {len(ids):,} tokens, and the context"
+                f" {module.architecture.max_seq_len:,}: nothing can follow"
+            )
+        wanted = min(max_new_tokens, room)
+        logits, cache = self._read(ids, wanted)
+        allowed = _allowed(model.tokenizer, module.architecture.vocab_size)
+        key = jax.random.key(seed)
+        drawn, ended = 0, False
+        while drawn < wanted and not ended:
+            before = len(ids) + drawn
+            steps = self._segment
+            steps = steps if cache.capacity - before >= steps else 1
+            self._forget()  # the cache is donated: it is gone if this is interrupted
+            found, _, logits, cache = decode(
+                module,
+                sampler,
+                steps,
+                model.variables,
+                logits,
+                cache,
+                key,
+                jnp.asarray(drawn, jnp.int32),
+                None if allowed is None else jnp.asarray(allowed),
+            )
+            new = _cut(found, wanted - drawn)[0]
+            hits = np.isin(new, np.asarray(ends, np.int32))
+            if ended := bool(hits.any()):
+                new = new[: int(hits.argmax()) + 1]
+            ids = np.concatenate([ids[:before], new])
+            self._cache, self.held = cache, ids
+            drawn += len(new)
+            yield new
+
+    def _forget(self) -> None:
+        self._cache, self.held = None, self.held[:0]
+
+    def _read(self, ids: np.ndarray, ahead: int) -> tuple[Array, KVCache]:
+        """Logits [1, V] after a text, and a cache with room for what is ahead."""
+        context = self._model.architecture.max_seq_len
+        capacity = capacity_for(len(ids), ahead, self._segment, context)
+        # At least the last one is read: its logits are asked for.
+        n = min(len(ids) - 1, len(self.held))
+        differs = ids[:n] != self.held[:n]
+        begin = int(differs.argmax()) if differs.any() else n
+        cache, self.reused = self._cache, begin
+        self._forget()
+        module, variables = self._model.module, self._model.variables
+        if cache is None or begin == 0:
+            tokens, length, start = _align([ids], context)
+            logits, cache = prefill(
+                module,
+                variables,
+                jnp.asarray(tokens),
+                jnp.asarray(length, jnp.int32),
+                jnp.asarray(start),
+                capacity=capacity,
+                kv_dtype=self._kv_dtype,
+            )
+        else:
+            if cache.capacity < capacity:
+                cache = cache.grown(capacity)
+            while begin < len(ids):
+                padded = _piece(len(ids) - begin, cache.capacity - begin)
+                tokens = np.zeros((1, padded), np.int32)
+                part = ids[begin : begin + padded]
+                tokens[0, : len(part)] = part
+                logits, cache = extend(
+                    module,
+                    variables,
+                    jnp.asarray(tokens),
+                    jnp.asarray(begin, jnp.int32),
+                    jnp.asarray(begin + len(part), jnp.int32),
+                    cache,
+                )
+                begin += len(part)
+        self._cache, self.held = cache, ids
+        return logits, cache
+
+
+def _piece(wanted: int, room: int) -> int:
+    """How many slots the next piece of a text takes, of those that there are.
+
+    A bucket, so that few programs are compiled; where that has no room, a smaller one,
+    and in the last few slots a single token.
+    """
+    length = bucket(wanted, LARGEST_INT)
+    while length > room:
+        length //= 2
+    return length if length >= 16 else 1
