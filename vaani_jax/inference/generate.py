@@ -596,7 +596,9 @@ class Session:
         cache, self.reused = self._cache, begin
         self._forget()
         module, variables = self._model.module, self._model.variables
-        if cache is None or begin == 0:
+        if begin == 0:
+            cache = None  # before there is another
+        if cache is None:
             tokens, length, start = _align([ids], context)
             logits, cache = prefill(
                 module,

@@ -14,7 +14,7 @@ from typing import Any
 
 from vaani_jax.errors import VaaniError
 from vaani_jax.paths import read_small
-from vaani_jax.text.special import DEFAULT, FURTHER
+from vaani_jax.text.special import DEFAULT
 from vaani_jax.text.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
@@ -76,9 +76,7 @@ def to_hf(tokenizer: Tokenizer) -> tuple[str, dict[str, Any]]:
         template = special.chat_template
         if template is not None:
             settings["chat_template"] = template
-        if special.further:
-            settings[FURTHER[0]] = list(special.further)
-        return tokenizer.serialized, {**settings, **special.names}
+        return tokenizer.serialized, {**settings, **special.by_part}
     if not isinstance(tokenizer, CharTokenizer | ByteTokenizer):
         raise VaaniError(f"a {type(tokenizer).__name__} can't be exported")
     padding = padding_of(tokenizer)

@@ -9,7 +9,6 @@ import atexit
 import contextlib
 import dataclasses
 import json
-import pathlib
 import signal
 import subprocess
 import sys
@@ -83,7 +82,13 @@ class ChatTemplate:
             "tools": tools,
             "add_generation_prompt": add_generation_prompt,
         }
-        reply = _PROCESS.ask({"template": self.source, "variables": given})
+        reply = _PROCESS.ask(
+            {
+                "template": self.source,
+                "variables": given,
+                "seconds": rendering.SECONDS,
+            }
+        )
         if "text" in reply:
             return str(reply["text"])
         if reply.get("missing"):
@@ -225,7 +230,9 @@ class Ending:
 _MARK = "Xyzzy."  # no template writes it
 
 
-def find_ending(tokenizer: Tokenizer, template: ChatTemplate, **variables: Any) -> Ending:
+def find_ending(
+    tokenizer: Tokenizer, template: ChatTemplate, variables: Mapping[str, Any] = {}
+) -> Ending:
     """What ends an answer: tokens that end a text, and what the template writes there.
 
     Not every model names the token that ends its turns among those that end a text; but
@@ -246,9 +253,9 @@ def find_ending(tokenizer: Tokenizer, template: ChatTemplate, **variables: Any) 
         text = template.render(chat, add_generation_prompt=False, **variables)
     except VaaniError:
         return Ending(ids)  # whatever is wrong, the chat itself will show
-    found, _, behind = text.rpartition(_MARK)
+    _, mark, behind = text.rpartition(_MARK)
     behind = behind.strip()
-    if not found or not behind:
+    if not mark or not behind:
         return Ending(ids)
     if isinstance(tokenizer, HFTokenizer):
         first = int(tokenizer.encode(behind)[0])

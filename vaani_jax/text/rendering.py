@@ -6,9 +6,10 @@ sooner for that, and no thread can be told to stop. So `text.chat` starts this f
 script, as a process of its own, which the system ends where a rendering takes too long,
 and denies memory and files. It imports nothing of the package.
 
-A line of JSON comes in, with "template" and "variables", and one goes out: "text", or
-"error", with the "line" of the template if one is known, or with "refused" where the
-template itself says so; "missing" where there is no Jinja.
+A line of JSON comes in, with "template", "variables" and the "seconds" of processor time
+that it may take, and one goes out: "text", or "error", with the "line" of the template
+if one is known, or with "refused" where the template itself says so; "missing" where
+there is no Jinja.
 """
 
 import contextlib
@@ -136,10 +137,10 @@ def limit() -> None:
             resource.setrlimit(kind, (most, most))
 
 
-def limit_time() -> None:
-    """Has the system end this process `SECONDS` of work from now."""
+def limit_time(seconds: int) -> None:
+    """Has the system end this process so many seconds of work from now."""
     used = resource.getrusage(resource.RUSAGE_SELF)
-    most = math.ceil(used.ru_utime + used.ru_stime) + SECONDS
+    most = math.ceil(used.ru_utime + used.ru_stime) + seconds
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     if hard != resource.RLIM_INFINITY:
         most = min(most, hard)
@@ -160,8 +161,9 @@ def main() -> None:
         if environment is None:
             reply: dict[str, Any] = {"missing": True}
         else:
-            limit_time()
-            reply = answer(environment, json.loads(line))
+            request = json.loads(line)
+            limit_time(request["seconds"])
+            reply = answer(environment, request)
         try:
             written = json.dumps(reply)
         except MemoryError:  # a text that fits once, and not twice

@@ -57,6 +57,12 @@ class Special:
     generation: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
+    def by_part(self) -> dict[str, Any]:
+        """Texts of tokens by their part, as ``special_tokens_map.json`` holds them."""
+        further = {FURTHER[0]: list(self.further)} if self.further else {}
+        return {**self.names, **further}
+
+    @property
     def templates(self) -> dict[str, str]:
         """The chat templates by name; one alone is the default."""
         if isinstance(self.chat_template, str):

@@ -448,7 +448,7 @@ class Spelling:
         self.text = ""
 
     def add(self, ids: Any) -> str:
-        """What these ids add; a character that is not whole yet comes with later ones."""
+        """What these ids add; a character that is not whole comes with later ones."""
         self._ids.extend(np.asarray(ids, np.int64).reshape(-1).tolist())
         return self._new(self._whole().rstrip(UNFINISHED))
 

@@ -34,7 +34,7 @@ from vaani_jax.model.transformer import Vaani
 from vaani_jax.paths import read_json
 from vaani_jax.quant.packed import pack, pack_quarters, unpack_quarters
 from vaani_jax.quant.rounding import EPSILON
-from vaani_jax.text.special import FURTHER, GENERATION, MAP
+from vaani_jax.text.special import GENERATION, MAP
 from vaani_jax.text.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
@@ -157,12 +157,8 @@ def write_folder(
             content[f"{part}_id"] = tokenizer.id_of(part)
         ends: Any = list(tokenizer.eos_ids) or None
         content["eos_token_id"] = ends[0] if ends and len(ends) == 1 else ends
-        if tokenizer.special.names:
-            further = list(tokenizer.special.further)
-            _write_json(
-                folder / MAP,
-                {**tokenizer.special.names, **({FURTHER[0]: further} if further else {})},
-            )
+        if tokenizer.special.by_part:
+            _write_json(folder / MAP, tokenizer.special.by_part)
         if tokenizer.special.generation:
             _write_json(folder / GENERATION, tokenizer.special.generation)
     elif isinstance(tokenizer, CharTokenizer | ByteTokenizer):
