@@ -46,6 +46,7 @@ CONFINED = {
     "safetensors": {"interop.formats.hf"},
     "gguf": {"interop.formats.gguf"},
     "tokenizers": {"text.tokenizers"},
+    "jinja2": {"text.rendering"},
 }
 # The face of the package: it names what lies above, and imports it when it is used.
 FACE = "__init__"

@@ -82,7 +82,8 @@ MISTRAL = """\
     {%- set ns.index = ns.index + 1 %}
     {%- if message["role"] == "user" %}
         {%- if loop.last and system_message is defined %}
-            {{- "[INST] " + system_message + "\\n\\n" + message["content"] + "[/INST]" }}
+            {{- "[INST] " + system_message + "\\n\\n" -}}
+            {{- message["content"] + "[/INST]" }}
         {%- else %}
             {{- "[INST] " + message["content"] + "[/INST]" }}
         {%- endif %}
@@ -450,7 +451,7 @@ def test_where_there_is_no_template(tokenizer, wanted, message):
 @pytest.mark.parametrize(
     ("source", "ids", "text"),
     [
-        (TEMPLATES["chatml"], (1, 3), ""),  # <|im_end|> is no end of a text, but here
+        (TEMPLATES["chatml"], (1, 3), ""),  # <|im_end|> ends no text, but a turn
         (MISTRAL, (1,), ""),
         (
             "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",

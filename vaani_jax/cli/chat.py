@@ -115,7 +115,8 @@ def _sampler(
     of_model = suggested({k: v for k, v in generation.items() if k not in flags})
     sampler = make_sampler(options, of_model)
     parts = []
-    for name in NUMBERS:
+    # Where the likeliest token is taken, no filter matters.
+    for name in NUMBERS if sampler.temperature else ["temperature"]:
         value = getattr(sampler, name)
         if name in flags:
             whose = "flag"
@@ -178,10 +179,13 @@ def _line(watched: bool, prompt: str) -> str | None:
     if not watched:
         line = sys.stdin.readline()
         return line.removesuffix("\n").removesuffix("\r") if line else None
+    if not sys.stdout.isatty():  # what is printed there is no place for a prompt
+        print(prompt, end="", file=sys.stderr, flush=True)
+        prompt = ""
     try:
         return input(prompt)
     except EOFError:
-        print()
+        print(file=sys.stderr)
         return None
 
 

@@ -6,9 +6,9 @@ sooner for that, and no thread can be told to stop. So `text.chat` starts this f
 script, as a process of its own, which the system ends where a rendering takes too long,
 and denies memory and files. It imports nothing of the package.
 
-A line of JSON comes in, with "template", "variables" and the "seconds" of processor time
-that it may take, and one goes out: "text", or "error", with the "line" of the template
-if one is known, or with "refused" where the template itself says so; "missing" where
+A line of JSON comes in, with "template", "variables" and the "seconds" of processor
+time that it may take. One goes out: "text"; or "error", with the "line" of the template
+if it is known, or with "refused" where the template itself says so; or "missing" where
 there is no Jinja.
 """
 
