@@ -203,7 +203,8 @@ def test_a_template_writes_a_chat(monkeypatch):
     source = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     monkeypatch.setitem(TEMPLATES, "play", source)
     template = find_template(ByteTokenizer(), "play")
-    assert template.render([{"role": "ROMEO", "content": "Ay me."}]) == "ROMEO: Ay me.\n"
+    chat = [{"role": "ROMEO", "content": "Ay me."}]
+    assert template.render(chat) == "ROMEO: Ay me.\n"
 
 
 def test_a_metric_shows_in_the_line_and_the_curves(monkeypatch, tmp_path):
