@@ -164,7 +164,8 @@ def test_nothing_that_is_read_is_executed():
         assert not called & {"eval", "exec", "compile", "__import__"}, file.name
         # A template comes with a model: what it may do is for the sandbox to say.
         names = {n for n in _imported(file) if n.partition(".")[0] == "jinja2"}
-        assert all(name.startswith("jinja2.sandbox") for name in names), file.name
+        parts = ("jinja2.sandbox", "jinja2.ext", "jinja2.nodes")  # syntax, at most
+        assert all(name.startswith(parts) for name in names), file.name
 
 
 def test_nobody_imports_the_entry_point():
