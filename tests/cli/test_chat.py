@@ -26,10 +26,7 @@ from vaani_jax.text.special import Special
 from vaani_jax.text.tokenizers import ByteTokenizer, HFTokenizer, continuation
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-SPECIAL = {
-    "names": {"bos_token": "<s>", "eos_token": "</s>"},
-    "chat_template": TEMPLATES["chatml"],
-}
+NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 SUGGESTED = {"do_sample": True, "temperature": 0.6, "top_k": 5, "top_p": 0.9}
 
 
@@ -50,9 +47,8 @@ def model_with(tokenizer, context=3000):
 
 
 def tokenizer_with(**special):
-    return HFTokenizer(
-        words_tokenizer().to_str(), special=Special(**{**SPECIAL, **special})
-    )
+    own = Special(NAMES, chat_template=TEMPLATES["chatml"], **special)
+    return HFTokenizer(words_tokenizer().to_str(), special=own)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +84,7 @@ def talk(folders, monkeypatch, capsys):
 def by_hand(messages, seed=0, count=6, sampler=SamplerConfig(), tokenizer=None):
     """The answer to messages, from a reading of all of them."""
     tokenizer = tokenizer or tokenizer_with()
-    template = ChatTemplate(TEMPLATES["chatml"], SPECIAL["names"])
+    template = ChatTemplate(TEMPLATES["chatml"], NAMES)
     ids = tokenizer.encode(template.render(messages))
     (found,) = generate(
         model_with(tokenizer),

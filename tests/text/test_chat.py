@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+from typing import Any
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
@@ -202,7 +203,7 @@ def chats():
         if draw.random() < 0.3:
             draw.shuffle(roles)
         for role in roles[: draw.randint(1, 6)]:
-            message = {"role": role, "content": draw.choice(TEXTS)}
+            message: dict[str, Any] = {"role": role, "content": draw.choice(TEXTS)}
             if role == "assistant" and draw.random() < 0.5:
                 message["content"] = draw.choice(THOUGHTS)
             if role == "assistant" and draw.random() < 0.3:
@@ -235,7 +236,7 @@ def outcome(function):
 def test_a_chat_is_written_as_transformers_writes_it(style, theirs):
     ours, source = ChatTemplate(STYLES[style], NAMES), STYLES[style]
     written = refused = 0
-    variables: list[dict] = [
+    variables: list[dict[str, Any]] = [
         {},
         {"add_generation_prompt": False},
         {"enable_thinking": False, "tools": [{"name": "f", "of": ["ü", 1.5]}]},

@@ -218,7 +218,7 @@ def _answer(conversation: "Conversation", message: str, stats: bool) -> None:
 @contextlib.contextmanager
 def _stoppable() -> Iterator[Callable[[], bool]]:
     """Has the first Ctrl-C set what is yielded, and the next one raise, as ever."""
-    pressed = []
+    pressed: list[int] = []
 
     def press(number: int, frame: Any) -> None:
         if pressed:

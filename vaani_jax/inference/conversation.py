@@ -9,7 +9,7 @@ again at each.
 import bisect
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -118,7 +118,7 @@ class Conversation:
         self._written(system, [{"role": "user", "content": "?"}])
         self.system = system
 
-    def say(self, text: str) -> Iterator[str]:
+    def say(self, text: str) -> Generator[str, None, None]:
         """Says something, and yields the answer as it comes, in whole characters.
 
         The chat then holds both. Whoever closes the iterator early ends the answer

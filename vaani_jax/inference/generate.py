@@ -19,7 +19,7 @@ A `Session` keeps the cache of a text for the next one, as the turns of a chat n
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -526,7 +526,7 @@ class Session:
         sampler: SamplerConfig = SamplerConfig(),
         seed: int = 0,
         ends: Sequence[int] = (),
-    ) -> Iterator[np.ndarray]:
+    ) -> Generator[np.ndarray, None, None]:
         """Continues a text, a segment at a time.
 
         Args:

@@ -1,6 +1,7 @@
 """How the next token is drawn."""
 
 import dataclasses
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -120,8 +121,8 @@ def suggested(generation: Mapping[str, Any]) -> dict[str, Any]:
     """
     if generation.get("do_sample") is False:
         return {"temperature": 0.0}
-    kinds = {f.name: type(f.default) for f in dataclasses.fields(SamplerConfig)}
-    found = {}
+    kinds = typing.get_type_hints(SamplerConfig)
+    found: dict[str, Any] = {}
     for name in NUMBERS:
         value, kind = generation.get(name), kinds[name]
         if value is None:

@@ -22,8 +22,10 @@ from vaani_jax.errors import VaaniError
 from vaani_jax.paths import read_json, read_small
 from vaani_jax.words import shown
 
-NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
-NAMES += ("sep_token", "cls_token", "mask_token")
+NAMES = (
+    *("bos_token", "eos_token", "unk_token", "pad_token"),
+    *("sep_token", "cls_token", "mask_token"),
+)
 # Lists of further special tokens: as transformers calls them up to version 4, and now.
 FURTHER = ("additional_special_tokens", "extra_special_tokens")
 
