@@ -60,6 +60,7 @@ def folders(tmp_path_factory):
         "suggests": model_with(tokenizer_with(generation=SUGGESTED)),
         "greedy": model_with(tokenizer_with(generation={"do_sample": False})),
         "odd": model_with(tokenizer_with(generation={"top_k": "many"})),
+        "wrong": model_with(tokenizer_with(generation={"top_p": 2})),
         "bytes": model_with(ByteTokenizer()),
         "narrow": model_with(tokenizer_with(), context=120),
     }.items():
@@ -228,6 +229,7 @@ def test_a_narrow_context_is_said_to_be_one(talk):
         ("plain", "/nothing", [], "there is no command '/nothing': there are /reset,"),
         ("plain", "/save", [], "/save is empty: name a path"),
         ("plain", "/save /", [], "a folder: name a file"),
+        ("plain", "/save /proc/none/x", [], "/proc/none"),
         ("plain", "a", ["--template=none"], "--template is 'none': it must be one of"),
         ("plain", "a", ["--top-p=0"], "top-p must be in (0, 1]"),
         ("plain", "a", ["--checkpoint=7"], "it has no checkpoints"),
@@ -235,6 +237,12 @@ def test_a_narrow_context_is_said_to_be_one(talk):
         ("plain", "a", ["--variable=x=y"], "'y' is not JSON"),
         ("plain", "\udc80", [], "is not UTF-8"),
         ("odd", "a", [], "generation_config.json has top_k = 'many'"),
+        (
+            "wrong",
+            "a",
+            [],
+            "top-p must be in (0, 1], it is 2.0; say --top-p",
+        ),
     ],
 )
 def test_mistakes_are_one_line(talk, name, line, flags, message):

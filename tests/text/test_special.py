@@ -112,6 +112,8 @@ def test_the_names_alone_as_older_runs_kept_them():
     assert from_json(old).eos_ids == (1,)
     assert Special.from_json({"eos_token": "</s>"}) == Special({"eos_token": "</s>"})
     assert Special.from_json(None) == Special()
+    with pytest.raises(TypeError):
+        Special.from_json({"chat_template": 3})
 
 
 @pytest.mark.parametrize(
@@ -188,6 +190,11 @@ def test_tokens_that_tokenizer_json_lacks_come_along(tmp_path):
     ]
     again = from_json(json.loads(json.dumps(tokenizer.to_json())))
     assert again.encode("the <tool>cat").tolist() == [3, 7, 4]
+    # A model that has no row for one has no use for it.
+    text = (folder / "tokenizer.json").read_text()
+    narrow = read_huggingface(text, folder, vocab_size=7)
+    assert narrow.id_of_token("<tool>") is None
+    assert narrow.eos_ids == (6,)
 
 
 def test_added_tokens_json_is_read_where_there_is_no_list(tmp_path):
@@ -257,7 +264,8 @@ def test_further_special_tokens_and_those_with_parts_of_their_own(tmp_path):
     written = found.by_part
     assert written["additional_special_tokens"] == ["<c>", "<a>", "<b>"]
     assert Special.from_json(json.loads(json.dumps(found.to_json()))) == found
-    folder_of(folder, tokenizer_config={"extra_special_tokens": {"image_token": "<i>"}})
+    own = {"image_token": "<i>", "chat_template": "<t>", "x_token": 3}
+    folder_of(folder, tokenizer_config={"extra_special_tokens": own})
     assert read_special(folder).names == {"image_token": "<i>"}
 
 

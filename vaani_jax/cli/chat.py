@@ -147,10 +147,10 @@ def talk(conversation: "Conversation", *, stats: bool = False) -> None:
     for message in _messages(watched):
         try:
             if not message.startswith("/") or message.startswith("//"):
-                _answer(conversation, message.removeprefix("/"), stats)
+                _answer(conversation, message.removeprefix("/"), watched, stats)
             elif _command(conversation, message):
                 return
-        except (VaaniError, OSError) as error:
+        except VaaniError as error:
             if not watched:
                 raise
             notify(f"error: {error}")
@@ -189,10 +189,12 @@ def _line(watched: bool, prompt: str) -> str | None:
         return None
 
 
-def _answer(conversation: "Conversation", message: str, stats: bool) -> None:
-    """Prints the answer to a message, as it comes; Ctrl-C ends it."""
+def _answer(
+    conversation: "Conversation", message: str, watched: bool, stats: bool
+) -> None:
+    """Prints the answer to a message, as it comes; at a terminal, Ctrl-C ends it."""
     with (
-        _stoppable() as stopped,
+        _stoppable() if watched else contextlib.nullcontext(bool) as stopped,
         contextlib.closing(conversation.say(message)) as pieces,
     ):
         said = False
@@ -261,7 +263,10 @@ def _undo(conversation: "Conversation", argument: str) -> None:
 def _save(conversation: "Conversation", argument: str) -> None:
     path = new_file(argument, "/save")
     text = to_json({"messages": conversation.chat()}, indent=1)
-    write_atomically(path, f"{text}\n".encode())
+    try:
+        write_atomically(path, f"{text}\n".encode())
+    except OSError as error:
+        raise VaaniError(f"can't write {path}: {error.strerror or error}") from None
     notify(f"saved {path}")
 
 

@@ -116,8 +116,7 @@ def suggested(generation: Mapping[str, Any]) -> dict[str, Any]:
     Args:
       generation: its content; ``do_sample = false`` asks for the likeliest token.
 
-    Raises VaaniError for values that are no numbers; `SamplerConfig` says of the others
-    whether they make sense.
+    Raises VaaniError for values that make no sense, with the flag to say instead.
     """
     if generation.get("do_sample") is False:
         return {"temperature": 0.0}
@@ -134,6 +133,13 @@ def suggested(generation: Mapping[str, Any]) -> dict[str, Any]:
                 f" is no number of that kind: say --{name.replace('_', '-')}"
             )
         found[name] = kind(value)
+        try:
+            SamplerConfig(**{name: found[name]})
+        except VaaniError as error:
+            raise VaaniError(
+                f"the model's generation_config.json: {error}; say"
+                f" --{name.replace('_', '-')}"
+            ) from None
     return found
 
 

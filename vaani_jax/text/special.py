@@ -93,6 +93,8 @@ class Special:
         further = tuple(content.get("further", ()))
         if not all(isinstance(name, str) for name in (*names.values(), *further)):
             raise TypeError("names of special tokens are texts")
+        if not isinstance(content.get("chat_template"), str | list | None):
+            raise TypeError("a chat template is a text, or several are a list")
         return cls(
             names,
             {part: tuple(map(int, found)) for part, found in ids.items()},
@@ -113,7 +115,8 @@ def read_special(folder: pathlib.Path) -> Special:
         names |= {part: name for part in NAMES if (name := _text(source.get(part)))}
         for several in map(source.get, FURTHER):
             if isinstance(several, dict):  # parts that a model has for itself
-                names |= {part: n for part, one in several.items() if (n := _text(one))}
+                own = {p: one for p, one in several.items() if p.endswith("_token")}
+                names |= {part: n for part, one in own.items() if (n := _text(one))}
             elif isinstance(several, list):
                 further |= dict.fromkeys(filter(None, map(_text, several)))
     ids: dict[str, tuple[int, ...]] = {}

@@ -266,11 +266,14 @@ def read_huggingface(
     Args:
       serialized: the content of ``tokenizer.json``.
       folder: where the other files are.
-      vocab_size: of the model; 0 where there is none.
+      vocab_size: of the model, which tokens beyond are none of; 0 where there is none.
 
     Raises VaaniError for damaged files, and for those that contradict each other.
     """
-    serialized, added = _with_added(serialized, read_added(folder))
+    listed = read_added(folder)
+    if vocab_size:
+        listed = {token: one for token, one in listed.items() if token < vocab_size}
+    serialized, added = _with_added(serialized, listed)
     tokenizer = HFTokenizer(serialized, vocab_size, read_special(folder))
     for token, name in added.items():
         found = tokenizer.id_of_token(name)
