@@ -124,7 +124,7 @@ def test_logits_and_cache_are_those_of_one_reading(kv_dtype):
 def readings(monkeypatch):
     """How many slots each call reads, by its name."""
     found = []
-    for name in ("prefill", "extend"):
+    for name in ("prefill", "read_on"):
         function = getattr(generate_module, name)
 
         def spy(module, variables, tokens, *rest, name=name, call=function, **options):
@@ -143,13 +143,13 @@ def test_only_what_is_new_is_read(readings):
     assert (session.reused, len(session.held)) == (0, 34)
     turn = np.concatenate([text[:30], answer, text[30:40]])
     drawn(session, turn, 4)
-    assert readings[1:] == [("extend", 16)]
+    assert readings[1:] == [("read_on", 16)]
     assert session.reused == 34
     drawn(session, turn, 4)  # the same again: its last token is read for its logits
-    assert readings[2:] == [("extend", 16)]
+    assert readings[2:] == [("read_on", 16)]
     assert session.reused == len(turn) - 1
     drawn(session, turn[:10], 4)  # the beginning of it
-    assert readings[3:] == [("extend", 16)]
+    assert readings[3:] == [("read_on", 16)]
     drawn(session, text[::-1][:10], 4)  # another text
     assert readings[4:] == [("prefill", 16)]
     assert session.reused == 0
@@ -173,7 +173,7 @@ def test_the_cache_grows_and_the_end_of_the_context_is_read_in_pieces(readings):
     assert capacities == sorted(capacities)
     assert (capacities[0], capacities[-1]) == (32, CONTEXT)
     assert readings.count(("prefill", 16)) > 0
-    assert ("extend", 1) in readings  # in the last slots, of which 16 are too many
+    assert ("read_on", 1) in readings  # in the last slots, of which 16 are too many
 
 
 def test_pieces_fit_what_room_there_is():

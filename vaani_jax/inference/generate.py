@@ -78,32 +78,24 @@ def prefill(
     return logits[:, 0], dataclasses.replace(filled, length=length)
 
 
-@functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(5,))
-def extend(
-    module: Vaani,
-    variables: Any,
-    tokens: Array,
-    begin: Array,
-    length: Array,
-    cache: KVCache,
+@functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(3,))
+def read_on(
+    module: Vaani, variables: Any, tokens: Array, cache: KVCache, last: Array
 ) -> tuple[Array, KVCache]:
-    """Reads more of a text, of which a cache holds the beginning.
+    """Reads a piece of prompts, after those that the cache has.
 
     Args:
       module: static.
-      variables: its ``params`` and ``quant``.
-      tokens: [B, T]; the new ones first, then padding, any ids.
-      begin: slots of the cache that count, int32 scalar; it must have room for T more.
-      length: slots that count in the end, int32 scalar.
+      variables: of the model.
+      tokens: [B, T]; the cache must have room for them.
       cache: donated.
+      last: index along T of the token whose logits are wanted, int32 scalar.
 
     Returns:
-      Logits [B, V] after the last of the new tokens, and the cache.
+      Logits [B, V] after that token, and the cache.
     """
-    cache = dataclasses.replace(cache, length=begin)
-    output: Any = module.apply(variables, tokens, cache, last=length - begin - 1)
-    logits, filled = output
-    return logits[:, 0], dataclasses.replace(filled, length=length)
+    logits, cache = module.apply(variables, tokens, cache, last=last)
+    return logits[:, 0], cache
 
 
 @functools.partial(
@@ -611,23 +603,44 @@ class Session:
             )
         else:
             if cache.capacity < capacity:
-                cache = cache.grown(capacity)
+                cache = _grown(cache, module, capacity, self._kv_dtype)
             while begin < len(ids):
                 padded = _piece(len(ids) - begin, cache.capacity - begin)
-                tokens = np.zeros((1, padded), np.int32)
                 part = ids[begin : begin + padded]
+                tokens = np.zeros((1, padded), np.int32)
                 tokens[0, : len(part)] = part
-                logits, cache = extend(
+                logits, cache = read_on(
                     module,
                     variables,
                     jnp.asarray(tokens),
-                    jnp.asarray(begin, jnp.int32),
-                    jnp.asarray(begin + len(part), jnp.int32),
-                    cache,
+                    _shortened(cache, begin),
+                    jnp.asarray(len(part) - 1, jnp.int32),
                 )
                 begin += len(part)
+                cache = _shortened(cache, begin)
         self._cache, self.held = cache, ids
         return logits, cache
+
+
+def _shortened(cache: KVCache, length: int) -> KVCache:
+    """A cache of which only the first slots count."""
+    return dataclasses.replace(cache, length=jnp.asarray(length, jnp.int32))
+
+
+def _grown(
+    cache: KVCache, module: Vaani, capacity: int, kv_dtype: str | None
+) -> KVCache:
+    """A cache of a row with more slots, and what the smaller one has."""
+    dtype = kv_dtype or module.quantization.dtype
+    larger = KVCache.create(module.architecture, 1, capacity, dtype)
+
+    def placed(new: Array, old: Array) -> Array:
+        if new.shape == old.shape:  # no array of slots
+            return old
+        return jax.lax.dynamic_update_slice(new, old, (0,) * new.ndim)
+
+    grown: KVCache = jax.tree.map(placed, larger, cache)
+    return grown
 
 
 def _piece(wanted: int, room: int) -> int:

@@ -62,16 +62,6 @@ class KVCache:
         )
         return dataclasses.replace(self, length=length, **parts)
 
-    def grown(self, capacity: int) -> "KVCache":
-        """This cache with more slots: as many as ``capacity`` says."""
-        more = capacity - self.capacity
-
-        def longer(x: Array) -> Array:
-            return jnp.pad(x, [(0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)])
-
-        layers = [tuple(map(longer, layer)) for layer in self.layers]
-        return self.filled(layers, self.length)
-
     @classmethod
     def create(
         cls,
