@@ -152,7 +152,7 @@ def test_the_beginning_of_an_ending_is_held_back():
 def test_half_characters_wait_and_what_is_none_comes_last():
     smile = list("😀".encode())
     talk, _ = scripted([smile + smile[:2]], ByteTokenizer(), step=3, max_new_tokens=6)
-    assert list(talk.say("?")) == ["😀", "\ufffd"]
+    assert list(talk.say("?")) == ["", "😀", "\ufffd"]
 
 
 def test_what_was_said_stays_when_nobody_wants_more():
@@ -165,13 +165,17 @@ def test_what_was_said_stays_when_nobody_wants_more():
     assert talk.last.end == "stopped"
     assert "".join(talk.say("two")) == "on"
     assert f"assistant\n{first}<|im_end|>" in session.read[1]
-    # Where nothing was said, the message goes as well.
-    session.answers = [[*"😀".encode()[:2]]]
-    nothing, _ = scripted([[0xF0, 0x9F, 0x98, 0x80]], ByteTokenizer())
-    silent = nothing.say("three")
+    # Where nothing was said, as of half a character, the message goes as well.
+    silent, _ = scripted([[*"😀".encode()]], ByteTokenizer())
+    answer = silent.say("three")
+    assert next(answer) == ""
+    answer.close()
+    assert silent.messages == []
+    answer = talk.say("three")
+    assert next(answer)
     with pytest.raises(KeyboardInterrupt):
-        silent.throw(KeyboardInterrupt)
-    assert nothing.messages == []
+        answer.throw(KeyboardInterrupt)
+    assert [m["content"] for m in talk.messages[-2:]] == ["three", "mat"]
 
 
 def test_undo_reset_and_another_system_message():

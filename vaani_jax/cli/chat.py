@@ -200,7 +200,7 @@ def _answer(
         said = False
         for piece in pieces:
             print(piece, end="", flush=True)
-            said = True
+            said = said or bool(piece)
             if stopped():
                 break
     print(flush=True)

@@ -121,8 +121,9 @@ class Conversation:
     def say(self, text: str) -> Generator[str, None, None]:
         """Says something, and yields the answer as it comes, in whole characters.
 
-        The chat then holds both. Whoever closes the iterator early ends the answer
-        there: what was yielded stays. Where that is nothing, the chat is what it was.
+        What is yielded may be empty. The chat then holds both. Whoever closes the
+        iterator early ends the answer there: what was yielded stays. Where that is
+        nothing, the chat is what it was.
 
         Raises VaaniError, with the chat left as it was, for a message that does not fit
         the context, or that the template or the tokenizer refuses.
@@ -151,9 +152,8 @@ class Conversation:
                     end = "ended"
                     break
                 ready = whole[: len(whole) - _begun(whole, stop)]
-                if len(ready) > len(shown):
-                    piece, shown = ready[len(shown) :], ready
-                    yield piece
+                piece, shown = ready[len(shown) :], max(shown, ready, key=len)
+                yield piece  # nothing, at times: whoever listens may have enough
             else:
                 end = "length" if drawn == self._most else "context"
             spelling.end()

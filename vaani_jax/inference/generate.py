@@ -94,8 +94,9 @@ def read_on(
     Returns:
       Logits [B, V] after that token, and the cache.
     """
-    logits, cache = module.apply(variables, tokens, cache, last=last)
-    return logits[:, 0], cache
+    output: Any = module.apply(variables, tokens, cache, last=last)
+    logits, filled = output
+    return logits[:, 0], filled
 
 
 @functools.partial(
