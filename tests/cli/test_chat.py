@@ -273,6 +273,28 @@ def test_the_cache_may_have_another_dtype(talk, kv_dtype):
     assert len(out) > 2
 
 
+def test_generate_ends_where_a_text_ends_unless_it_is_told_to_go_on(
+    folders, tmp_path, capsys
+):
+    """At either of two tokens that generation_config.json names."""
+    prompt = tokenizer_with().encode_prompt("the cat")
+    options = {"max_new_tokens": 12, "sampler": SamplerConfig(0.0)}
+    (drawn,) = generate(
+        model_with(tokenizer_with()), prompt, ignore_eos=True, **options
+    )
+    end = int(drawn[7])
+    first = drawn.tolist().index(end)
+    tokenizer = tokenizer_with(ids={"eos_token": (2, end)})
+    assert tokenizer.eos_ids == (1, 2, end)
+    save_packed(model_with(tokenizer), tmp_path / "model")
+    command = ["generate", f"--workdir={tmp_path / 'model'}", "--prompt=the cat"]
+    command += ["--greedy", "--max-new-tokens=12"]
+    for flags, ids in (([], drawn[:first]), (["--ignore-eos"], drawn)):
+        assert cli.main([*command, *flags]) == 0
+        text = continuation(tokenizer, prompt, ids)
+        assert capsys.readouterr().out == f"the cat{text}\n"
+
+
 # -- At a terminal ------------------------------------------------------------------
 
 

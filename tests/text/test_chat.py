@@ -1,5 +1,6 @@
 """Chats are written as transformers writes them, and no template takes all there is."""
 
+import concurrent.futures
 import datetime
 import json
 import os
@@ -363,6 +364,33 @@ def test_one_process_serves_all_and_an_interruption_ends_it(monkeypatch):
     assert process.poll() is not None
     # The reply that nobody took is not the reply to what comes next.
     assert template.render([{"role": "user", "content": "d"}]) == "d"
+
+
+def test_threads_get_their_own_replies():
+    template = ChatTemplate("{{ messages[0].content }}")
+
+    def ask(i):
+        return template.render([{"role": "user", "content": f"{i}"}])
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, range(100))) == [str(i) for i in range(100)]
+
+
+def test_damaged_templates_give_a_text_or_a_line(monkeypatch):
+    monkeypatch.setattr(rendering, "SECONDS", 1)
+    draw = random.Random(0)
+    texts = refused = 0
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for source in STYLES.values():
+        for _ in range(40):
+            a, b = sorted(draw.choices(range(len(source)), k=2))
+            odd = draw.choice(["", "{{", "%}", "}}", "'", "\0", "{% for", source[a:b]])
+            damaged = ChatTemplate(source[:a] + odd + source[b:])
+            text, said = outcome(lambda damaged=damaged: damaged.render(messages))
+            assert isinstance(text, str) or said.startswith("the chat template ")
+            assert len(said.splitlines()) < 2
+            texts, refused = texts + (not said), refused + bool(said)
+    assert min(texts, refused) > 20
 
 
 def test_the_process_opens_no_file(tmp_path):
