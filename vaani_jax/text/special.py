@@ -46,17 +46,17 @@ class Special:
     Attributes:
       names: texts of the tokens by their part ("eos_token").
       ids: ids by part, those that end a text being several at times.
-      further: texts of special tokens that have no part.
       chat_template: source in Jinja, or several, as a list of objects with "name" and
         "template"; None where there is none. Never run here.
       generation: content of ``generation_config.json``; empty where there is none.
+      further: texts of special tokens that have no part.
     """
 
     names: dict[str, str] = dataclasses.field(default_factory=dict)
     ids: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    further: tuple[str, ...] = ()
     chat_template: Any = None
     generation: dict[str, Any] = dataclasses.field(default_factory=dict)
+    further: tuple[str, ...] = ()
 
     @property
     def by_part(self) -> dict[str, Any]:
@@ -98,9 +98,9 @@ class Special:
         return cls(
             names,
             {part: tuple(map(int, found)) for part, found in ids.items()},
-            further,
             content.get("chat_template"),
             dict(content.get("generation", {})),
+            further,
         )
 
 
@@ -128,7 +128,7 @@ def read_special(folder: pathlib.Path) -> Special:
     for source in (config, found[GENERATION]):
         ids |= {part: one for part in NAMES if (one := _ids(source.get(f"{part}_id")))}
     template = _template(folder, found[TOKENIZER_CONFIG].get("chat_template"))
-    return Special(names, ids, tuple(further), template, found[GENERATION])
+    return Special(names, ids, template, found[GENERATION], tuple(further))
 
 
 def _object(path: pathlib.Path) -> dict[str, Any]:
