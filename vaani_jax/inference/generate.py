@@ -13,11 +13,13 @@ it would alone, and the batch is read again.
 
 Ids without a token, which pad some vocabularies, are never drawn. A row ends with the
 first id that ends a text; what the loop draws behind it is thrown away.
+
+A `Session` keeps the cache of a text for the next one, as the turns of a chat need it.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,12 +28,12 @@ import numpy as np
 
 from vaani_jax.errors import VaaniError
 from vaani_jax.inference.model import Model
-from vaani_jax.inference.sampling import SamplerConfig, sample_token
 from vaani_jax.inference.room import cache_bytes, check_room, in_words
+from vaani_jax.inference.sampling import SamplerConfig, sample_token
 from vaani_jax.kernels.floats import log_likelihood, native
 from vaani_jax.model.cache import KVCache
 from vaani_jax.model.transformer import Vaani, with_angles
-from vaani_jax.settings import LARGEST_SEED
+from vaani_jax.settings import LARGEST_INT, LARGEST_SEED
 from vaani_jax.text.tokenizers import Tokenizer
 
 Array = jax.Array
@@ -264,6 +266,11 @@ def _check_counts(max_new_tokens: int, num_samples: int, segment: int) -> None:
         raise VaaniError("a segment has at least one token")
 
 
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed <= LARGEST_SEED:
+        raise VaaniError(f"seed is {seed}: it must be in [0, {LARGEST_SEED}]")
+
+
 def capacity_for(longest: int, ahead: int, segment: int, context: int) -> int:
     """Slots of a cache for prompts of up to ``longest`` tokens and ``ahead`` new ones.
 
@@ -462,8 +469,7 @@ def segments(
     """
     prompts = _split(prompt)
     _check_counts(max_new_tokens, num_samples, segment)
-    if not 0 <= seed <= LARGEST_SEED:
-        raise VaaniError(f"seed is {seed}: it must be in [0, {LARGEST_SEED}]")
+    _check_seed(seed)
     module = model.module
     context = module.architecture.max_seq_len
     if context < 2:
@@ -592,3 +598,180 @@ def generate(
       `until_end` for rows that end before others.
     """
     return np.concatenate(list(stream(model, prompt, **options)), axis=1)
+
+
+class Session:
+    """Continues one text after another, and reads only what is new of each.
+
+    The cache of a text stays. Where the next one begins alike, as the next turn of a
+    chat does, it is read from where they part. What is drawn equals what `segments`
+    draws for the whole text: a ternary model to the bit on a CPU with native kernels,
+    else up to the order of float sums.
+
+    Attributes:
+      held: the ids that the cache holds, in order, int32.
+      reused: how many ids of the last text were held already.
+    """
+
+    def __init__(
+        self, model: Model, *, kv_dtype: str | None = None, segment: int = SEGMENT
+    ) -> None:
+        """Begins with an empty cache.
+
+        Args:
+          model: packed or not.
+          kv_dtype, segment: see `segments`.
+
+        Raises VaaniError where a segment has no token.
+        """
+        _check_counts(1, 1, segment)
+        self._model, self._kv_dtype, self._segment = model, kv_dtype, segment
+        self._cache: KVCache | None = None
+        self.held = np.zeros(0, np.int32)
+        self.reused = 0
+
+    def continued(
+        self,
+        text: np.ndarray,
+        *,
+        max_new_tokens: int,
+        sampler: SamplerConfig = SamplerConfig(),
+        seed: int = 0,
+        ends: Sequence[int] = (),
+    ) -> Generator[np.ndarray, None, None]:
+        """Continues a text, a segment at a time.
+
+        Args:
+          text: all of its ids [length], at least one.
+          max_new_tokens: how many to draw at most; no more than fit the context.
+          sampler: how.
+          seed: equal seeds draw equal tokens.
+          ends: ids that end it.
+
+        Yields:
+          Ids [n], int32; the last one of all may be of ``ends``.
+
+        Raises:
+          VaaniError: an empty text, or one that fills the context; nothing asked for.
+        """
+        (ids,) = _split(text)
+        _check_counts(max_new_tokens, 1, self._segment)
+        _check_seed(seed)
+        model, module = self._model, self._model.module
+        room = module.architecture.max_seq_len - len(ids)
+        if room < 1:
+            raise VaaniError(
+                f"the text has {len(ids):,} tokens, and the context"
+                f" {module.architecture.max_seq_len:,}: nothing can follow"
+            )
+        wanted = min(max_new_tokens, room)
+        logits, cache = self._read(ids, wanted)
+        allowed = _allowed(model.tokenizer, module.architecture.vocab_size)
+        key = jax.random.key(seed)
+        drawn, ended = 0, False
+        while drawn < wanted and not ended:
+            before = len(ids) + drawn
+            steps = self._segment
+            steps = steps if cache.capacity - before >= steps else 1
+            self._forget()  # the cache is donated: it is gone if this is interrupted
+            found, _, logits, cache = decode(
+                module,
+                sampler,
+                steps,
+                with_angles(module, model.variables, cache.capacity),
+                logits,
+                cache,
+                key,
+                jnp.asarray(drawn, jnp.int32),
+                None if allowed is None else jnp.asarray(allowed),
+            )
+            new = _cut(found, wanted - drawn)[0]
+            hits = np.isin(new, np.asarray(ends, np.int32))
+            if ended := bool(hits.any()):
+                new = new[: int(hits.argmax()) + 1]
+            ids = np.concatenate([ids[:before], new])
+            self._cache, self.held = cache, ids
+            drawn += len(new)
+            yield new
+
+    def _forget(self) -> None:
+        self._cache, self.held = None, self.held[:0]
+
+    def _read(self, ids: np.ndarray, ahead: int) -> tuple[Array, KVCache]:
+        """Logits [1, V] after a text, and a cache with room for what is ahead."""
+        context = self._model.architecture.max_seq_len
+        capacity = capacity_for(len(ids), ahead, self._segment, context)
+        # At least the last one is read: its logits are asked for.
+        n = min(len(ids) - 1, len(self.held))
+        differs = ids[:n] != self.held[:n]
+        begin = int(differs.argmax()) if differs.any() else n
+        cache, self.reused = self._cache, begin
+        self._forget()
+        module, variables = self._model.module, self._model.variables
+        if begin == 0:
+            cache = None  # before there is another
+        if cache is None:
+            tokens, length, start = _align([ids], context)
+            logits, cache = read(
+                module,
+                with_angles(module, variables, capacity),
+                tokens,
+                length,
+                start,
+                capacity=capacity,
+                kv_dtype=self._kv_dtype,
+            )
+        else:
+            if cache.capacity < capacity:
+                cache = _grown(cache, module, capacity, self._kv_dtype)
+            variables = with_angles(module, variables, cache.capacity)
+            while begin < len(ids):
+                wanted = min(len(ids) - begin, piece_length(module, 1, cache.capacity))
+                padded = _piece(wanted, cache.capacity - begin)
+                part = ids[begin : begin + padded]
+                tokens = np.zeros((1, padded), np.int32)
+                tokens[0, : len(part)] = part
+                logits, cache = read_on(
+                    module,
+                    variables,
+                    jnp.asarray(tokens),
+                    _shortened(cache, begin),
+                    jnp.asarray(len(part) - 1, jnp.int32),
+                )
+                begin += len(part)
+                cache = _shortened(cache, begin)
+        self._cache, self.held = cache, ids
+        return logits, cache
+
+
+def _shortened(cache: KVCache, length: int) -> KVCache:
+    """A cache of which only the first slots count."""
+    return dataclasses.replace(cache, length=jnp.asarray(length, jnp.int32))
+
+
+def _grown(
+    cache: KVCache, module: Vaani, capacity: int, kv_dtype: str | None
+) -> KVCache:
+    """A cache of a row with more slots, and what the smaller one has."""
+    dtype = kv_dtype or module.quantization.dtype
+    larger = KVCache.create(module.architecture, 1, capacity, dtype)
+
+    def placed(new: Array, old: Array) -> Array:
+        if new.shape == old.shape:  # no array of slots
+            return old
+        return jax.lax.dynamic_update_slice(new, old, (0,) * new.ndim)
+
+    grown: KVCache = jax.tree.map(placed, larger, cache)
+    return grown
+
+
+def _piece(wanted: int, room: int) -> int:
+    """How many slots the next piece of a text takes, of those that there are.
+
+    A bucket, so that few programs are compiled; where that has no room, a smaller one,
+    and in the last few slots a single token.
+    """
+    length = bucket(wanted, LARGEST_INT)
+    while length > room:
+        length //= 2
+    return length if length >= 16 else 1

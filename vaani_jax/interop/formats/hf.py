@@ -203,8 +203,8 @@ def write_folder(
             content[f"{part}_id"] = tokenizer.id_of(part)
         ends: Any = list(tokenizer.eos_ids) or None
         content["eos_token_id"] = ends[0] if ends and len(ends) == 1 else ends
-        if tokenizer.special.names:
-            _write_json(folder / MAP, tokenizer.special.names)
+        if tokenizer.special.by_part:
+            _write_json(folder / MAP, tokenizer.special.by_part)
         if tokenizer.special.generation:
             _write_json(folder / GENERATION, tokenizer.special.generation)
     elif isinstance(tokenizer, CharTokenizer | ByteTokenizer):

@@ -217,8 +217,8 @@ constexpr int64_t kTogether = 4;   // queries that share the reading of values
 constexpr int64_t kQueries = 128;  // of a head, in one part
 constexpr int64_t kSpan = 256;     // slots that stay in the cache while queries pass by
 constexpr int64_t kTurned = kSpan + 2 * kLanes;
-constexpr int64_t kAhead = 32;     // slots that are asked for before their turn
-constexpr int64_t kFew = 8;        // slots whose keys are read for one head, then another
+constexpr int64_t kSlotsAhead = 32;  // slots that are asked for before their turn
+constexpr int64_t kFewSlots = 8;   // slots whose keys are read for one head, then another
 constexpr int64_t kSome = 32;      // slots whose values are
 constexpr int64_t kCentered = 64;  // slots whose keys have one center: model/codes.py
 
