@@ -10,7 +10,7 @@ import pytest
 from vaani_jax.kernels import cpu
 from vaani_jax.quant.packed import pack
 
-ISAS = ["amx", "avx512", "avx2", "neon", "portable"]
+ISAS = ["amx", "avx512", "avxvnni", "avx2", "neon", "portable"]
 # Of each kernel: outputs, and the inputs of a group with the dtype of its scales.
 KERNELS = (
     (33, "tensor", "float32"),

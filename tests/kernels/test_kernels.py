@@ -33,7 +33,7 @@ CASES = [
     (33, 320, (128, 65)),
     (70, 511, (31,)),
 ]
-ISAS = ["amx", "avx512", "avx2", "neon", "portable"]
+ISAS = ["amx", "avx512", "avxvnni", "avx2", "neon", "portable"]
 
 
 @pytest.fixture

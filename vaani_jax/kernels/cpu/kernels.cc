@@ -782,6 +782,120 @@ bool has_avx2() {
   return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
+// -- AVX2 with VNNI: processors that lack AVX-512 -----------------------------------
+
+#if __GNUC__ >= 11 || __clang_major__ >= 13
+#define VAANI_VNNI 1
+#define VAANI_AVXVNNI __attribute__((target("avx2,fma,f16c,avxvnni")))
+
+namespace avxvnni {
+
+#define VAANI_TARGET VAANI_AVXVNNI
+#define VAANI_LANE VAANI_TARGET inline __attribute__((always_inline))
+
+using avx2::add;
+using avx2::all;
+using avx2::Lanes;
+using avx2::load;
+using avx2::load_halves;
+using avx2::mul;
+using avx2::store;
+using avx2::zero;
+
+// The sums of M rows with `blocks` blocks, from `starts` on, which are `apart`. Products
+// wait for those before them in a sum: of few rows, each has two.
+template <int M>
+VAANI_LANE void sum_blocks(const uint8_t* tiles, const int8_t* q, int64_t stride,
+                           int64_t blocks, const int32_t* starts, int64_t apart,
+                           __m256i (&sums)[M][2]) {
+  constexpr int U = M <= 2 ? 2 : 1;
+  const __m256i three = _mm256_set1_epi8(3);
+  __m256i acc[U][M][2];
+  for (int u = 0; u < U; ++u)
+    for (int m = 0; m < M; ++m)
+      acc[u][m][0] = acc[u][m][1] =
+          u ? _mm256_setzero_si256() : _mm256_set1_epi32(starts[m * apart]);
+  for (int64_t kb = 0; kb < blocks; ++kb) {
+    ask_for(tiles + kb * kBlock + kAhead);
+    const __m256i* tile = reinterpret_cast<const __m256i*>(tiles + kb * kBlock);
+    __m256i left = _mm256_loadu_si256(tile), right = _mm256_loadu_si256(tile + 1);
+    for (int plane = 0; plane < 4; ++plane) {
+      const __m256i l = _mm256_and_si256(left, three);
+      const __m256i r = _mm256_and_si256(right, three);
+      left = _mm256_srli_epi16(left, 2);
+      right = _mm256_srli_epi16(right, 2);
+      for (int m = 0; m < M; ++m) {
+        __m256i(&to)[2] = acc[plane % U][m];
+        const __m256i x =
+            _mm256_set1_epi32(four(q + m * stride + kb * kTile + 4 * plane));
+        to[0] = _mm256_dpbusd_avx_epi32(to[0], l, x);
+        to[1] = _mm256_dpbusd_avx_epi32(to[1], r, x);
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int half = 0; half < 2; ++half) {
+      sums[m][half] = acc[0][m][half];
+      for (int u = 1; u < U; ++u)
+        sums[m][half] = _mm256_add_epi32(sums[m][half], acc[u][m][half]);
+    }
+}
+
+template <int M>
+VAANI_AVXVNNI void block(const Activations& a, const Product& p, int64_t b, int64_t row) {
+  const int32_t nothing = 0;
+  __m256i sums[M][2];
+  sum_blocks(p.tiles + b * p.depth * kBlock, a.codes + row * a.stride, a.stride, p.depth,
+             &nothing, 0, sums);
+  for (int m = 0; m < M; ++m) {
+    alignas(32) int32_t found[kTile];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(found), sums[m][0]);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(found + 8), sums[m][1]);
+    store_block(a, p, b, row + m, found);
+  }
+}
+
+void multiply(const Activations& a, const Product& p, int64_t begin, int64_t end) {
+  int64_t row = 0;
+  for (; row + 4 <= a.m; row += 4)
+    for (int64_t b = begin; b < end; ++b) block<4>(a, p, b, row);
+  for (int64_t b = begin; b < end; ++b) switch (a.m - row) {
+      case 3: block<3>(a, p, b, row); break;
+      case 2: block<2>(a, p, b, row); break;
+      case 1: block<1>(a, p, b, row); break;
+    }
+}
+
+constexpr int kGroupRows = 4;
+constexpr int group_columns(int) { return 1; }
+
+template <int M>
+VAANI_LANE void multiply_piece(const uint8_t* tiles, int64_t, const int8_t* q,
+                               int64_t stride, int64_t blocks, const int32_t* starts,
+                               int64_t pieces, int64_t, Lanes (&sums)[M][1]) {
+  __m256i found[M][2];
+  sum_blocks(tiles, q, stride, blocks, starts, pieces, found);
+  for (int m = 0; m < M; ++m)
+    sums[m][0] = {_mm256_cvtepi32_ps(found[m][0]), _mm256_cvtepi32_ps(found[m][1])};
+}
+
+#include "groups.inc"
+
+bool available() {
+  if (!has_avx2()) return false;
+  unsigned a = 7, b, c = 0, d;
+  __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  if (a < 1) return false;
+  a = 7, c = 1;
+  __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  return (a >> 4) & 1;
+}
+
+#undef VAANI_TARGET
+#undef VAANI_LANE
+}  // namespace avxvnni
+#endif  // VNNI
+
 // -- AVX-512 with VNNI ------------------------------------------------------------
 
 #define VAANI_AVX512 \
@@ -1473,6 +1587,10 @@ const Isa kIsas[] = {
 #endif
     {"avx512", has_avx512, avx512_quantize, avx512_sum_units, avx512_multiply,
      avx512::grouped, avx512_rows, VAANI_FLOAT_TABLE(avx512)},
+#if VAANI_VNNI
+    {"avxvnni", avxvnni::available, avx2_quantize, avx2_sum_units, avxvnni::multiply,
+     avxvnni::grouped, avx2_rows, VAANI_FLOAT_TABLE(avx2)},
+#endif
     {"avx2", has_avx2, avx2_quantize, avx2_sum_units, avx2_multiply, avx2::grouped,
      avx2_rows, VAANI_FLOAT_TABLE(avx2)},
 #endif
