@@ -10,6 +10,7 @@ others take id 2 or 11 for one.
 import dataclasses
 import json
 import pathlib
+import re
 from typing import Any
 
 from vaani_jax.errors import VaaniError
@@ -22,6 +23,7 @@ from vaani_jax.text.tokenizers import (
     Tokenizer,
     read_huggingface,
 )
+from vaani_jax.words import shown
 
 # Regular expressions that llama.cpp knows by a name, as the files of the original
 # models spell them (convert_hf_to_gguf.py, llama-vocab.cpp).
@@ -187,6 +189,7 @@ class GGUFVocabulary:
       special: ids by key, such as "bos_token_id".
       add_bos: whether a text begins with the token of that name.
       chat_template: Jinja source; empty for none.
+      named_templates: further ones by their names.
     """
 
     model: str
@@ -197,6 +200,7 @@ class GGUFVocabulary:
     special: dict[str, int] = dataclasses.field(default_factory=dict)
     add_bos: bool = False
     chat_template: str = ""
+    named_templates: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def to_gguf(tokenizer: Tokenizer, vocab_size: int) -> GGUFVocabulary:
@@ -278,7 +282,18 @@ def _bpe_to_gguf(tokenizer: HFTokenizer, vocab_size: int) -> GGUFVocabulary:
         special,
         opened != plain,
         tokenizer.special.templates.get(DEFAULT, ""),
+        _named_templates(tokenizer),
     )
+
+
+def _named_templates(tokenizer: HFTokenizer) -> dict[str, str]:
+    """Those besides the default whose names can be part of a key."""
+    templates = tokenizer.special.templates
+    return {
+        name: text
+        for name, text in templates.items()
+        if name != DEFAULT and re.fullmatch("[A-Za-z0-9_]+", name)
+    }
 
 
 def left_out_of_gguf(tokenizer: Tokenizer) -> list[str]:
@@ -288,10 +303,8 @@ def left_out_of_gguf(tokenizer: Tokenizer) -> list[str]:
     special, found = tokenizer.special, []
     if len(tokenizer.eos_ids) > 2:
         found.append(f"the end-of-text ids {list(tokenizer.eos_ids[2:])}")
-    if special.templates and DEFAULT not in special.templates:
-        found.append("its chat templates, none of which is the default")
-    elif len(special.templates) > 1:
-        found.append("all but the default of its chat templates")
+    if odd := special.templates.keys() - {DEFAULT} - _named_templates(tokenizer).keys():
+        found.append(f"the chat templates {', '.join(map(shown, sorted(odd)))}")
     kept = {"eos_token_id", "bos_token_id", "pad_token_id"}
     if rest := sorted(special.generation.keys() - kept - {"transformers_version"}):
         found.append(f"{', '.join(rest)} of its generation_config.json")
