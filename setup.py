@@ -17,7 +17,10 @@ setup(
         Extension(
             "vaani_jax.kernels.cpu._cpu",
             sources=["vaani_jax/kernels/cpu/kernels.cc"],
-            depends=["vaani_jax/kernels/cpu/floats.inc"],
+            depends=[
+                "vaani_jax/kernels/cpu/floats.inc",
+                "vaani_jax/kernels/cpu/groups.inc",
+            ],
             include_dirs=[jax.ffi.include_dir()],
             language="c++",
             optional=True,

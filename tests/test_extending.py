@@ -29,7 +29,6 @@ from vaani_jax.interop.formats import FORMATS, Format
 from vaani_jax.interop.formats.hf import put
 from vaani_jax.interop.names import tensors
 from vaani_jax.model.activations import ACTIVATIONS
-from vaani_jax.model.config import Architecture
 from vaani_jax.model.families import FAMILIES, Family
 from vaani_jax.model.norm import NORMS, Norm
 from vaani_jax.model.rotary import SCALINGS, Scaling, rotary_angles
@@ -112,15 +111,16 @@ def test_a_rotary_scaling_trains_a_step(monkeypatch):
         return frequency / rotary.factor**0.5
 
     monkeypatch.setitem(SCALINGS, "slower", Scaling(slower, fields=("factor",)))
-    keys = {"rope_scaling": "slower", "rope_factor": 9.0}
+    keys: dict[str, Any] = {"rope_scaling": "slower", "rope_factor": 9.0}
     _, _, metrics = trained(model=keys)
     _, _, other = trained()
     assert np.isfinite(metrics["train/loss"])
     assert metrics["train/loss"] != other["train/loss"]
-    rotary = Architecture(**MODEL, **keys).rotary
+    module = Vaani().changed(**MODEL, **keys)
+    rotary = module.architecture.rotary
     np.testing.assert_allclose(rotary_angles(4, rotary)[0][3, 0], np.cos(1), rtol=1e-6)
     with pytest.raises(VaaniError, match="rotary scaling slower"):
-        check_holdable(Vaani(Architecture(**MODEL, **keys)))
+        check_holdable(module)
 
 
 def test_a_schedule_and_an_optimizer_make_a_program(monkeypatch):

@@ -358,7 +358,7 @@ def test_every_setting_survives_the_trip(changes):
         kind = type(getattr(Architecture(), key))
         config["model"][key] = value == "True" if kind is bool else kind(value)
     told = from_dict(config).model
-    keys = {"vocab_size": a.vocab_size, "init_std": a.init_std}
+    keys: dict[str, Any] = {"vocab_size": a.vocab_size, "init_std": a.init_std}
     assert dataclasses.replace(told, **keys) == found.architecture
 
 

@@ -37,8 +37,9 @@ from vaani_jax.interop.formats import gguf_model, opened
 from vaani_jax.interop.formats.gguf_file import GGUFFile
 from vaani_jax.interop.formats.gguf_model import GGUFModel
 from vaani_jax.interop.formats.gguf_rotary import to_factors
-from vaani_jax.interop.formats.gguf_settings import quantization_keys
+from vaani_jax.interop.formats.source import quantization_of
 from vaani_jax.interop.names import tensors
+from vaani_jax.model.config import Architecture, Quantization
 from vaani_jax.model.names import ternary_codes
 
 WHOLE = slice(None)
@@ -698,28 +699,32 @@ def test_ranges_of_rows_are_small(tmp_path, monkeypatch):
     )
 
 
-def test_the_keys_of_a_quantization():
-    says: Any = {"head": False, "embedding": False, "activation_group": 32}
-    tensor = quantization_keys("tensor", half=True, tracking="token", **says)
-    assert tensor == {"weight_scale": "stored"}
-    channel = quantization_keys("channel", half=False, tracking="group", **says)
-    assert channel == {
-        "weight_scale": "stored",
-        "weight_granularity": "channel",
-        "activation_tracking": "group",
-    }
-    says |= {"head": True, "embedding": True, "activation_group": 64}
-    grouped = quantization_keys(64, half=True, tracking="group", **says)
-    assert grouped == {
-        "weight_scale": "stored",
-        "weight_granularity": "group",
-        "weight_group": 64,
-        "scale_dtype": "float16",
-        "activation_tracking": "group",
-        "activation_group": 64,
-        "ternary_head": True,
-        "ternary_embedding": True,
-    }
+def test_what_files_leave_open_is_as_such_models_are_run():
+    a = Architecture(dim=128, n_heads=4, ffn_dim=192)
+    tensor = quantization_of(a, "tensor", half=True, kinds={"linear"})
+    assert tensor == Quantization(weight_scale="stored")
+    channel = quantization_of(a, "channel", half=False, kinds={"linear"})
+    assert channel == Quantization(
+        weight_scale="stored",
+        weight_granularity="channel",
+        activation_tracking="group",
+    )
+    kinds = {"linear", "head", "embedding"}
+    grouped = quantization_of(
+        a, 64, half=True, kinds=kinds, tracking="group", activation_group=64
+    )
+    assert grouped == Quantization(
+        weight_scale="stored",
+        weight_granularity="group",
+        weight_group=64,
+        scale_dtype="float16",
+        activation_tracking="group",
+        activation_group=64,
+        ternary_head=True,
+        ternary_embedding=True,
+    )
+    odd = dataclasses.replace(a, ffn_dim=200)  # no multiple of llama.cpp's groups
+    assert quantization_of(odd, 64, half=True, kinds=kinds).activation_pieces == 0
 
 
 def test_unpacked_weights_make_the_model_that_packed_ones_make(tmp_path):

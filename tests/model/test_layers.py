@@ -29,9 +29,14 @@ def how(model):
     return model.quantization, model.execution
 
 
-def bit_linear(features, model, init_std):
-    quantization, execution = how(model)
-    return BitLinear(features, quantization, execution, init_std=init_std)
+def bit_linear(features, model, init_std, use_bias=False):
+    return BitLinear(
+        features,
+        model.quantization,
+        model.execution,
+        init_std=init_std,
+        use_bias=use_bias,
+    )
 
 
 def parts(model):
@@ -250,7 +255,7 @@ def test_bit_linear(model):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_bias_is_added_to_the_product(model, dtype):
     x, weights = gaussian(3, 16).astype(dtype), gaussian(3, 10, seed=1)
-    plain, biased = (BitLinear(10, *how(model), use_bias=b) for b in (False, True))
+    plain, biased = bit_linear(10, model, 0.02), bit_linear(10, model, 0.02, True)
     shape = initialized(biased, x)
     assert jax.eval_shape(biased.init, KEY, x)["params"]["bias"].shape == (10,)
     assert not biased.init(KEY, x)["params"]["bias"].any()
@@ -363,7 +368,7 @@ def test_attention_of_other_families(model, changes):
     module, x = MultiHeadAttention(*parts(model)), gaussian(2, 6, 16)
     variables = initialized(module, x, positions, rotary_of(model, positions))
     size = changes.get("head_dim", 4)
-    expected = {
+    expected: dict[str, tuple[int, ...]] = {
         "q_proj/kernel": (16, 4 * size),
         "k_proj/kernel": (16, 2 * size),
         "v_proj/kernel": (16, 2 * size),
@@ -426,8 +431,12 @@ def test_feed_forward(model, activation):
 
 
 def block(model, params, x):
-    x = x + attention(model, params["attn"], rms_norm(params["attn_norm"], x))
-    return x + feed_forward(model, params["ffn"], rms_norm(params["ffn_norm"], x))
+    epsilon = model.architecture.norm_eps
+    y = rms_norm(params["attn_norm"], x, epsilon)
+    x = x + attention(model, params["attn"], y)
+    return x + feed_forward(
+        model, params["ffn"], rms_norm(params["ffn_norm"], x, epsilon)
+    )
 
 
 def block_and_its_arguments(model):

@@ -5,7 +5,7 @@ import argparse
 from vaani_jax.cli.numbers import number
 from vaani_jax.cli.output import notify
 
-HELP = "Make a run of a Hugging Face folder or a GGUF file."
+HELP = "Make a packed folder, or a run, of a Hugging Face folder or a GGUF file."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--packed",
         action="store_true",
-        help="write a packed folder, to generate from and not to train from",
+        help="pack masters, too; codes are packed unless --masters is given",
+    )
+    parser.add_argument(
+        "--masters",
+        action="store_true",
+        help="make a run of codes, with masters that quantize to them",
+    )
+    parser.add_argument(
+        "--embedding",
+        choices=["float32", "int8"],
+        default="float32",
+        help="packed: how to store an embedding, and a head, that aren't ternary",
     )
     parser.add_argument(
         "--weights",
@@ -33,18 +44,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from vaani_jax.interop.convert import as_flags, import_model
 
-    config = import_model(
+    module = import_model(
         options.source,
         options.workdir,
         max_seq_len=options.max_seq_len,
         packed=options.packed,
+        masters=options.masters,
+        embedding=options.embedding,
         weights=options.weights,
         notify=notify,
     )
-    if not options.packed:
-        notify(
-            "to train from it: python train.py --config=configs/base.py --workdir=NEW"
-            f" --config.init_from={options.workdir} {as_flags(config)}"
-        )
+    notify(
+        "to train from it: python train.py --config=configs/base.py --workdir=NEW"
+        f" --config.init_from={options.workdir} {as_flags(module)}"
+    )
     print(options.workdir)
     return 0

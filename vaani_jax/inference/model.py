@@ -98,7 +98,7 @@ class Model:
     @property
     def packed(self) -> bool:
         """Whether its kernels are packed."""
-        return any(map(_is_packed, jax.tree.leaves(self.params, is_leaf=_is_packed)))
+        return any(map(is_packed, jax.tree.leaves(self.params, is_leaf=is_packed)))
 
 
 def load(
@@ -273,7 +273,7 @@ def save_packed(model: Model, folder: str | pathlib.Path) -> None:
     arrays: dict[str, np.ndarray] = {}
     kinds: dict[str, Any] = {}
     for part, tree in model.variables.items():
-        for name, leaf in leaves.named(tree, is_leaf=_is_packed).items():
+        for name, leaf in leaves.named(tree, is_leaf=is_packed).items():
             name = f"{part}/{name}"
             if isinstance(leaf, PackedTernary):
                 leaf = relayout(leaf, "tiles")
@@ -319,21 +319,26 @@ def load_packed(folder: str | pathlib.Path) -> Model:
     module = metadata.module
     arrays = read_tensors(folder / PACKED_ARRAYS)
     embedding: Embedding = "int8" if kind == "rows" else "float32"
-    expected = jax.eval_shape(
-        lambda: pack_variables(
-            init_variables(module, jax.random.key(0)), module.spec, embedding=embedding
-        )
-    )
     variables = {
         part: _filled(tree, f"{part}/", arrays, folder)
-        for part, tree in expected.items()
+        for part, tree in packed_shapes(module, embedding).items()
     }
     if arrays:
         raise VaaniError(f"{folder / PACKED_ARRAYS} holds {min(arrays)}, not expected")
     return Model(module, variables, spelling, metadata)
 
 
-def _is_packed(leaf: Any) -> bool:
+def packed_shapes(module: Vaani, embedding: Embedding) -> Any:
+    """Shapes and dtypes of a packed model's variables, in layout "tiles"."""
+    return jax.eval_shape(
+        lambda: pack_variables(
+            init_variables(module, jax.random.key(0)), module.spec, embedding=embedding
+        )
+    )
+
+
+def is_packed(leaf: Any) -> bool:
+    """Whether a leaf of variables is a packed matrix."""
     return isinstance(leaf, PackedTernary | PackedRows)
 
 
@@ -356,7 +361,7 @@ def _filled(
 
     def fill(path: Any, like: Any) -> Any:
         name = prefix + leaves.name(path)
-        if not _is_packed(like):
+        if not is_packed(like):
             return take(name, like)
         leaf = dataclasses.replace(
             like,
@@ -365,4 +370,4 @@ def _filled(
         )
         return relayout(leaf, order) if isinstance(leaf, PackedTernary) else leaf
 
-    return jax.tree_util.tree_map_with_path(fill, tree, is_leaf=_is_packed)
+    return jax.tree_util.tree_map_with_path(fill, tree, is_leaf=is_packed)

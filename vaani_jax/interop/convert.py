@@ -21,8 +21,9 @@ from vaani_jax import leaves
 from vaani_jax.devices.memory import return_freed_memory
 from vaani_jax.errors import VaaniError
 from vaani_jax.files import appearing
-from vaani_jax.inference.model import Model, load, save_packed
+from vaani_jax.inference.model import load
 from vaani_jax.interop.formats import FORMATS, Options, gguf, hf, opened
+from vaani_jax.interop.formats.source import put
 from vaani_jax.interop.names import (
     ACTIVATIONS,
     Tensor,
@@ -33,6 +34,7 @@ from vaani_jax.interop.names import (
 from vaani_jax.interop.rotary import TYPES
 from vaani_jax.model.config import Architecture
 from vaani_jax.model.names import ternary_kernels
+from vaani_jax.model.packing import Embedding, unpacked_variables
 from vaani_jax.model.rotary import SCALING_FIELDS
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.paths import local
@@ -178,9 +180,8 @@ def export_model(
     output = local(output, "the output")
     model = load(workdir, checkpoint=checkpoint, notify=notify)
     if model.packed:
-        raise VaaniError(
-            f"{workdir} holds a packed model: export the run that it was packed from"
-        )
+        module, variables = unpacked_variables(model.module, model.variables)
+        model = dataclasses.replace(model, module=module, variables=variables)
     tokenizer = model.tokenizer
     name = local(workdir, "the workdir").resolve().name
     options = Options(gguf_type, embedding, shard_bytes, name)
@@ -259,7 +260,7 @@ def _flat(params: Tree) -> Flat:
 def _nested(left: Flat) -> Tree:
     result: Tree = {}
     for path, leaf in left.items():
-        hf.put(result, path, leaf)
+        put(result, path, leaf)
     return result
 
 
@@ -297,18 +298,25 @@ def import_model(
     *,
     max_seq_len: int = 0,
     packed: bool = False,
+    masters: bool = False,
+    embedding: Embedding = "float32",
     weights: Weights = "auto",
     notify: Notify = print,
 ) -> Vaani:
-    """Makes a run, or a packed folder, out of a Hugging Face folder or a GGUF file.
+    """Makes a packed folder, or a run, out of a Hugging Face folder or a GGUF file.
+
+    Codes and scales become a packed folder, a range of rows at a time, and never a
+    model of masters; masters, and weights in full precision, become a run.
 
     Args:
       source: the folder, or the file.
       workdir: receives the run, whole or not at all; must not be there yet.
       max_seq_len: context of the imported model; 0 takes the source's, up to
         `CONTEXT`.
-      packed: whether to make a packed folder, which takes a sixteenth of the memory
-        and can't be trained from.
+      packed: whether masters become a packed folder, too.
+      masters: whether codes become a run, as masters that quantize to them.
+      embedding: how a packed folder stores an embedding that isn't ternary, and such a
+        head.
       weights: what to take kernels for where the source doesn't say: "ternary"
         (masters) or "full" (precision); "auto" takes full precision.
       notify: receives lines for people, one of them what the weights are taken for.
@@ -319,6 +327,8 @@ def import_model(
     Raises:
       VaaniError: anything wrong with the source, or a workdir that is taken.
     """
+    if packed and masters:
+        raise VaaniError("an import is packed, or has masters: leave one of them out")
     return_freed_memory()
     source = local(source, "the model to import")
     workdir = local(workdir, "the workdir")
@@ -344,9 +354,8 @@ def import_model(
             "storage": found.storage,
         }
         metadata = Metadata.of(module, found.tokenizer.to_json(), imported)
-        if packed:
-            model = Model(module, found.packed_variables(), found.tokenizer, metadata)
-            save_packed(model, temporary)
+        if packed or (found.coded and not masters):
+            found.write_packed(temporary, module, metadata, embedding)
             return module
         variables = found.variables()
         checkpoints = Checkpoints(Workdir(temporary).checkpoints)

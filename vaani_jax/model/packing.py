@@ -9,10 +9,22 @@ import functools
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from vaani_jax.errors import VaaniError
 from vaani_jax.model.names import OF_EMBEDDING
-from vaani_jax.quant.packed import Layout, PackedTernary, pack, pack_rows
+from vaani_jax.model.transformer import Vaani
+from vaani_jax.quant.masters import masters_of
+from vaani_jax.quant.packed import (
+    Layout,
+    PackedRows,
+    PackedTernary,
+    pack,
+    pack_rows,
+    scale_of,
+    unpack,
+)
 from vaani_jax.quant.spec import TernarySpec
 from vaani_jax.quant.weights import ternarize
 
@@ -120,6 +132,63 @@ def round_embedding(params: Tree) -> Tree:
     if head is not None and not isinstance(head, PackedTernary):
         params["lm_head"] = {"kernel": _pack_rows(head.T)}  # a row per output
     return params
+
+
+def unpacked_variables(module: Vaani, variables: Tree) -> tuple[Vaani, Tree]:
+    """Masters of a packed model: they quantize to its codes and scales.
+
+    Args:
+      module: of the packed model.
+      variables: as `pack_variables` returns them.
+
+    Returns:
+      The model, whose scales are "stored", and its variables.
+    """
+    params: Tree = {}
+    quant: Tree = {}
+
+    def visit(node: Tree, kept: Tree, at: Tree, settings: Tree) -> None:
+        settings.update(kept)
+        for name, child in node.items():
+            if isinstance(child, dict):
+                visit(
+                    child,
+                    kept.get(name, {}),
+                    at.setdefault(name, {}),
+                    settings.setdefault(name, {}),
+                )
+                if not settings[name]:
+                    del settings[name]
+                continue
+            if isinstance(child, PackedRows):
+                child = child.codes.astype(jnp.float32) * child.scale[:, None]
+                child = child.T if name == "kernel" else child
+            if not isinstance(child, PackedTernary):
+                at[name] = child
+                continue
+            codes, scale = np.asarray(unpack(child)), np.asarray(scale_of(child))
+            masters = jnp.asarray(masters_of(codes, scale))
+            quantizer = {
+                "threshold": jnp.float32(0.5),
+                "scale": jnp.asarray(scale),
+            }
+            if name == "embedding":
+                masters = masters.T
+            at[name] = masters
+            owner = {"kernel": "weight_quantizer", **_OWNERS}[name]
+            settings[owner] = quantizer
+
+    visit(variables["params"], variables["quant"], params, quant)
+    if "head" in params:
+        raise VaaniError(
+            "a packed model whose ternary head is a copy of its embedding has no"
+            " masters: take the run that it was packed from"
+        )
+    return module.changed(weight_scale="stored"), {"params": params, "quant": quant}
+
+
+# What quantizes the embedding, and its ternary copy.
+_OWNERS = {name: owner for owner, name in OF_EMBEDDING.items()}
 
 
 def packed_bytes(tree: Tree) -> int:

@@ -135,10 +135,20 @@ def pack_quarters(weights: np.ndarray) -> np.ndarray:
 
 def unpack_quarters(packed: np.ndarray) -> np.ndarray:
     """The inverse of `pack_quarters`, int8. Raises VaaniError for a code of 3."""
-    if (packed & (packed >> 1) & 0x55).any():
+    return quarter_rows(packed, 0, 4 * len(packed))
+
+
+def quarter_rows(packed: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Rows from ``start`` to ``stop`` of what `pack_quarters` packed, int8.
+
+    Raises VaaniError for a code of 3 in them.
+    """
+    rows = np.arange(start, stop)
+    shifts = (2 * (rows // len(packed))).astype(np.uint8)[:, None]
+    codes = (packed[rows % len(packed)] >> shifts) & np.uint8(3)
+    if (codes == 3).any():
         raise VaaniError("packed weights hold a code that is none of -1, 0 and 1")
-    parts = [code(packed, i) for i in range(4)]
-    return np.concatenate(parts).view(np.int8) - np.int8(1)
+    return codes.view(np.int8) - np.int8(1)
 
 
 def pack(weights: Array, scale: Array, layout: Layout = "tiles") -> PackedTernary:

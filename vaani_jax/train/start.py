@@ -25,6 +25,7 @@ from vaani_jax.devices.mesh import batch_parts, place
 from vaani_jax.errors import VaaniError
 from vaani_jax.evaluate.loss import ValidationSet, validation_set
 from vaani_jax.inference.model import Model, load
+from vaani_jax.model.packing import unpacked_variables
 from vaani_jax.model.transformer import stack_layers, unrolled
 from vaani_jax.paths import local
 from vaani_jax.runs.checkpoints import FLAT_TUNER, Checkpoints
@@ -469,11 +470,6 @@ def first_state(
 
 def _fitting(config: Config, source: Model, state: TrainState, say: Notify) -> Any:
     """The parameters of ``source`` in the shape of those of ``state``."""
-    if source.packed:
-        raise VaaniError(
-            f"{config.init_from} holds a packed model, which has no weights to"
-            " train: start from the run that it was packed from"
-        )
     ours, theirs = config.model, source.architecture
     changed = [
         f"model.{key} is {getattr(theirs, key)!r} there, {getattr(ours, key)!r} here"
@@ -486,6 +482,9 @@ def _fitting(config: Config, source: Model, state: TrainState, say: Notify) -> A
             + "; ".join(changed)
         )
     params = source.params
+    if source.packed:
+        params = unpacked_variables(source.module, source.variables)[1]["params"]
+        say("packed codes and scales become masters that quantize to them")
     if ours.sub_norms != theirs.sub_norms:
         if theirs.sub_norms:
             raise VaaniError(

@@ -7,13 +7,14 @@ import dataclasses
 import pathlib
 import re
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from vaani_jax.errors import VaaniError
 from vaani_jax.interop.formats import gguf, hf
 from vaani_jax.interop.formats.gguf_model import GGUFModel
+from vaani_jax.interop.formats.source import Source
 from vaani_jax.interop.names import Storage, Tensor, Weights
 from vaani_jax.interop.tokenizers import note_of_hf
 from vaani_jax.model.transformer import Vaani
@@ -182,28 +183,6 @@ FORMATS: dict[str, Format] = {
         note=gguf.note,
     ),
 }
-
-
-class Source(Protocol):
-    """A model of other tools that was looked at, and is to be read.
-
-    Attributes:
-      module: the model, with the context that it was made for.
-      storage: how its kernels are kept.
-      reason: why they are taken for that, for people.
-      tokenizer: its tokenizer.
-    """
-
-    module: Vaani
-    storage: Storage
-    reason: str
-    tokenizer: Tokenizer
-
-    def variables(self) -> Tree:
-        """Parameters and quantizer variables, as `init_variables` shapes them."""
-
-    def packed_variables(self) -> Tree:
-        """Variables as `packing.pack_variables` returns them."""
 
 
 # What a model is called on the hub: an owner's name, and a name.

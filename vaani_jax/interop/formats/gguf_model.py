@@ -14,21 +14,24 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vaani_jax.errors import VaaniError
-from vaani_jax.interop.formats import gguf_rotary, hf
+from vaani_jax.interop.formats import gguf_rotary
 from vaani_jax.interop.formats.gguf_file import Entry, GGUFFile
 from vaani_jax.interop.formats.gguf_settings import (
     FACTORED,
     PERMUTED,
     activations,
     architecture_keys,
-    quantization_keys,
 )
-from vaani_jax.interop.names import Tensor, Weights, tensors
+from vaani_jax.interop.formats.source import (
+    LARGEST_SCALE,
+    RANGE,
+    Source,
+    quantization_of,
+)
+from vaani_jax.interop.names import Storage, Tensor, Weights, tensors
 from vaani_jax.interop.ternary import (
     CHANNEL,
     TENSOR,
@@ -42,28 +45,18 @@ from vaani_jax.interop.ternary import (
 from vaani_jax.interop.vocabularies import from_gguf
 from vaani_jax.model.config import Architecture, Quantization
 from vaani_jax.model.transformer import Vaani
-from vaani_jax.quant.packed import pack
-from vaani_jax.quant.rounding import EPSILON
+from vaani_jax.quant.packed import TILE
 from vaani_jax.settings import build
 from vaani_jax.words import shown
 
-Tree = Any
-
 SPLIT_HEADS = ("q_proj", "k_proj")
 
-RANGE = 2**22  # weights of a range of rows: little memory, and few calls
 
-
-class GGUFModel:
+class GGUFModel(Source):
     """A model in a GGUF file.
 
-    Attributes:
-      module: the model, with the context that the file names.
-      storage: "full", "masters", or "multiply" for codes and scales.
-      reason: why its weights are taken for that, for people.
-      tokenizer: its tokenizer.
-      grouping: which weights share a scale, where they are codes; else None.
-      half: whether all scales of it are float16.
+    Attributes: those of `Source`, and
+      half: whether all scales are float16.
 
     Making one checks names, types and shapes, and looks whether weights are ternary;
     `variables`, `ternary` and `floats` read them.
@@ -144,10 +137,10 @@ class GGUFModel:
         if entry is None:
             return np.float32(1)
         scale: np.float32 = self._file.floats(entry, slice(None))[0, 0]
-        if not 0 < scale < hf.LARGEST_SCALE:
+        if not 0 < scale < LARGEST_SCALE:
             raise VaaniError(
                 f"{entry.name} is {float(scale)}: it must be above 0 and below"
-                f" {hf.LARGEST_SCALE:g}"
+                f" {LARGEST_SCALE:g}"
             )
         return scale
 
@@ -157,7 +150,7 @@ class GGUFModel:
         """Where ranges of rows begin, and their bytes, in the order of our outputs."""
         entry = self._entry(tensor)
         order = None if len(entry.shape) < 2 else self._order(tensor)
-        step = max(1, RANGE // entry.shape[-1])
+        step = max(TILE, RANGE // entry.shape[-1] // TILE * TILE)
         for start in range(0, entry.rows, step):
             which: slice | np.ndarray = slice(start, start + step)
             if order is not None:
@@ -196,14 +189,14 @@ class GGUFModel:
                     return None
                 scales = found[1]
             survey.add(scales)
-        if not survey.largest < hf.LARGEST_SCALE:
+        if not survey.largest < LARGEST_SCALE:
             raise VaaniError(
                 f"{tensor.gguf_name} has a scale of {survey.largest:g}: it must be"
-                f" below {hf.LARGEST_SCALE:g}"
+                f" below {LARGEST_SCALE:g}"
             )
         return survey
 
-    def _look(self, kind: Weights) -> tuple[hf.Storage, str]:
+    def _look(self, kind: Weights) -> tuple[Storage, str]:
         """How the weights are kept, and why; sets what it finds out on the way."""
         linear = [t for t in self._tensors if t.kind == "linear"]
         types = sorted({self._entry(t).type.name for t in linear})
@@ -262,18 +255,15 @@ class GGUFModel:
         if self.storage == "masters":
             return Quantization()
         assert self.grouping is not None
-        metadata = self._file.metadata
-        tracking, group = activations(metadata, self.grouping, architecture)
-        kinds = {t.kind for t in self._tensors if self.is_ternary(t)}
-        values = quantization_keys(
+        tracking, group = activations(self._file.metadata)
+        return quantization_of(
+            architecture,
             self.grouping,
             half=self.half,
+            kinds={t.kind for t in self._tensors if self.is_ternary(t)},
             tracking=tracking,
             activation_group=group,
-            head="head" in kinds,
-            embedding="embedding" in kinds,
         )
-        return build(Quantization, values, "quantization.")
 
     # -- Reading ------------------------------------------------------------------
 
@@ -297,102 +287,24 @@ class GGUFModel:
             found = found * factor
             yield codes, found.astype(np.float16) if half else found
 
-    def floats(self, tensor: Tensor) -> np.ndarray:
-        """A tensor as it is here, float32, whatever it is stored as.
+    def float_rows(self, tensor: Tensor) -> Iterator[np.ndarray]:
+        """A tensor by ranges of its rows there, float32 [n, columns], in order.
 
         Raises VaaniError for values that are not finite.
         """
-        entry = self._entry(tensor)
-        flip = tensor.kind in ("linear", "head")
-        found = np.empty((entry.rows, entry.shape[-1]), np.float32)
-        factor = self._factor(tensor)
-        for start, rows in self._ranges(tensor):
-            part = found[start : start + len(rows)]
+        kind, factor = self._entry(tensor).type, self._factor(tensor)
+        for _, rows in self._ranges(tensor):
             try:
-                part[:] = entry.type.floats(entry.type.split(rows))
+                part = kind.floats(kind.split(rows))
             except VaaniError as error:
                 raise VaaniError(f"{tensor.gguf_name} is {error}") from None
             if factor != 1:
-                part *= factor
+                part = part * factor
             if not np.isfinite(part).all():
                 raise VaaniError(f"{tensor.gguf_name} holds values that are not finite")
-        if flip:
-            return np.ascontiguousarray(found.T)
-        if tensor.kind == "bias" and (order := self._order(tensor)) is not None:
-            found = found[:, order]
-        return found.reshape(tensor.shape)
-
-    def codes(self, tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """A ternary matrix as a kernel: codes int8 [in, out], and its scale.
-
-        The scale is [] for the matrix, [out] for each output, [groups, out] else.
-        """
-        entry = self._entry(tensor)
-        codes = np.empty((entry.rows, entry.shape[-1]), np.int8)
-        scales, at = [], 0
-        for part, found in self.ternary(tensor):
-            codes[at : at + len(part)] = part
-            scales.append(found)
-            at += len(part)
-        scale = np.concatenate(scales).T
-        if self.grouping == TENSOR:
-            scale = scale[0, 0]
-        elif self.grouping == CHANNEL:
-            scale = scale[0]
-        return np.ascontiguousarray(codes.T), np.array(scale)
-
-    def variables(self) -> Tree:
-        """Parameters and quantizer variables, as `init_variables` shapes them.
-
-        Masters of codes quantize to them again. Streams: one tensor at a time is in
-        memory twice.
-        """
-        params: Tree = {}
-        quant: Tree = {}
-        for tensor in self._tensors:
-            if not self.is_ternary(tensor):
-                hf.put(params, tensor.path, jnp.asarray(self.floats(tensor)))
-                if tensor.kind == "linear" and self.storage == "masters":
-                    kept = {"threshold": np.asarray(0.5, np.float32)}
-                    hf.put(quant, (*tensor.module, "weight_quantizer"), kept)
-                continue
-            codes, scale = self.codes(tensor)
-            scale = scale.astype(np.float32)
-            array = grouped_masters(codes, scale)
-            kept = {"threshold": np.asarray(0.5, np.float32), "scale": scale}
-            if tensor.kind == "embedding":
-                array = np.ascontiguousarray(array.T)
-                hf.put(quant, ("embedding_quantizer",), kept)
-            else:
-                hf.put(quant, (*tensor.module, "weight_quantizer"), kept)
-            hf.put(params, tensor.path, jnp.asarray(array))
-        return {"params": params, "quant": quant}
-
-    def packed_variables(self) -> Tree:
-        """Variables as `packing.pack_variables` returns them; never masters of a model.
-
-        Raises VaaniError for weights in full precision.
-        """
-        if self.storage == "full":
-            raise VaaniError(
-                "these weights are in full precision: they can't be packed"
-            )
-        params: Tree = {}
-        threshold = jnp.asarray(0.5, jnp.float32)
-        for tensor in self._tensors:
-            if self.is_ternary(tensor):
-                codes, scale = self.codes(tensor)
-                leaf: Any = _packed(jnp.asarray(codes), jnp.asarray(scale))
-            elif tensor.kind == "linear":
-                masters = jnp.asarray(self.floats(tensor))
-                leaf = hf.pack_kernel(masters, threshold, None, self.module.spec)
-            else:
-                leaf = jnp.asarray(self.floats(tensor))
-            hf.put(params, tensor.path, leaf)
-        return {"params": params, "quant": {}}
-
-
-_packed = jax.jit(pack)  # traced: codes that were read are ternary
+            if tensor.kind == "bias" and (order := self._order(tensor)) is not None:
+                part = part[:, order]
+            yield part
 
 
 def order_in_file(tensor: Tensor, architecture: str, size: int) -> np.ndarray | None:
@@ -410,23 +322,3 @@ def order_in_file(tensor: Tensor, architecture: str, size: int) -> np.ndarray | 
         return None
     order = np.arange(tensor.shape[-1]).reshape(-1, size // 2, 2)
     return order.swapaxes(1, 2).reshape(-1)
-
-
-def grouped_masters(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Masters [in, out] from which the rule of b1.58 finds codes and scales again.
-
-    As `hf.masters_of`, in every group that has a scale of its own.
-
-    Args:
-      codes: int8 [in, out].
-      scale: float32 [], [out] or [groups, out].
-    """
-    if scale.ndim == 0:
-        return hf.masters_of(codes, scale)
-    groups = 1 if scale.ndim == 1 else len(scale)
-    parts = codes.reshape(groups, -1, codes.shape[1])
-    kept = np.count_nonzero(parts, axis=1) / np.float32(parts.shape[1])
-    values = np.maximum(scale.reshape(groups, -1), EPSILON) / np.maximum(kept, 1e-9)
-    c = np.where(kept > 0, values, 0).astype(np.float32)
-    found: np.ndarray = (parts * c[:, None]).reshape(codes.shape)
-    return found

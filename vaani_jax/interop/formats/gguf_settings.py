@@ -1,8 +1,6 @@
 """What a GGUF file says of a model, as keys of ours: what it is, and how it rounds.
 
-A file does not say how inputs are rounded. An export of ours has a key for it. Without
-one, a model with one scale per matrix is taken for a b1.58 (8 bits per token), and one
-with more is computed as llama.cpp does it, 8 bits for each 32 inputs.
+A file does not say how inputs are rounded; an export of ours has a key for it.
 """
 
 from typing import Any
@@ -13,8 +11,6 @@ from vaani_jax.errors import VaaniError
 from vaani_jax.interop.formats import gguf_rotary
 from vaani_jax.interop.formats.gguf_file import GGUFFile
 from vaani_jax.interop.formats.gguf_keys import Keys
-from vaani_jax.interop.ternary import CHANNEL, TENSOR, Grouping
-from vaani_jax.model.config import Architecture
 from vaani_jax.model.families import FAMILIES
 from vaani_jax.words import shown
 
@@ -151,60 +147,16 @@ def _factors(file: GGUFFile, size: int) -> np.ndarray | None:
     return found
 
 
-def quantization_keys(
-    grouping: Grouping,
-    *,
-    half: bool,
-    tracking: str,
-    activation_group: int,
-    head: bool,
-    embedding: bool,
-) -> dict[str, Any]:
-    """The keys of `Quantization` of a ternary model, those with defaults left out.
+def activations(metadata: dict[str, Any]) -> tuple[str, int]:
+    """How a file says that inputs of a ternary model are rounded; "" where it doesn't.
 
-    Args:
-      grouping: of its scales.
-      half: whether all are float16.
-      tracking: how inputs are rounded.
-      activation_group: inputs that share a scale where that is "group".
-      head, embedding: whether those are ternary, too.
+    Returns that, and how many inputs share a scale.
     """
-    values: dict[str, Any] = {"weight_scale": "stored"}
-    if grouping == CHANNEL:
-        values["weight_granularity"] = "channel"
-    elif grouping != TENSOR:
-        values |= {"weight_granularity": "group"}
-        if grouping != 128:
-            values["weight_group"] = grouping
-        if half:
-            values["scale_dtype"] = "float16"
-    if tracking != "token":
-        values["activation_tracking"] = tracking
-    if tracking == "group" and activation_group != 32:
-        values["activation_group"] = activation_group
-    if head:
-        values["ternary_head"] = True
-    if embedding:
-        values["ternary_embedding"] = True
-    return values
-
-
-def activations(
-    metadata: dict[str, Any], grouping: Grouping, architecture: Architecture
-) -> tuple[str, int]:
-    """How inputs of a ternary model are rounded, and how many share a scale."""
-    said, group = metadata.get(TRACKING), metadata.get(GROUP, USUAL_GROUP)
-    if said is not None:
-        if not isinstance(said, str) or said not in KNOWN_TRACKING:
-            raise VaaniError(
-                f"{TRACKING} is {shown(said)[:60]}: {', '.join(KNOWN_TRACKING)} are"
-                " known"
-            )
-        if type(group) is not int:
-            raise VaaniError(f"{GROUP} is {shown(group)[:60]}: no whole number")
-        return said, group
-    heads = architecture.n_heads * architecture.head_size
-    sizes = (architecture.dim, architecture.hidden_dim, heads)
-    if grouping == TENSOR or any(size % USUAL_GROUP for size in sizes):
-        return "token", USUAL_GROUP
-    return "group", USUAL_GROUP
+    said, group = metadata.get(TRACKING, ""), metadata.get(GROUP, USUAL_GROUP)
+    if not isinstance(said, str) or said not in ("", *KNOWN_TRACKING):
+        raise VaaniError(
+            f"{TRACKING} is {shown(said)[:60]}: {', '.join(KNOWN_TRACKING)} are known"
+        )
+    if type(group) is not int:
+        raise VaaniError(f"{GROUP} is {shown(group)[:60]}: no whole number")
+    return said, group

@@ -5,9 +5,8 @@ Kernels are stored in one of four ways (`names.Storage`); packed ones are uint8
 transformers multiplies by it (``AutoBitLinear``), it does so after it has added the
 bias: that is stored divided by the scale.
 
-A packed kernel comes back as a scale and, for training, as masters ``c T`` with ``c``
-chosen so that ``mean|c T|`` is that scale: the rule of b1.58 then finds the same codes,
-and the same scale but for the rounding of the mean.
+A packed kernel comes back as codes and a scale; for training, as masters of them
+(`quant.masters`).
 """
 
 import json
@@ -15,11 +14,16 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vaani_jax.errors import VaaniError
+from vaani_jax.interop.formats.source import (
+    LARGEST_SCALE,
+    RANGE,
+    Found,
+    Source,
+    look,
+)
 from vaani_jax.interop.names import (
     Storage,
     Tensor,
@@ -29,14 +33,13 @@ from vaani_jax.interop.names import (
     tensors,
 )
 from vaani_jax.interop.names import Weights as WeightsKind
+from vaani_jax.interop.ternary import TENSOR
 from vaani_jax.interop.tokenizers import from_folder, padding_of, to_hf
 from vaani_jax.model.config import Architecture, Quantization
 from vaani_jax.model.names import ternary_kernels
-from vaani_jax.model.packing import pack_kernel
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.paths import read_json
-from vaani_jax.quant.packed import pack, pack_quarters, unpack_quarters
-from vaani_jax.quant.rounding import EPSILON
+from vaani_jax.quant.packed import TILE, pack_quarters, quarter_rows
 from vaani_jax.text.special import GENERATION, MAP
 from vaani_jax.text.tokenizers import (
     ByteTokenizer,
@@ -59,12 +62,6 @@ SHARD_BYTES = 2 * 10**9
 
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-LARGEST_SCALE = 1e6  # a kernel's; one that is trained has some 0.01
-
-
-_packed = jax.jit(pack)  # traced: codes that were read are ternary
 
 
 IGNORED = ("rotary_emb.inv_freq",)  # buffers that older versions saved
@@ -372,6 +369,13 @@ class Weights:
         self, name: str, shape: tuple[int, ...], dtypes: Iterable[str]
     ) -> np.ndarray:
         """A tensor, float32 or uint8; raises VaaniError for another shape or type."""
+        parts = list(self.ranges(name, shape, dtypes))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def ranges(
+        self, name: str, shape: tuple[int, ...], dtypes: Iterable[str]
+    ) -> Iterator[np.ndarray]:
+        """A tensor as `read` gives it, by ranges of rows if it is a matrix."""
         dtype, found = self.describe(name)
         if dtype not in dtypes:
             raise VaaniError(
@@ -381,10 +385,25 @@ class Weights:
             raise VaaniError(
                 f"{name} has shape {list(found)}: the config asks for {list(shape)}"
             )
+        there = self._theirs[name]
+        file = self._open(self._places[there])
+        if len(shape) < 2:
+            yield self._checked(name, dtype, lambda: file.get_tensor(there))
+            return
+        step = max(TILE, RANGE // shape[1] // TILE * TILE)
+        for start in range(0, shape[0], step):
+            yield self._checked(
+                name,
+                dtype,
+                lambda start=start: file.get_slice(there)[start : start + step],
+            )
+
+    def _checked(
+        self, name: str, dtype: str, read: Callable[[], np.ndarray]
+    ) -> np.ndarray:
         library = _safetensors()
         try:
-            there = self._theirs[name]
-            array = self._open(self._places[there]).get_tensor(there)
+            array = read()
         except (library.SafetensorError, OSError, ValueError) as error:
             raise VaaniError(
                 f"{name} can't be read: {first_line(error, 200)}"
@@ -405,22 +424,17 @@ def _ours(name: str) -> str:
     return name
 
 
-class Folder:
+class Folder(Source):
     """A model in a Hugging Face folder.
 
-    Attributes:
-      module: the model, with the context that the folder names.
-      storage: how its kernels are kept.
-      reason: why they are taken for that, for people.
-      tokenizer: its tokenizer.
-
-    Making one checks names, types and shapes; `variables` reads the weights.
+    Making one checks names, types and shapes, and looks whether weights that nothing is
+    said of are ternary as they are.
 
     Raises VaaniError for whatever is wrong with it.
     """
 
     def __init__(self, path: pathlib.Path, kind: WeightsKind = "auto") -> None:
-        """Looks at everything but the numbers.
+        """Looks at everything.
 
         Args:
           path: of the folder.
@@ -460,8 +474,11 @@ class Folder:
                     f"{name} is {dtype} {list(found)}: the config asks for"
                     f" {' or '.join(dtypes)} {list(shape)}"
                 )
-        if kind == "ternary" and self.storage == "masters":
-            self._check_are_masters()
+        self.grouping = TENSOR if self.coded else None
+        self._found = Found()
+        self._kept = self.storage  # as the config has it
+        if content.get("quantization_config") is None and kind != "full":
+            self._look()
         self.tokenizer = from_folder(path, architecture.vocab_size)
 
     def _expected(self) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
@@ -481,71 +498,44 @@ class Folder:
                 expected[tensor.hf_name] = (shape, floats)
         return expected
 
-    def _check_are_masters(self) -> None:
-        """Refuses kernels of three values: their scale is no mean of magnitudes."""
-        first = next(t for t in tensors(self.module.architecture) if t.kind == "linear")
-        if len(np.unique(np.abs(self._floats(first)))) <= 2:
-            raise VaaniError(
-                f"{first.hf} holds three values, so it is a ternary kernel and no"
-                " master of one: leave --weights ternary out to compute with it as it"
-                " is, in full precision"
-            )
+    def _look(self) -> None:
+        """Finds out whether every kernel is ternary as it is; see `interop.ternary`."""
+        found = look(self, tensors(self.module.architecture))
+        if found is None:
+            return
+        self._found, self.storage, self.grouping = found, "multiply", found.grouping
+        self.reason = f"ternary, as all its kernels hold {found.described} only"
+        self.module = found.module(self.module.architecture)
 
-    def variables(self) -> Tree:
-        """Parameters and quantizer variables, as `init_variables` shapes them.
+    def is_ternary(self, tensor: Tensor) -> bool:
+        """Whether a tensor is codes and scales."""
+        if self._found.surveys:
+            return tensor.path in self._found.surveys
+        return tensor.kind == "linear" and self.coded
 
-        Streams: one tensor at a time is in memory twice.
-        """
-        params: Tree = {}
-        quant: Tree = {}
-        for tensor in tensors(self.module.architecture):
-            packed = tensor.kind == "linear" and self.storage in ("multiply", "divide")
-            if packed:
-                codes, scale = self._codes(tensor)
-                array = masters_of(codes, scale)
-            else:
-                array = self._floats(tensor)
-            put(params, tensor.path, jnp.asarray(array))
-            if tensor.kind == "linear" and self.storage != "full":
-                kept = {"threshold": np.asarray(0.5, np.float32)}
-                if packed:
-                    kept["scale"] = scale
-                put(quant, (*tensor.module, "weight_quantizer"), kept)
-        return {"params": params, "quant": quant}
-
-    def packed_variables(self) -> Tree:
-        """Variables as `packing.pack_variables` returns them; never masters of a model.
-
-        Raises VaaniError for weights in full precision.
-        """
-        if self.storage == "full":
-            raise VaaniError(
-                "these weights are in full precision: they can't be packed"
-            )
-        params: Tree = {}
-        threshold = jnp.asarray(0.5, jnp.float32)
-        for tensor in tensors(self.module.architecture):
-            if tensor.kind != "linear":
-                leaf: Any = jnp.asarray(self._floats(tensor))
-            elif self.storage == "masters":
-                masters = jnp.asarray(self._floats(tensor))
-                leaf = pack_kernel(masters, threshold, None, self.module.spec)
-            else:
-                codes, scale = self._codes(tensor)
-                leaf = _packed(jnp.asarray(codes), jnp.asarray(scale))
-            put(params, tensor.path, leaf)
-        return {"params": params, "quant": {}}
-
-    def _floats(self, tensor: Tensor) -> np.ndarray:
-        """A tensor as it is here, float32."""
+    def float_rows(self, tensor: Tensor) -> Iterator[np.ndarray]:
+        """See `Source.float_rows`."""
         shape = tensor.shape
-        flip = tensor.kind in ("linear", "head")
-        array = self._weights.read(
-            tensor.hf_name, shape[::-1] if flip else shape, FLOATS
-        )
-        if tensor.kind == "bias" and self.storage == "multiply":
-            array = array * self._scale(tensor)
-        return np.ascontiguousarray(array.T) if flip else array
+        if tensor.kind in ("linear", "head"):
+            shape = shape[::-1]
+        for part in self._weights.ranges(tensor.hf_name, shape, FLOATS):
+            if tensor.kind == "bias" and self._kept == "multiply":
+                part = part * self._scale(tensor)
+            yield part.reshape(-1, shape[-1])
+
+    def ternary(self, tensor: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """See `Source.ternary`."""
+        if self._found.surveys:
+            for part in self.float_rows(tensor):
+                yield self._found.parts(tensor, part)
+            return
+        columns, rows = tensor.shape
+        scale = self._scale(tensor).reshape(1, 1)
+        packed = self._weights.read(tensor.hf_name, (rows // 4, columns), ("U8",))
+        step = max(TILE, RANGE // columns // TILE * TILE)
+        for start in range(0, rows, step):
+            codes = quarter_rows(packed, start, min(rows, start + step))
+            yield codes, np.repeat(scale, len(codes), axis=0)
 
     def _scale(self, tensor: Tensor) -> np.ndarray:
         """Scale [] of the packed kernel of a module."""
@@ -562,28 +552,3 @@ class Folder:
                 f" {LARGEST_SCALE:g}"
             )
         return scale
-
-    def _codes(self, tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Codes [in, out], int8, and scale of a packed kernel."""
-        scale = self._scale(tensor)
-        columns, rows = tensor.shape
-        packed = self._weights.read(tensor.hf_name, (rows // 4, columns), ("U8",))
-        return np.ascontiguousarray(unpack_quarters(packed).T), scale
-
-
-def masters_of(codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Masters [in, out] from which the rule of b1.58 finds these codes again.
-
-    They are ``c T``, with c = scale / share of non-zeros, so that ``mean|c T|`` is the
-    scale up to rounding; the codes are exact, as c is above half of any mean.
-    """
-    kept = np.count_nonzero(codes) / codes.size
-    c = np.float32(max(float(scale), EPSILON) / kept) if kept else np.float32(0)
-    return codes.astype(np.float32) * c
-
-
-def put(tree: Tree, path: tuple[str, ...], value: Any) -> None:
-    """Sets a leaf of a nested dict."""
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value

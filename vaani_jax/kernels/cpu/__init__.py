@@ -32,7 +32,7 @@ HANDLERS = (
 )
 
 
-VERSION = 2  # of kernels.cc
+VERSION = 3  # of kernels.cc
 
 
 def missing() -> str:
@@ -99,10 +99,14 @@ def ternary_matmul(
     norm: tuple[Array, float] | None = None,
     *,
     halves: bool = False,
+    activation_group: int = 0,
 ) -> list[Array]:
     """See `vaani_jax.kernels.ternary_matmul`: x [M, K] float32, [M, N] float32 each.
 
     With ``halves``, the norm's result is rounded to bfloat16 before it is quantized.
+    With an ``activation_group``, as many inputs share a scale, instead of all of a
+    token: a multiple of 32 that divides K, and that divides the groups of every kernel
+    or is a multiple of them; there is no ``activation_range`` then.
     """
     _loaded()
     operands: list[Array] = [x]
@@ -127,6 +131,7 @@ def ternary_matmul(
             normed=norm is not None,
             halves=halves,
             epsilon=np.float32(epsilon),
+            activation_group=np.int64(activation_group),
         )
     )
 

@@ -8,9 +8,10 @@
 //
 //   sum_k (code - 1) q  =  sum_k code q  -  sum_k q
 //
-// so codes stay unsigned and the sum of the activations is subtracted at the end.
-// All sums are exact in int32; the two roundings of the result, of scale products and
-// of the output, are those of quant/, in its order.
+// so codes stay unsigned and the sum of the activations is subtracted.
+// All sums are exact in int32; the roundings of the result, of scale products and
+// of the output, are those of quant/, in its order; with scales by groups of inputs,
+// that of groups.inc.
 //
 // Every instruction set has its own functions behind one table, in one binary; the
 // best one that the processor has is chosen when the library is loaded.
@@ -55,23 +56,35 @@ constexpr int64_t kBlock = 64;     // its bytes
 // Rows of activation codes are padded to this, and to whole AMX tiles.
 constexpr int64_t kRowAlign = 64;
 constexpr int64_t kRows = 32;
+// Groups of inputs are made of these.
+constexpr int64_t kUnit = 32;
+constexpr int64_t kLargestGroup = 256;  // of the inputs with one scale of weights
 
-// Quantized activations [m, stride], with the sum of each row, and its bound: the
-// magnitude that maps to 127.
+// Quantized activations [m, stride]. With one group, all inputs: the sum of each row,
+// and its bound, the magnitude that maps to 127. For what has groups: what a code
+// counts, bound / 127, [m, groups].
 struct Activations {
   const int8_t* codes;
   const int32_t* sums;
   const float* bounds;
-  int64_t m, stride;
+  const float* steps;
+  int64_t m, stride, groups;
 };
 
-// A product to compute: tiles and scale in, [m, n] out.
+// A product to compute: tiles and scales in, [m, n] out.
 struct Product {
   const uint8_t* tiles;
-  const float* scale;
+  const float* scale;      // [], or, where `per_channel`, [n], or [n / 16, groups, 16]
+  const uint16_t* halves;  // or these, [n / 16, groups, 16] in float16
   bool per_channel;
+  int64_t groups;    // of inputs with a scale of weights of their own; 0: [] or [n]
   int64_t n, depth;  // depth: blocks along k
   float* out;
+  // Where weights or activations have groups, see groups.inc: how many pieces, each of
+  // `piece` blocks, and how many of them the inner sum takes.
+  int64_t pieces, piece, inside;
+  bool weights_first;
+  const int32_t* starts;  // [m, pieces], less the sums of the codes
 };
 
 // 8-bit rows [v, d] with a scale each: an embedding, as an output head.
@@ -123,8 +136,11 @@ struct Isa {
   bool (*available)();
   void (*quantize)(const float* x, int64_t k, const float* range, int8_t* codes,
                    int64_t stride, int32_t* sum, float* bound);
-  // Output blocks [begin, end) of 16, for all rows.
+  // The sum of each 32 codes.
+  void (*sum_units)(const int8_t* codes, int64_t k, int32_t* sums);
+  // Output blocks [begin, end) of 16, for all rows; the second for what has groups.
   void (*multiply)(const Activations&, const Product&, int64_t begin, int64_t end);
+  void (*grouped)(const Activations&, const Product&, int64_t begin, int64_t end);
   // Vocabulary rows [begin, end), for all rows of activations.
   void (*rows)(const Wide&, const Rows&, int64_t begin, int64_t end);
   // out = x / sqrt(mean(x^2) + epsilon) * scale, of m rows, and the factors of x.
@@ -148,6 +164,18 @@ struct Isa {
 };
 
 bool always() { return true; }
+
+// Up to so many rows, products are bound by reading the weights, which are asked for
+// ahead of time: so many bytes, or those of the next outputs. What is asked for may lie
+// beyond the end of the buffer.
+constexpr int64_t kFew = 4;
+constexpr int64_t kAhead = 8192;
+
+inline void ask_for([[maybe_unused]] const void* address) {
+#if defined(__GNUC__)
+  __builtin_prefetch(address);
+#endif
+}
 
 // The bound of a row from its range, and the factor that gives codes. A row that isn't
 // finite gets a NaN, so that its outputs are NaN as in training.
@@ -216,6 +244,25 @@ VAANI_LANE Lanes load(const uint16_t* x) {  // bfloat16
     return value;
   });
 }
+// The exponent of float16 has 5 bits and a bias of 15. Not by a product with 2^112,
+// which would meet numbers too small to be normal, that count as zero here.
+VAANI_LANE float widened(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
+  const uint32_t rest = static_cast<uint32_t>(half & 0x7fff) << 13;
+  uint32_t bits = rest + (112u << 23);
+  if (rest >= 31u << 23) bits = rest | 0x7f800000;  // infinite or NaN
+  float value;
+  if (rest < 1u << 23) {
+    value = static_cast<float>(half & 0x3ff) * (1.0f / (1 << 24));
+    std::memcpy(&bits, &value, sizeof bits);
+  }
+  bits |= sign;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+VAANI_LANE Lanes load_halves(const uint16_t* x) {
+  return by_lane([&](int i) { return widened(x[i]); });
+}
 VAANI_LANE void store(float* to, const Lanes& x) { std::memcpy(to, x.v, sizeof x.v); }
 VAANI_LANE Lanes add(const Lanes& x, const Lanes& y) {
   return by_lane([&](int i) { return x.v[i] + y.v[i]; });
@@ -252,7 +299,34 @@ VAANI_LANE Lanes power(const Lanes& n) {
   });
 }
 
+// Adds the products of a block to the sums of its sixteen outputs.
+inline void add_block(const uint8_t* tile, const int8_t* q, int32_t* sums) {
+  for (int64_t n = 0; n < kTile; ++n) {
+    int32_t sum = 0;
+    for (int64_t j = 0; j < 4; ++j) {
+      const int32_t byte = tile[4 * n + j];
+      for (int64_t plane = 0; plane < 4; ++plane)
+        sum += ((byte >> (2 * plane)) & 3) * q[4 * plane + j];
+    }
+    sums[n] += sum;
+  }
+}
+
+constexpr int kGroupRows = 1;
+constexpr int group_columns(int) { return 1; }
+
+VAANI_LANE void multiply_piece(const uint8_t* tiles, int64_t, const int8_t* q, int64_t,
+                               int64_t blocks, const int32_t* starts, int64_t,
+                               int64_t, Lanes (&sums)[1][1]) {
+  int32_t found[kTile];
+  std::fill_n(found, kTile, *starts);
+  for (int64_t kb = 0; kb < blocks; ++kb)
+    add_block(tiles + kb * kBlock, q + kb * kTile, found);
+  sums[0][0] = by_lane([&](int i) { return static_cast<float>(found[i]); });
+}
+
 #include "floats.inc"
+#include "groups.inc"
 
 #undef VAANI_TARGET
 #undef VAANI_LANE
@@ -280,6 +354,14 @@ void portable_quantize(const float* x, int64_t k, const float* range, int8_t* co
   *sum = total;
 }
 
+void portable_sum_units(const int8_t* codes, int64_t k, int32_t* sums) {
+  for (int64_t unit = 0; unit < k / kUnit; ++unit) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < kUnit; ++i) sum += codes[unit * kUnit + i];
+    sums[unit] = sum;
+  }
+}
+
 void store_block(const Activations& a, const Product& p, int64_t block, int64_t row,
                  const int32_t* sums) {
   const int64_t first = block * kTile, count = std::min(kTile, p.n - first);
@@ -297,19 +379,9 @@ void portable_multiply(const Activations& a, const Product& p, int64_t begin,
     const uint8_t* tiles = p.tiles + b * p.depth * kBlock;
     for (int64_t m = 0; m < a.m; ++m) {
       int32_t sums[kTile] = {};
-      for (int64_t kb = 0; kb < p.depth; ++kb) {
-        const uint8_t* tile = tiles + kb * kBlock;
-        const int8_t* q = a.codes + m * a.stride + kb * kTile;
-        for (int64_t n = 0; n < kTile; ++n) {
-          int32_t sum = 0;
-          for (int64_t j = 0; j < 4; ++j) {
-            const int32_t byte = tile[4 * n + j];
-            for (int64_t plane = 0; plane < 4; ++plane)
-              sum += ((byte >> (2 * plane)) & 3) * q[4 * plane + j];
-          }
-          sums[n] += sum;
-        }
-      }
+      for (int64_t kb = 0; kb < p.depth; ++kb)
+        portable::add_block(tiles + kb * kBlock, a.codes + m * a.stride + kb * kTile,
+                            sums);
       store_block(a, p, b, m, sums);
     }
   }
@@ -345,7 +417,7 @@ typedef int32_t Order __attribute__((vector_size(32)));
 
 // -- AVX2 -------------------------------------------------------------------------
 
-#define VAANI_AVX2 __attribute__((target("avx2,fma")))
+#define VAANI_AVX2 __attribute__((target("avx2,fma,f16c")))
 
 namespace avx2 {
 
@@ -373,6 +445,11 @@ VAANI_LANE __m256 widened(const uint16_t* x) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
 }
 VAANI_LANE Lanes load(const uint16_t* x) { return {widened(x), widened(x + 8)}; }
+VAANI_LANE Lanes load_halves(const uint16_t* x) {
+  const __m128i* halves = reinterpret_cast<const __m128i*>(x);
+  return {_mm256_cvtph_ps(_mm_loadu_si128(halves)),
+          _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
+}
 VAANI_LANE void store(float* to, Lanes x) {
   _mm256_storeu_ps(to, x.low);
   _mm256_storeu_ps(to + 8, x.high);
@@ -474,6 +551,21 @@ VAANI_AVX2 void avx2_quantize(const float* x, int64_t k, const float* range,
   *sum = result;
 }
 
+VAANI_AVX2 int32_t avx2_total(__m256i v) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
+  return _mm_cvtsi128_si32(s);
+}
+
+VAANI_AVX2 void avx2_sum_units(const int8_t* codes, int64_t k, int32_t* sums) {
+  const __m256i ones = _mm256_set1_epi8(1), one = _mm256_set1_epi16(1);
+  for (int64_t i = 0; i + kUnit <= k; i += kUnit) {
+    const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
+    sums[i / kUnit] = avx2_total(_mm256_madd_epi16(_mm256_maddubs_epi16(ones, q), one));
+  }
+}
+
 inline int32_t four(const int8_t* q) {
   int32_t value;
   std::memcpy(&value, q, 4);
@@ -482,18 +574,20 @@ inline int32_t four(const int8_t* q) {
 
 // Pairs of products are at most 2 * 2 * 128 and four planes are added: fifteen blocks
 // fit in 16 bits before they must be widened.
+constexpr int64_t kNarrowBlocks = 15;
+
+// Adds the products of M rows with `blocks` blocks, any number, to their sums.
 template <int M>
-VAANI_AVX2 void avx2_block(const Activations& a, const Product& p, int64_t b,
-                           int64_t row) {
-  const uint8_t* tiles = p.tiles + b * p.depth * kBlock;
-  const int8_t* q = a.codes + row * a.stride;
+VAANI_AVX2 inline __attribute__((always_inline)) void avx2_add(
+    const uint8_t* tiles, const int8_t* q, int64_t stride, int64_t blocks,
+    __m256i (&sums)[M][2]) {
   const __m256i three = _mm256_set1_epi8(3), one = _mm256_set1_epi16(1);
-  alignas(32) int32_t sums[M][kTile] = {};
-  for (int64_t start = 0; start < p.depth; start += 15) {
-    const int64_t stop = std::min<int64_t>(start + 15, p.depth);
+  for (int64_t start = 0; start < blocks; start += kNarrowBlocks) {
+    const int64_t stop = std::min(start + kNarrowBlocks, blocks);
     __m256i acc[M][2];
     for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = _mm256_setzero_si256();
     for (int64_t kb = start; kb < stop; ++kb) {
+      ask_for(tiles + kb * kBlock + kAhead);
       const __m256i* tile = reinterpret_cast<const __m256i*>(tiles + kb * kBlock);
       __m256i left = _mm256_loadu_si256(tile), right = _mm256_loadu_si256(tile + 1);
       for (int plane = 0; plane < 4; ++plane) {
@@ -503,20 +597,32 @@ VAANI_AVX2 void avx2_block(const Activations& a, const Product& p, int64_t b,
         right = _mm256_srli_epi16(right, 2);
         for (int m = 0; m < M; ++m) {
           const __m256i x =
-              _mm256_set1_epi32(four(q + m * a.stride + kb * kTile + 4 * plane));
+              _mm256_set1_epi32(four(q + m * stride + kb * kTile + 4 * plane));
           acc[m][0] = _mm256_add_epi16(acc[m][0], _mm256_maddubs_epi16(l, x));
           acc[m][1] = _mm256_add_epi16(acc[m][1], _mm256_maddubs_epi16(r, x));
         }
       }
     }
     for (int m = 0; m < M; ++m)
-      for (int half = 0; half < 2; ++half) {
-        __m256i* sum = reinterpret_cast<__m256i*>(sums[m] + 8 * half);
-        const __m256i wide = _mm256_madd_epi16(acc[m][half], one);
-        _mm256_store_si256(sum, _mm256_add_epi32(_mm256_load_si256(sum), wide));
-      }
+      for (int half = 0; half < 2; ++half)
+        sums[m][half] =
+            _mm256_add_epi32(sums[m][half], _mm256_madd_epi16(acc[m][half], one));
   }
-  for (int m = 0; m < M; ++m) store_block(a, p, b, row + m, sums[m]);
+}
+
+template <int M>
+VAANI_AVX2 void avx2_block(const Activations& a, const Product& p, int64_t b,
+                           int64_t row) {
+  __m256i sums[M][2];
+  for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = _mm256_setzero_si256();
+  avx2_add(p.tiles + b * p.depth * kBlock, a.codes + row * a.stride, a.stride, p.depth,
+           sums);
+  for (int m = 0; m < M; ++m) {
+    alignas(32) int32_t found[kTile];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(found), sums[m][0]);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(found + 8), sums[m][1]);
+    store_block(a, p, b, row + m, found);
+  }
 }
 
 VAANI_AVX2 void avx2_multiply(const Activations& a, const Product& p, int64_t begin,
@@ -529,13 +635,6 @@ VAANI_AVX2 void avx2_multiply(const Activations& a, const Product& p, int64_t be
       case 2: avx2_block<2>(a, p, b, row); break;
       case 1: avx2_block<1>(a, p, b, row); break;
     }
-}
-
-VAANI_AVX2 int32_t avx2_total(__m256i v) {
-  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
-  return _mm_cvtsi128_si32(s);
 }
 
 VAANI_AVX2 void avx2_rows(const Wide& a, const Rows& r, int64_t begin, int64_t end) {
@@ -569,8 +668,38 @@ VAANI_AVX2 void avx2_rows(const Wide& a, const Rows& r, int64_t begin, int64_t e
   }
 }
 
+namespace avx2 {
+
+#define VAANI_TARGET VAANI_AVX2
+
+constexpr int kGroupRows = 4;
+constexpr int group_columns(int) { return 1; }
+
+template <int M>
+VAANI_AVX2 inline __attribute__((always_inline)) void multiply_piece(
+    const uint8_t* tiles, int64_t, const int8_t* q, int64_t stride, int64_t blocks,
+    const int32_t* starts, int64_t pieces, int64_t, Lanes (&sums)[M][1]) {
+  __m256i found[M][2];
+  for (int m = 0; m < M; ++m)
+    found[m][0] = found[m][1] = _mm256_set1_epi32(starts[m * pieces]);
+  avx2_add(tiles, q, stride, blocks, found);
+  for (int m = 0; m < M; ++m)
+    sums[m][0] = {_mm256_cvtepi32_ps(found[m][0]), _mm256_cvtepi32_ps(found[m][1])};
+}
+
+#include "groups.inc"
+
+#undef VAANI_TARGET
+}  // namespace avx2
+
 bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  unsigned a = 0, b, c = 0, d;
+  __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  if (a < 1) return false;
+  a = 1, c = 0;
+  __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  const bool f16c = (c >> 29) & 1;
+  return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
 // -- AVX-512 with VNNI ------------------------------------------------------------
@@ -597,6 +726,9 @@ VAANI_LANE Lanes load(const int8_t* x) {
 VAANI_LANE Lanes load(const uint16_t* x) {  // bfloat16
   const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+VAANI_LANE Lanes load_halves(const uint16_t* x) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 }
 VAANI_LANE void store(float* to, Lanes x) { _mm512_storeu_ps(to, x); }
 VAANI_LANE Lanes add(Lanes x, Lanes y) { return _mm512_add_ps(x, y); }
@@ -665,6 +797,18 @@ VAANI_AVX512 void avx512_quantize(const float* x, int64_t k, const float* range,
   *sum = _mm512_reduce_add_epi32(total);
 }
 
+VAANI_AVX512 void avx512_sum_units(const int8_t* codes, int64_t k, int32_t* sums) {
+  const __m256i ones = _mm256_set1_epi8(1);
+  for (int64_t i = 0; i + kUnit <= k; i += kUnit) {
+    const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
+    const __m256i fours = _mm256_dpbusd_epi32(_mm256_setzero_si256(), ones, q);
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(fours),
+                              _mm256_extracti128_si256(fours, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    sums[i / kUnit] = _mm_extract_epi32(s, 0) + _mm_extract_epi32(s, 1);
+  }
+}
+
 VAANI_AVX512 inline void avx512_store(const Activations& a, const Product& p,
                                       int64_t block, int64_t row, __m512i sums) {
   const int64_t first = block * kTile, left = p.n - first;
@@ -679,15 +823,37 @@ VAANI_AVX512 inline void avx512_store(const Activations& a, const Product& p,
                         _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scale));
 }
 
-// Few rows: bound by reading the tiles. The planes are masked where they stand, which
+#define VAANI_AVX512_INLINE VAANI_AVX512 inline __attribute__((always_inline))
+
+// One or two rows: bound by reading the tiles. The planes are masked where they stand, which
 // multiplies their sums by 1, 4, 16 and 64; each has its accumulator and is shifted
-// back at the end. U accumulators a plane hide the latency of vpdpbusd.
-template <int M, int U>
-VAANI_AVX512 void avx512_narrow(const Activations& a, const Product& p, int64_t row,
-                                int64_t begin, int64_t end) {
+// back at the end.
+template <int M>
+VAANI_AVX512_INLINE void avx512_add_planes(const uint8_t* tile, const int8_t* q,
+                                           int64_t stride, __m512i (&acc)[M][4]) {
   const __m512i masks[4] = {
       _mm512_set1_epi8(0x03), _mm512_set1_epi8(0x0c), _mm512_set1_epi8(0x30),
       _mm512_set1_epi8(static_cast<char>(0xc0))};
+  const __m512i block = _mm512_loadu_si512(tile);
+  for (int plane = 0; plane < 4; ++plane) {
+    const __m512i codes = _mm512_and_si512(block, masks[plane]);
+    for (int m = 0; m < M; ++m)
+      acc[m][plane] = _mm512_dpbusd_epi32(
+          acc[m][plane], codes, _mm512_set1_epi32(four(q + m * stride + 4 * plane)));
+  }
+}
+
+VAANI_AVX512_INLINE __m512i avx512_of_planes(const __m512i (&acc)[4]) {
+  const __m512i low = _mm512_add_epi32(acc[0], _mm512_srai_epi32(acc[1], 2));
+  const __m512i high =
+      _mm512_add_epi32(_mm512_srai_epi32(acc[2], 4), _mm512_srai_epi32(acc[3], 6));
+  return _mm512_add_epi32(low, high);
+}
+
+// U accumulators a plane hide the latency of vpdpbusd.
+template <int M, int U>
+VAANI_AVX512 void avx512_narrow(const Activations& a, const Product& p, int64_t row,
+                                int64_t begin, int64_t end) {
   const int8_t* q = a.codes + row * a.stride;
   for (int64_t b = begin; b < end; ++b) {
     const uint8_t* tiles = p.tiles + b * p.depth * kBlock;
@@ -699,47 +865,47 @@ VAANI_AVX512 void avx512_narrow(const Activations& a, const Product& p, int64_t 
     int64_t kb = 0;
     for (; kb + U <= p.depth; kb += U)
       for (int u = 0; u < U; ++u) {
-        const uint8_t* at = tiles + (kb + u) * kBlock;
-        _mm_prefetch(reinterpret_cast<const char*>(at + 2048), _MM_HINT_T0);
-        const __m512i tile = _mm512_loadu_si512(at);
-        for (int plane = 0; plane < 4; ++plane) {
-          const __m512i codes = _mm512_and_si512(tile, masks[plane]);
-          for (int m = 0; m < M; ++m)
-            acc[u][m][plane] = _mm512_dpbusd_epi32(
-                acc[u][m][plane], codes,
-                _mm512_set1_epi32(
-                    four(q + m * a.stride + (kb + u) * kTile + 4 * plane)));
-        }
+        ask_for(tiles + (kb + u) * kBlock + kAhead);
+        avx512_add_planes(tiles + (kb + u) * kBlock, q + (kb + u) * kTile, a.stride,
+                          acc[u]);
       }
-    for (; kb < p.depth; ++kb) {
-      const __m512i tile = _mm512_loadu_si512(tiles + kb * kBlock);
-      for (int plane = 0; plane < 4; ++plane) {
-        const __m512i codes = _mm512_and_si512(tile, masks[plane]);
-        for (int m = 0; m < M; ++m)
-          acc[0][m][plane] = _mm512_dpbusd_epi32(
-              acc[0][m][plane], codes,
-              _mm512_set1_epi32(four(q + m * a.stride + kb * kTile + 4 * plane)));
-      }
-    }
+    for (; kb < p.depth; ++kb)
+      avx512_add_planes(tiles + kb * kBlock, q + kb * kTile, a.stride, acc[0]);
     for (int m = 0; m < M; ++m) {
       __m512i sum = _mm512_setzero_si512();
-      for (int u = 0; u < U; ++u) {
-        sum = _mm512_add_epi32(sum, acc[u][m][0]);
-        sum = _mm512_add_epi32(sum, _mm512_srai_epi32(acc[u][m][1], 2));
-        sum = _mm512_add_epi32(sum, _mm512_srai_epi32(acc[u][m][2], 4));
-        sum = _mm512_add_epi32(sum, _mm512_srai_epi32(acc[u][m][3], 6));
-      }
+      for (int u = 0; u < U; ++u)
+        sum = _mm512_add_epi32(sum, avx512_of_planes(acc[u][m]));
       avx512_store(a, p, b, row + m, sum);
     }
   }
 }
 
-// Many rows: bound by arithmetic. M rows times two blocks in registers; a tile is
+// More rows: bound by arithmetic. M rows times two blocks in registers; a tile is
 // unpacked once for all of them.
+template <int M>
+VAANI_AVX512_INLINE void avx512_add_pair(const uint8_t* tiles, const uint8_t* others,
+                                         const int8_t* q, int64_t stride, int64_t kb,
+                                         __m512i (&acc)[M][2]) {
+  const __m512i three = _mm512_set1_epi8(3);
+  __m512i left = _mm512_loadu_si512(tiles + kb * kBlock);
+  __m512i right = _mm512_loadu_si512(others + kb * kBlock);
+  for (int plane = 0; plane < 4; ++plane) {
+    const __m512i l = _mm512_and_si512(left, three);
+    const __m512i r = _mm512_and_si512(right, three);
+    left = _mm512_srli_epi16(left, 2);
+    right = _mm512_srli_epi16(right, 2);
+    for (int m = 0; m < M; ++m) {
+      const __m512i x =
+          _mm512_set1_epi32(four(q + m * stride + kb * kTile + 4 * plane));
+      acc[m][0] = _mm512_dpbusd_epi32(acc[m][0], l, x);
+      acc[m][1] = _mm512_dpbusd_epi32(acc[m][1], r, x);
+    }
+  }
+}
+
 template <int M>
 VAANI_AVX512 void avx512_wide(const Activations& a, const Product& p, int64_t row,
                               int64_t begin, int64_t end) {
-  const __m512i three = _mm512_set1_epi8(3);
   const int8_t* q = a.codes + row * a.stride;
   for (int64_t b = begin; b < end; b += 2) {
     const bool pair = b + 1 < end;
@@ -748,20 +914,11 @@ VAANI_AVX512 void avx512_wide(const Activations& a, const Product& p, int64_t ro
     __m512i acc[M][2];
     for (int m = 0; m < M; ++m) acc[m][0] = acc[m][1] = _mm512_setzero_si512();
     for (int64_t kb = 0; kb < p.depth; ++kb) {
-      __m512i left = _mm512_loadu_si512(tiles + kb * kBlock);
-      __m512i right = _mm512_loadu_si512(others + kb * kBlock);
-      for (int plane = 0; plane < 4; ++plane) {
-        const __m512i l = _mm512_and_si512(left, three);
-        const __m512i r = _mm512_and_si512(right, three);
-        left = _mm512_srli_epi16(left, 2);
-        right = _mm512_srli_epi16(right, 2);
-        for (int m = 0; m < M; ++m) {
-          const __m512i x =
-              _mm512_set1_epi32(four(q + m * a.stride + kb * kTile + 4 * plane));
-          acc[m][0] = _mm512_dpbusd_epi32(acc[m][0], l, x);
-          acc[m][1] = _mm512_dpbusd_epi32(acc[m][1], r, x);
-        }
+      if (M <= kFew) {
+        ask_for(tiles + (kb + 2 * p.depth) * kBlock);
+        ask_for(others + (kb + 2 * p.depth) * kBlock);
       }
+      avx512_add_pair(tiles, others, q, a.stride, kb, acc);
     }
     for (int m = 0; m < M; ++m) {
       avx512_store(a, p, b, row + m, acc[m][0]);
@@ -779,7 +936,8 @@ constexpr std::array<Avx512Part, sizeof...(I)> wide_parts(
   return {avx512_wide<I + 1>...};
 }
 
-constexpr int kWide = 12;
+// More than this, and compilers spill.
+constexpr int kWide = 8;
 constexpr auto kWideParts = wide_parts(std::make_integer_sequence<int, kWide>());
 
 VAANI_AVX512 void avx512_multiply(const Activations& a, const Product& p,
@@ -787,17 +945,76 @@ VAANI_AVX512 void avx512_multiply(const Activations& a, const Product& p,
   switch (a.m) {
     case 1: return avx512_narrow<1, 2>(a, p, 0, begin, end);
     case 2: return avx512_narrow<2, 1>(a, p, 0, begin, end);
-    case 3: return avx512_narrow<3, 1>(a, p, 0, begin, end);
-    case 4: return avx512_narrow<4, 1>(a, p, 0, begin, end);
   }
   for (int64_t row = 0; row < a.m;) {
-    // Rows in equal parts: 13 are 7 and 6, not 12 and 1.
+    // Rows in equal parts: 9 are 5 and 4, not 8 and 1.
     const int64_t left = a.m - row, parts = (left + kWide - 1) / kWide;
     const int64_t count = (left + parts - 1) / parts;
     kWideParts[count - 1](a, p, row, begin, end);
     row += count;
   }
 }
+
+namespace avx512 {
+
+#define VAANI_TARGET VAANI_AVX512
+
+constexpr int kGroupRows = 6;  // that have floats beside their integers
+constexpr int group_columns(int rows) { return rows <= 2 ? 1 : 2; }
+
+// One or two rows: tiles are read in one go. Two accumulators hide latency.
+template <int M>
+VAANI_AVX512_INLINE void multiply_piece(const uint8_t* tiles, int64_t, const int8_t* q,
+                                        int64_t stride, int64_t blocks,
+                                        const int32_t* starts, int64_t pieces, int64_t,
+                                        Lanes (&sums)[M][1]) {
+  const __m512i three = _mm512_set1_epi8(3);
+  __m512i acc[M][2];
+  for (int m = 0; m < M; ++m) {
+    acc[m][0] = _mm512_set1_epi32(starts[m * pieces]);
+    acc[m][1] = _mm512_setzero_si512();
+  }
+  for (int64_t kb = 0; kb < blocks; kb += 2)  // their number is even
+    for (int u = 0; u < 2; ++u) {
+      const uint8_t* at = tiles + (kb + u) * kBlock;
+      ask_for(at + kAhead);
+      __m512i tile = _mm512_loadu_si512(at);
+      for (int plane = 0; plane < 4; ++plane) {
+        const __m512i codes = _mm512_and_si512(tile, three);
+        tile = _mm512_srli_epi16(tile, 2);
+        for (int m = 0; m < M; ++m)
+          acc[m][u] = _mm512_dpbusd_epi32(
+              acc[m][u], codes,
+              _mm512_set1_epi32(four(q + m * stride + (kb + u) * kTile + 4 * plane)));
+      }
+    }
+  for (int m = 0; m < M; ++m)
+    sums[m][0] = _mm512_cvtepi32_ps(_mm512_add_epi32(acc[m][0], acc[m][1]));
+}
+
+template <int M>
+VAANI_AVX512_INLINE void multiply_piece(const uint8_t* tiles, int64_t apart,
+                                        const int8_t* q, int64_t stride, int64_t blocks,
+                                        const int32_t* starts, int64_t pieces,
+                                        int64_t next, Lanes (&sums)[M][2]) {
+  __m512i acc[M][2];
+  for (int m = 0; m < M; ++m)
+    acc[m][0] = acc[m][1] = _mm512_set1_epi32(starts[m * pieces]);
+  for (int64_t kb = 0; kb < blocks; ++kb) {
+    if (M <= kFew) {
+      ask_for(tiles + kb * kBlock + next);
+      ask_for(tiles + kb * kBlock + next + apart);
+    }
+    avx512_add_pair(tiles, tiles + apart, q, stride, kb, acc);
+  }
+  for (int m = 0; m < M; ++m)
+    for (int c = 0; c < 2; ++c) sums[m][c] = _mm512_cvtepi32_ps(acc[m][c]);
+}
+
+#include "groups.inc"
+
+#undef VAANI_TARGET
+}  // namespace avx512
 
 // u8 high and low bytes times s8 weights; 128 * sum(weights) comes from a third
 // product, which costs nothing where memory is the limit.
@@ -924,6 +1141,90 @@ VAANI_TILES void amx_multiply(const Activations& a, const Product& p, int64_t be
   _tile_release();
 }
 
+// A piece at a time: its sums are stored, and what isn't exact is done with vectors.
+VAANI_TILES void amx_grouped(const Activations& a, const Product& p, int64_t begin,
+                             int64_t end) {
+  if (a.m < 12) return avx512::grouped(a, p, begin, end);
+  thread_local std::vector<uint8_t> scratch;
+  scratch.resize(2 * p.depth * 256 + 64);
+  uint8_t* panels = scratch.data() + (-reinterpret_cast<uintptr_t>(scratch.data()) & 63);
+  uint8_t* second = panels + p.depth * 256;
+  // Inputs of a tile: whole tiles make a piece.
+  const int64_t inputs = p.piece * kTile, step = inputs % 64 ? 32 : 64;
+  TileConfig config;
+  for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = 16;
+  for (int i = 4; i < 6; ++i) config.bytes[i] = step;
+  for (int i = 6; i < 8; ++i) config.rows[i] = step / 4;
+  _tile_loadconfig(&config);
+  alignas(64) int32_t sums[2][kRows][kTile];
+  alignas(64) float inner[2][kRows][kTile], outer[2][kRows][kTile];
+  for (int64_t b = begin; b < end; b += 2) {
+    const int64_t sides = std::min<int64_t>(2, end - b);
+    amx_unpack(p.tiles + b * p.depth * kBlock, p.depth, p.depth, panels);
+    if (sides == 2)
+      amx_unpack(p.tiles + (b + 1) * p.depth * kBlock, p.depth, p.depth, second);
+    for (int64_t row = 0; row < a.m; row += kRows) {
+      // Rows beyond m are padding that belongs to the buffer.
+      const int64_t count = std::min(kRows, a.m - row);
+      const int8_t* q = a.codes + row * a.stride;
+      const int8_t* more = q + 16 * a.stride;
+      // to += from * scale, of weights by the block or of activations by the row.
+      const auto add = [&](bool weights, int64_t group, const auto& from, auto& to)
+          VAANI_TILES {
+        for (int64_t side = 0; side < sides; ++side) {
+          const __m512 scales = avx512::scales_of(p, b + side, weights ? group : 0);
+          for (int64_t i = 0; i < count; ++i) {
+            const __m512 scale =
+                weights ? scales
+                        : _mm512_set1_ps(a.steps[(row + i) * a.groups + group]);
+            const __m512 product = _mm512_mul_ps(from(side, i), scale);
+            _mm512_store_ps(to[side][i],
+                            _mm512_add_ps(_mm512_load_ps(to[side][i]), product));
+          }
+        }
+      };
+      std::memset(outer, 0, sizeof outer);
+      for (int64_t piece = 0, group = 0; piece < p.pieces; ++group) {
+        std::memset(inner, 0, sizeof inner);
+        for (const int64_t stop = piece + p.inside; piece < stop; ++piece) {
+          _tile_zero(0);
+          _tile_zero(1);
+          _tile_zero(2);
+          _tile_zero(3);
+          for (int64_t k = piece * inputs; k < (piece + 1) * inputs; k += step) {
+            _tile_loadd(4, q + k, a.stride);
+            _tile_loadd(5, more + k, a.stride);
+            _tile_loadd(6, panels + 16 * k, 64);
+            _tile_loadd(7, second + 16 * k, 64);
+            _tile_dpbsud(0, 4, 6);
+            _tile_dpbsud(1, 5, 6);
+            _tile_dpbsud(2, 4, 7);
+            _tile_dpbsud(3, 5, 7);
+          }
+          _tile_stored(0, sums[0][0], 64);
+          _tile_stored(1, sums[0][16], 64);
+          _tile_stored(2, sums[1][0], 64);
+          _tile_stored(3, sums[1][16], 64);
+          const auto values = [&](int64_t side, int64_t i) VAANI_TILES {
+            const int32_t start = p.starts[(row + i) * p.pieces + piece];
+            return _mm512_cvtepi32_ps(_mm512_add_epi32(
+                _mm512_load_si512(sums[side][i]), _mm512_set1_epi32(start)));
+          };
+          add(p.weights_first, piece, values, inner);
+        }
+        const auto values = [&](int64_t side, int64_t i) VAANI_TILES {
+          return _mm512_load_ps(inner[side][i]);
+        };
+        add(!p.weights_first, group, values, outer);
+      }
+      for (int64_t side = 0; side < sides; ++side)
+        for (int64_t i = 0; i < count; ++i)
+          avx512::store_outputs(p, b + side, row + i, _mm512_load_ps(outer[side][i]));
+    }
+  }
+  _tile_release();
+}
+
 bool has_amx() {
   if (!has_avx512()) return false;
   unsigned a, b, c, d;
@@ -945,17 +1246,16 @@ bool has_amx() {
 #define VAANI_DOT __attribute__((target("+dotprod")))
 #endif
 
+// Adds the products of M rows with `blocks` blocks to their sums.
 template <int M>
-VAANI_DOT void neon_block(const Activations& a, const Product& p, int64_t b, int64_t row) {
-  const uint8_t* tiles = p.tiles + b * p.depth * kBlock;
-  const int8_t* q = a.codes + row * a.stride;
+VAANI_DOT inline __attribute__((always_inline)) void neon_add(
+    const uint8_t* tiles, const int8_t* q, int64_t stride, int64_t blocks,
+    int32x4_t (&acc)[M][4]) {
   const uint8x16_t three = vdupq_n_u8(3);
-  int32x4_t acc[M][4];
-  for (int m = 0; m < M; ++m)
-    for (int part = 0; part < 4; ++part) acc[m][part] = vdupq_n_s32(0);
-  for (int64_t kb = 0; kb < p.depth; ++kb) {
+  for (int64_t kb = 0; kb < blocks; ++kb) {
+    ask_for(tiles + kb * kBlock + kAhead);
     int8x16_t x[M];
-    for (int m = 0; m < M; ++m) x[m] = vld1q_s8(q + m * a.stride + kb * kTile);
+    for (int m = 0; m < M; ++m) x[m] = vld1q_s8(q + m * stride + kb * kTile);
     for (int part = 0; part < 4; ++part) {
       const uint8x16_t tile = vld1q_u8(tiles + kb * kBlock + 16 * part);
       const int8x16_t w0 = vreinterpretq_s8_u8(vandq_u8(tile, three));
@@ -970,6 +1270,15 @@ VAANI_DOT void neon_block(const Activations& a, const Product& p, int64_t b, int
       }
     }
   }
+}
+
+template <int M>
+VAANI_DOT void neon_block(const Activations& a, const Product& p, int64_t b, int64_t row) {
+  int32x4_t acc[M][4];
+  for (int m = 0; m < M; ++m)
+    for (int part = 0; part < 4; ++part) acc[m][part] = vdupq_n_s32(0);
+  neon_add(p.tiles + b * p.depth * kBlock, a.codes + row * a.stride, a.stride, p.depth,
+           acc);
   for (int m = 0; m < M; ++m) {
     int32_t sums[kTile];
     for (int part = 0; part < 4; ++part) vst1q_s32(sums + 4 * part, acc[m][part]);
@@ -985,6 +1294,63 @@ VAANI_DOT void neon_multiply(const Activations& a, const Product& p, int64_t beg
   for (int64_t b = begin; b < end; ++b)
     for (int64_t rest = row; rest < a.m; ++rest) neon_block<1>(a, p, b, rest);
 }
+
+namespace neon {
+
+#define VAANI_TARGET VAANI_DOT
+#define VAANI_LANE VAANI_TARGET inline __attribute__((always_inline))
+
+struct Lanes {
+  float32x4_t v[4];
+};
+
+VAANI_LANE Lanes all(float x) {
+  const float32x4_t v = vdupq_n_f32(x);
+  return {{v, v, v, v}};
+}
+VAANI_LANE Lanes zero() { return all(0.0f); }
+VAANI_LANE Lanes load(const float* x) {
+  return {{vld1q_f32(x), vld1q_f32(x + 4), vld1q_f32(x + 8), vld1q_f32(x + 12)}};
+}
+VAANI_LANE float32x4_t widened(const uint16_t* x) {
+  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x)));
+}
+VAANI_LANE Lanes load_halves(const uint16_t* x) {
+  return {{widened(x), widened(x + 4), widened(x + 8), widened(x + 12)}};
+}
+VAANI_LANE void store(float* to, Lanes x) {
+  for (int i = 0; i < 4; ++i) vst1q_f32(to + 4 * i, x.v[i]);
+}
+VAANI_LANE Lanes add(Lanes x, Lanes y) {
+  for (int i = 0; i < 4; ++i) x.v[i] = vaddq_f32(x.v[i], y.v[i]);
+  return x;
+}
+VAANI_LANE Lanes mul(Lanes x, Lanes y) {
+  for (int i = 0; i < 4; ++i) x.v[i] = vmulq_f32(x.v[i], y.v[i]);
+  return x;
+}
+
+constexpr int kGroupRows = 4;
+constexpr int group_columns(int) { return 1; }
+
+template <int M>
+VAANI_LANE void multiply_piece(const uint8_t* tiles, int64_t, const int8_t* q,
+                               int64_t stride, int64_t blocks, const int32_t* starts,
+                               int64_t pieces, int64_t, Lanes (&sums)[M][1]) {
+  int32x4_t acc[M][4];
+  for (int m = 0; m < M; ++m)
+    for (int part = 0; part < 4; ++part) acc[m][part] = vdupq_n_s32(starts[m * pieces]);
+  neon_add(tiles, q, stride, blocks, acc);
+  for (int m = 0; m < M; ++m)
+    for (int part = 0; part < 4; ++part)
+      sums[m][0].v[part] = vcvtq_f32_s32(acc[m][part]);
+}
+
+#include "groups.inc"
+
+#undef VAANI_TARGET
+#undef VAANI_LANE
+}  // namespace neon
 
 bool has_dot() {
 #if defined(__linux__)
@@ -1005,20 +1371,20 @@ bool has_dot() {
 const Isa kIsas[] = {
 #if VAANI_X86
 #if VAANI_AMX
-    {"amx", has_amx, avx512_quantize, amx_multiply, avx512_rows,
-     VAANI_FLOAT_TABLE(avx512)},
+    {"amx", has_amx, avx512_quantize, avx512_sum_units, amx_multiply, amx_grouped,
+     avx512_rows, VAANI_FLOAT_TABLE(avx512)},
 #endif
-    {"avx512", has_avx512, avx512_quantize, avx512_multiply, avx512_rows,
-     VAANI_FLOAT_TABLE(avx512)},
-    {"avx2", has_avx2, avx2_quantize, avx2_multiply, avx2_rows,
-     VAANI_FLOAT_TABLE(avx2)},
+    {"avx512", has_avx512, avx512_quantize, avx512_sum_units, avx512_multiply,
+     avx512::grouped, avx512_rows, VAANI_FLOAT_TABLE(avx512)},
+    {"avx2", has_avx2, avx2_quantize, avx2_sum_units, avx2_multiply, avx2::grouped,
+     avx2_rows, VAANI_FLOAT_TABLE(avx2)},
 #endif
 #if VAANI_NEON
-    {"neon", has_dot, portable_quantize, neon_multiply, portable_rows,
-     VAANI_FLOAT_TABLE(portable)},
+    {"neon", has_dot, portable_quantize, portable_sum_units, neon_multiply,
+     neon::grouped, portable_rows, VAANI_FLOAT_TABLE(portable)},
 #endif
-    {"portable", always, portable_quantize, portable_multiply, portable_rows,
-     VAANI_FLOAT_TABLE(portable)},
+    {"portable", always, portable_quantize, portable_sum_units, portable_multiply,
+     portable::grouped, portable_rows, VAANI_FLOAT_TABLE(portable)},
 };
 
 const Isa* best() {
@@ -1202,46 +1568,94 @@ int64_t rounded(int64_t value, int64_t to) { return (value + to - 1) / to * to; 
 
 // -- Handlers ---------------------------------------------------------------------
 
+// One product of `ternary_matmul`, without what is quantized in the call. False where
+// its buffers don't go together; `scale` is [], [n] or [n / 16, groups, 16].
+bool make_product(const ffi::AnyBuffer& tiles, const ffi::AnyBuffer& scale,
+                  const ffi::AnyBuffer& out, int64_t m, int64_t k,
+                  int64_t activation_group, Product* p) {
+  const auto shape = tiles.dimensions(), scales = scale.dimensions();
+  const auto outputs = out.dimensions();
+  const bool half = scale.element_type() == ffi::F16 && scales.size() == 3;
+  if (tiles.element_type() != ffi::U8 || out.element_type() != ffi::F32 ||
+      (scale.element_type() != ffi::F32 && !half) || outputs.size() != 2 ||
+      outputs[0] != m)
+    return false;
+  *p = {};
+  p->n = outputs[1];
+  p->depth = rounded(k, kTile) / kTile;
+  const int64_t blocks = rounded(p->n, kTile) / kTile;
+  if (shape.size() != 3 || shape[0] != blocks || shape[1] != p->depth ||
+      shape[2] != kBlock)
+    return false;
+  p->tiles = static_cast<const uint8_t*>(tiles.untyped_data());
+  p->out = static_cast<float*>(out.untyped_data());
+  if (half)
+    p->halves = static_cast<const uint16_t*>(scale.untyped_data());
+  else
+    p->scale = static_cast<const float*>(scale.untyped_data());
+  p->per_channel = scales.size() == 1;
+  int64_t group = k;  // inputs with one scale
+  if (scales.size() == 3) {
+    p->groups = scales[1];
+    if (scales[0] != blocks || scales[2] != kTile || p->groups < 1 || k % p->groups)
+      return false;
+    group = k / p->groups;
+    if (group % kUnit || group < kUnit || group > kLargestGroup) return false;
+  } else if (scales.size() > 1 || (p->per_channel && scales[0] != p->n)) {
+    return false;
+  }
+  const int64_t steps = activation_group ? activation_group : k;
+  if (!p->groups && !activation_group) return true;
+  if (steps % group && group % steps) return false;
+  p->weights_first = group <= steps && p->groups;
+  const int64_t inputs = std::min(group, steps);
+  p->pieces = k / inputs;
+  p->piece = inputs / kTile;
+  p->inside = std::max(group, steps) / inputs;
+  return true;
+}
+
 // Inputs: x [m, k] float32; then, for each product, tiles [n / 16, k / 16, 64] uint8
-// and scale [] or [n] float32; then, where `tracked`, the activation range, and, where
-// `normed`, the scale [k] of an RMSNorm that comes first, and whose result is rounded
-// to bfloat16 where `halves`. Outputs: [m, n] float32 each.
+// and scale [] or [n] float32, or [n / 16, groups, 16] float32 or float16, of as many
+// groups of inputs, each of 32 to 256 and a multiple of 32; then, where `tracked`, the
+// activation range, and, where `normed`, the scale [k] of an RMSNorm that comes first,
+// and whose result is rounded to bfloat16 where `halves`. Activations have a scale by
+// token, or, where `activation_group` is not 0, by as many inputs: a multiple of 32
+// that divides k, and that divides the groups of every product or is a multiple of
+// them. Outputs: [m, n] float32 each.
 ffi::Error ternary_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
                           ffi::RemainingArgs args, ffi::RemainingRets results,
-                          bool tracked, bool normed, bool halves, float epsilon) {
+                          bool tracked, bool normed, bool halves, float epsilon,
+                          int64_t activation_group) {
   const Isa& isa = *chosen.load(std::memory_order_relaxed);
   if (x.dimensions().size() != 2)
     return ffi::Error::InvalidArgument("activations must be [m, k]");
   const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
-  const int64_t depth = rounded(k, kTile) / kTile;
+  if (activation_group < 0 || activation_group % kUnit || activation_group > k ||
+      (activation_group && (k % activation_group || tracked)))
+    return ffi::Error::InvalidArgument(
+        "groups of activations must be multiples of 32 that divide k, without a range");
   const size_t count = results.size();
   if (args.size() != 2 * count + tracked + normed)
     return ffi::Error::InvalidArgument("tiles and a scale for each product");
-  std::vector<Product> products;
+  const int64_t depth = rounded(k, kTile) / kTile;
+  std::vector<Product> products(count);
   int64_t work = 0;
   for (size_t i = 0; i < count; ++i) {
-    auto tiles = args.get<ffi::Buffer<ffi::U8>>(2 * i);
-    auto scale = args.get<ffi::Buffer<ffi::F32>>(2 * i + 1);
-    auto out = results.get<ffi::Buffer<ffi::F32>>(i);
-    if (!tiles || !scale || !out)
-      return ffi::Error::InvalidArgument("uint8 tiles, float32 scales and outputs");
-    const auto shape = tiles->dimensions();
-    const int64_t n = (*out)->dimensions().back();
-    if (shape.size() != 3 || shape[0] != rounded(n, kTile) / kTile ||
-        shape[1] != depth || shape[2] != kBlock ||
-        (*out)->element_count() != static_cast<size_t>(m * n))
-      return ffi::Error::InvalidArgument("tiles do not fit the input and the output");
-    const bool channel = scale->dimensions().size() == 1;
-    if (channel && scale->dimensions()[0] != n)
-      return ffi::Error::InvalidArgument("scale must be [] or [n]");
-    products.push_back({tiles->typed_data(), scale->typed_data(), channel, n, depth,
-                        (*out)->typed_data()});
+    auto tiles = args.get<ffi::AnyBuffer>(2 * i);
+    auto scale = args.get<ffi::AnyBuffer>(2 * i + 1);
+    auto out = results.get<ffi::AnyBuffer>(i);
+    if (!tiles || !scale || !out ||
+        !make_product(*tiles, *scale, **out, m, k, activation_group, &products[i]))
+      return ffi::Error::InvalidArgument(
+          "tiles and scales do not fit the input, its groups and the output");
     work += static_cast<int64_t>(tiles->element_count()) * m;
   }
   const float* range = nullptr;
   if (tracked) {
     auto buffer = args.get<ffi::Buffer<ffi::F32>>(2 * count);
-    if (!buffer) return ffi::Error::InvalidArgument("the range must be float32");
+    if (!buffer || buffer->element_count() != 1)
+      return ffi::Error::InvalidArgument("the range must be one float32");
     range = buffer->typed_data();
   }
   const float* norm_scale = nullptr;
@@ -1253,24 +1667,47 @@ ffi::Error ternary_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   }
   if (m == 0) return ffi::Error::Success();
 
+  // What is found of the rows: codes, sums, bounds; with groups, steps and starts.
   thread_local std::vector<int8_t> code_buffer;
-  thread_local std::vector<int32_t> sums;
-  thread_local std::vector<float> bounds;
+  thread_local std::vector<int32_t> sums, start_buffer;
+  thread_local std::vector<float> bounds, step_buffer;
   const int64_t stride = rounded(k, kRowAlign), rows = rounded(m, kRows);
+  const int64_t span = activation_group ? activation_group : k;
+  const int64_t groups = activation_group ? k / span : 1;
   int8_t* codes = aligned(code_buffer, rows * stride);
   if (static_cast<int64_t>(sums.size()) < m) sums.resize(m), bounds.resize(m);
+  if (static_cast<int64_t>(step_buffer.size()) < m * groups)
+    step_buffer.resize(m * groups);
   int32_t* row_sums = sums.data();
-  float* row_bounds = bounds.data();
+  float *row_bounds = bounds.data(), *steps = step_buffer.data();
+  // Of products that are cut alike, the starts are the same.
+  std::vector<std::pair<int64_t, int64_t>> cuts;  // pieces, and where their starts are
+  int64_t started = 0;
+  for (const Product& p : products)
+    if (p.pieces && std::none_of(cuts.begin(), cuts.end(), [&](const auto& cut) {
+          return cut.first == p.pieces;
+        })) {
+      cuts.push_back({p.pieces, started});
+      started += m * p.pieces;
+    }
+  if (static_cast<int64_t>(start_buffer.size()) < started) start_buffer.resize(started);
+  int32_t* all_starts = start_buffer.data();
+  for (Product& p : products)
+    for (const auto& [pieces, first] : cuts)
+      if (p.pieces == pieces) p.starts = all_starts + first;
   const float* input = x.typed_data();
   const int64_t threads = useful_threads(pool, work);
 
   constexpr int64_t kBatch = 8;  // rows quantized at a time
   const ffi::Error quantized = parallel(
       pool, m, useful_threads(pool, m * k), (m + kBatch - 1) / kBatch,
-           [=, &isa](int64_t part) {
+           [=, &isa, &cuts](int64_t part) {
              thread_local std::vector<float> normal;
+             thread_local std::vector<int32_t> units;
              if (norm_scale && static_cast<int64_t>(normal.size()) < k)
                normal.resize(k);
+             if (!cuts.empty() && static_cast<int64_t>(units.size()) < k / kUnit)
+               units.resize(k / kUnit);
              const int64_t stop = std::min(m, (part + 1) * kBatch);
              for (int64_t row = part * kBatch; row < stop; ++row) {
                const float* from = input + row * k;
@@ -1281,19 +1718,41 @@ ffi::Error ternary_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
                    for (int64_t i = 0; i < k; ++i) normal[i] = to_half(normal[i]);
                  from = normal.data();
                }
-               isa.quantize(from, k, range, codes + row * stride, stride,
-                            row_sums + row, row_bounds + row);
+               int8_t* to = codes + row * stride;
+               for (int64_t g = 0; g < groups; ++g) {
+                 const int64_t at = g * span;
+                 isa.quantize(from + at, span, range, to + at,
+                              g + 1 < groups ? span : stride - at, row_sums + row,
+                              row_bounds + row);
+                 steps[row * groups + g] = row_bounds[row] * kPart;
+               }
+               if (cuts.empty()) continue;
+               isa.sum_units(to, k, units.data());
+               for (const auto& [pieces, first] : cuts) {
+                 const int64_t each = k / kUnit / pieces;
+                 int32_t* starts = all_starts + first + row * pieces;
+                 for (int64_t i = 0; i < pieces; ++i) {
+                   starts[i] = 0;
+                   for (int64_t j = 0; j < each; ++j) starts[i] -= units[i * each + j];
+                 }
+               }
              }
            });
   if (quantized.failure()) return quantized;
 
-  // Blocks of all products in one row, cut in parts of even numbers of blocks.
-  const Activations activations{codes, row_sums, row_bounds, m, stride};
+  // Blocks of all products in one row, cut in parts of even numbers of blocks: some for
+  // each thread, and no larger than what stays in its cache while the rows pass by, or,
+  // where they are few and nothing stays, than what the last thread may be late with.
+  const int64_t largest = m > kFew ? 1 << 18 : 1 << 20;  // bytes
+  const Activations activations{codes, row_sums, row_bounds, steps, m, stride, groups};
   std::vector<int64_t> starts{0};
   for (const Product& p : products)
     starts.push_back(starts.back() + rounded(p.n, 2 * kTile) / kTile);
   const int64_t total = starts.back();
-  const int64_t parts = threads == 1 ? 1 : std::min(total / 2, 4 * threads);
+  if (total == 0) return ffi::Error::Success();
+  const int64_t least = std::max(threads == 1 ? 1 : 4 * threads,
+                                 total * depth * kBlock / largest);
+  const int64_t parts = std::min(total / 2, least);
   const int64_t each = rounded((total + parts - 1) / parts, 2);
   return parallel(pool, m, threads, (total + each - 1) / each, [=, &isa](int64_t part) {
     const int64_t begin = part * each, end = std::min(total, begin + each);
@@ -1301,7 +1760,9 @@ ffi::Error ternary_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
       const int64_t blocks = rounded(products[i].n, kTile) / kTile;
       const int64_t first = std::max<int64_t>(begin - starts[i], 0);
       const int64_t last = std::min(end - starts[i], blocks);
-      if (first < last) isa.multiply(activations, products[i], first, last);
+      if (first < last)
+        (products[i].pieces ? isa.grouped : isa.multiply)(activations, products[i],
+                                                          first, last);
     }
   });
 }
@@ -1555,7 +2016,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(vaani_ternary_matmul, ternary_matmul,
                                   .Attr<bool>("tracked")
                                   .Attr<bool>("normed")
                                   .Attr<bool>("halves")
-                                  .Attr<float>("epsilon"));
+                                  .Attr<float>("epsilon")
+                                  .Attr<int64_t>("activation_group"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(vaani_attention, attention,
                               ffi::Ffi::Bind()
@@ -1621,7 +2083,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(vaani_rows_matmul, rows_matmul,
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
 // Of what the functions compute, and take: raised with every change of either.
-extern "C" int vaani_version() { return 2; }
+extern "C" int vaani_version() { return 3; }
 
 // The name of instruction set `index` in order of preference, null beyond the last.
 extern "C" const char* vaani_isa_name(int index) {
