@@ -104,7 +104,7 @@ DOORS = {
     "pack --workdir={run} --output={}": "the output",
     "export --workdir={} --output=x --format=hf": "the workdir",
     "export --workdir={run} --output={} --format=gguf": "the output",
-    "import --from={} --workdir=x": "the folder to import",
+    "import --from={} --workdir=x": "the model to import",
     "import --from=x --workdir={}": "the workdir",
     "plot --workdir={}": "--workdir",
     "plot --workdir={run} --output={}": "--output",

@@ -157,6 +157,6 @@ def activations(metadata: dict[str, Any]) -> tuple[str, int]:
         raise VaaniError(
             f"{TRACKING} is {shown(said)[:60]}: {', '.join(KNOWN_TRACKING)} are known"
         )
-    if type(group) is not int:
-        raise VaaniError(f"{GROUP} is {shown(group)[:60]}: no whole number")
+    if type(group) is not int or group < 1:
+        raise VaaniError(f"{GROUP} is {shown(group)[:60]}: it must be a whole number")
     return said, group
