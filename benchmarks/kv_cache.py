@@ -103,7 +103,9 @@ def read_through(model: Model, tokens: np.ndarray, dtype: str) -> float:
     total = 0.0
     for i in range(0, length, PIECE):
         given, following = tokens[:, i : i + PIECE], tokens[:, i + 1 : i + PIECE + 1]
-        found, cache = step(model.variables, given, following[:, : given.shape[1]], cache)
+        found, cache = step(
+            model.variables, given, following[:, : given.shape[1]], cache
+        )
         total -= float(found)
     return total / (len(tokens) * length)
 
@@ -175,7 +177,9 @@ def layer(dtype: str) -> tuple[Any, ...]:
 def seconds(dtype: str) -> tuple[int, float]:
     """Bytes of a layer, and the best time of one token's attention to it."""
     parts = layer(dtype)
-    q = jnp.asarray(np.random.default_rng(1).normal(size=(1, 1, HEADS, SIZE)), "float32")
+    q = jnp.asarray(
+        np.random.default_rng(1).normal(size=(1, 1, HEADS, SIZE)), "float32"
+    )
     at, start = jnp.int32(SLOTS - 1), jnp.zeros(1, jnp.int32)
     attend = jax.jit(cpu.attention)
     best = float("inf")

@@ -65,7 +65,9 @@ def assert_same(one, other, start=START):
     """All that rows have from their start on, to the bit."""
     for row, first in enumerate(start):
         for part in range(4):
-            np.testing.assert_array_equal(one[part][row, first:], other[part][row, first:])
+            np.testing.assert_array_equal(
+                one[part][row, first:], other[part][row, first:]
+            )
         used = blocks_of(S - first)
         np.testing.assert_array_equal(one[4][row, :used], other[4][row, :used])
 

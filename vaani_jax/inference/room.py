@@ -19,9 +19,7 @@ def cache_bytes(
     architecture: Architecture, rows: int, capacity: int, dtype: str
 ) -> int:
     """Bytes of a `KVCache`. Raises VaaniError for a dtype that it can't have."""
-    shapes = jax.eval_shape(
-        lambda: KVCache.create(architecture, rows, capacity, dtype)
-    )
+    shapes = jax.eval_shape(lambda: KVCache.create(architecture, rows, capacity, dtype))
     leaves = jax.tree.leaves(shapes)
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
 
@@ -35,9 +33,7 @@ def in_words(architecture: Architecture, rows: int, capacity: int, dtype: str) -
     if taken[dtype] <= LARGE:
         return ""
     others = [
-        f"{name} {size(taken[name])}"
-        for name in DTYPES
-        if taken[name] < taken[dtype]
+        f"{name} {size(taken[name])}" for name in DTYPES if taken[name] < taken[dtype]
     ]
     texts = "" if rows == 1 else f" for each of {plural(rows, 'text')}"
     line = (

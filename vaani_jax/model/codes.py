@@ -200,17 +200,13 @@ def _several_keys(
     def step(center: Array, inputs: tuple[Array, ...]) -> Any:
         keys, new, number = inputs
         codes, scale = quantize_heads(keys - center[:, None], LARGEST_HALF)
-        whole = jnp.where(
-            new[:, :, None, None], _decoded(codes, scale, center), known
-        )
+        whole = jnp.where(new[:, :, None, None], _decoded(codes, scale, center), known)
         following = (number + 1 > 0)[:, None, None]
         after = jnp.where(following, _next_center(whole, theta), 0.0)
         return after, (codes, scale, center)
 
     numbers = first[None] + jnp.arange(count)[:, None]
-    _, (codes, key_scales, found) = jax.lax.scan(
-        step, center, (aligned, new, numbers)
-    )
+    _, (codes, key_scales, found) = jax.lax.scan(step, center, (aligned, new, numbers))
 
     def of_tokens(x: Array) -> Array:
         x = jnp.moveaxis(x, 0, 1).reshape(batch, count * BLOCK, *x.shape[3:])
