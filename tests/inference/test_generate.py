@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 from typing import Any
 
 import jax
@@ -203,11 +202,13 @@ def test_pieces_do_not_recompile(monkeypatch):
     module = LONG.changed(max_seq_len=301)  # compiled by no other test
     monkeypatch.setattr(generate_module, "PIECE", 32)
 
+    reader: Any = read_on
+
     def compiled(*lengths):
-        before = read_on._cache_size(), *programs()
+        before = reader._cache_size(), *programs()
         for length in lengths:
             generate(model_of(module), prompt_of(length), max_new_tokens=20)
-        return tuple(np.subtract((read_on._cache_size(), *programs()), before))
+        return tuple(np.subtract((reader._cache_size(), *programs()), before))
 
     assert compiled(130) == (2, 0, 1)  # whole pieces, and one of 16
     assert compiled(129, 140, 192, 210, 224) == (0, 0, 0)

@@ -26,8 +26,8 @@ import numpy as np
 
 from vaani_jax.errors import VaaniError
 from vaani_jax.inference.model import Model
-from vaani_jax.inference.sampling import SamplerConfig, sample_token
 from vaani_jax.inference.room import cache_bytes, check_room, in_words
+from vaani_jax.inference.sampling import SamplerConfig, sample_token
 from vaani_jax.kernels.floats import log_likelihood, native
 from vaani_jax.model.cache import KVCache
 from vaani_jax.model.transformer import Vaani, with_angles
@@ -102,12 +102,13 @@ def read_on(
     Returns:
       Logits [B, V] after that token, and the cache.
     """
-    logits, cache = module.apply(variables, tokens, cache, last=last)
-    return logits[:, 0], cache
+    output: Any = module.apply(variables, tokens, cache, last=last)
+    logits, filled = output
+    return logits[:, 0], filled
 
 
 def piece_length(module: Vaani, rows: int, capacity: int) -> int:
-    """Tokens that are read at a time: `PIECE`, or less where their scores are stored."""
+    """Tokens that are read at a time: `PIECE`, or less where scores are stored."""
     if native():
         return PIECE
     each = 2 * 4 * rows * module.architecture.n_heads * capacity
