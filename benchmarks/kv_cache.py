@@ -27,9 +27,6 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +43,7 @@ from vaani_jax.kernels.floats import log_likelihood
 from vaani_jax.model import codes
 from vaani_jax.model.cache import DTYPES, KVCache
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 BARE = "int4, not centered"
 QUALITY = ["cache", "bytes a token", "loss", "more", "perplexity", "texts", "same for"]
 SPEED = ["cache", "threads", "MB", "ms", "GB/s", "of read"]
@@ -102,10 +100,8 @@ def read_through(model: Model, tokens: np.ndarray, dtype: str) -> float:
     cache = KVCache.create(module.architecture, len(tokens), length, dtype)
     total = 0.0
     for i in range(0, length, PIECE):
-        given, following = tokens[:, i : i + PIECE], tokens[:, i + 1 : i + PIECE + 1]
-        found, cache = step(
-            model.variables, given, following[:, : given.shape[1]], cache
-        )
+        part = tokens[:, i : min(length, i + PIECE) + 1]
+        found, cache = step(model.variables, part[:, :-1], part[:, 1:], cache)
         total -= float(found)
     return total / (len(tokens) * length)
 
@@ -177,9 +173,8 @@ def layer(dtype: str) -> tuple[Any, ...]:
 def seconds(dtype: str) -> tuple[int, float]:
     """Bytes of a layer, and the best time of one token's attention to it."""
     parts = layer(dtype)
-    q = jnp.asarray(
-        np.random.default_rng(1).normal(size=(1, 1, HEADS, SIZE)), "float32"
-    )
+    rng = np.random.default_rng(1)
+    q = jnp.asarray(rng.normal(size=(1, 1, HEADS, SIZE)), jnp.float32)
     at, start = jnp.int32(SLOTS - 1), jnp.zeros(1, jnp.int32)
     attend = jax.jit(cpu.attention)
     best = float("inf")

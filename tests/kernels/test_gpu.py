@@ -134,10 +134,7 @@ def test_a_token_attends_as_step_by_step(
     rotary = jnp.asarray(cos)[since][:, None], jnp.asarray(sin)[since][:, None]
     at = jnp.asarray([position], jnp.int32)
     y, new = attention._decoded(q, k, v, rotary, cache, at, start)
-    expected = (
-        attention._written(cache[0], rotary_embedding(k, *rotary), at[0]),
-        attention._written(cache[1], v, at[0]),
-    )
+    expected = codes.write(cache, rotary_embedding(k, *rotary), v, at[0], None, 1e4)
     assert_equal_bits(new, expected)
     turned = rotary_embedding(q, *rotary)
     reference = attention.cached_attention(turned, *expected, at, start)

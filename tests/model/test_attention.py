@@ -1,6 +1,7 @@
 """Attention to a cache, against one query at a time in float64."""
 
 import contextlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,8 @@ def test_each_row_sees_the_slots_from_its_start_to_the_query(heads, dtype, how):
         size * gaussian(B, S, K, H, seed=2),
         size[::-1] * gaussian(B, S, K, H, seed=3),
     )
-    arguments, scales = (k, v), ()
+    arguments: tuple[Any, ...] = (k, v)
+    scales: tuple[Any, ...] = ()
     if dtype != "float32":
         largest = 127.0 if dtype == "int8" else 7.0
         (ck, sk), (cv, sv) = (quantize_heads(x, largest) for x in (k, v))

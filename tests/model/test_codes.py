@@ -1,6 +1,7 @@
 """Codes of keys and values, and the centers that keys in 4 bits are coded around."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ def joined(layer, k, v, slot, start):
 
 def in_pieces(k, v, cuts, start=START, layer=None):
     layer = empty(len(k)) if layer is None else layer
-    for first, last in zip(cuts, cuts[1:], strict=False):
+    for first, last in itertools.pairwise(cuts):
         new = k[:, first:last], v[:, first:last]
         layer = joined(layer, *new, jnp.int32(first), jnp.asarray(start))
     return [np.asarray(part) for part in layer]

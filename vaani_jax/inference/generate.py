@@ -104,12 +104,13 @@ def read_on(
     Returns:
       Logits [B, V] after that token, and the cache.
     """
-    logits, cache = module.apply(variables, tokens, cache, last=last)
-    return logits[:, 0], cache
+    output: Any = module.apply(variables, tokens, cache, last=last)
+    logits, filled = output
+    return logits[:, 0], filled
 
 
 def piece_length(module: Vaani, rows: int, capacity: int) -> int:
-    """Tokens that are read at a time: `PIECE`, or less where their scores are stored."""
+    """Tokens that are read at a time: `PIECE`, or less where scores are stored."""
     if native():
         return PIECE
     each = 2 * 4 * rows * module.architecture.n_heads * capacity

@@ -66,6 +66,6 @@ def check_room(
     advice = f"--kv-dtype {fitting[0]} fits" if fitting else "none of --kv-dtype fits"
     raise VaaniError(
         f"a cache of {capacity:,} tokens for {asked} takes {size(taken)} in {dtype},"
-        f" reading it {size(beside)} more, and {size(free)} of memory are free: {advice};"
-        " or ask for fewer tokens"
+        f" reading it {size(beside)} more, and {size(free)} of memory are free:"
+        f" {advice}; or ask for fewer tokens"
     )

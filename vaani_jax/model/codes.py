@@ -1,9 +1,9 @@
 """What joins a cache: keys and values as numbers, or as codes of 8 or of 4 bits.
 
 A code has a scale for its token and head: ``values = codes * scale``. Four bits are too
-few for keys as they are: the same few dimensions are large in all of them, decide on the
-scale, and leave the others a level or two. What keys of a text have in common is taken
-off first, so that the codes only hold where they differ:
+few for keys as they are: the same few dimensions are large in all of them, decide on
+the scale, and leave the others a level or two. What keys of a text have in common is
+taken off first, so that the codes only hold where they differ:
 
     key = center + codes * scale
 
@@ -175,7 +175,7 @@ def _several_keys(
 ) -> tuple[Array, Array, Array]:
     """Codes [B, T, K, H], their scales, and the centers: block after block."""
     keys, _, scales, _, centers = cache
-    batch, length, heads, size = k_BTKH.shape
+    batch, length, _, size = k_BTKH.shape
     # Blocks of a row from the one on that has the token before these: that one may be
     # full, and tells the center of the next.
     since = slot - start
@@ -232,7 +232,7 @@ def _decoded(codes: Array, scales: Array, center: Array) -> Array:
 
 
 def _next_center(keys: Array, theta: float) -> Array:
-    """Of keys of a block [B, BLOCK, K, H], what those of the next one will be around."""
+    """[B, K, H] for the block after one whose keys are [B, BLOCK, K, H]."""
     while keys.shape[1] > 1:  # in a tree: an order that no compiler chooses
         half = keys.shape[1] // 2
         keys = keys[:, :half] + keys[:, half:]

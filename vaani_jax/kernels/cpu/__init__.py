@@ -194,7 +194,7 @@ def attention(
 ) -> tuple[Array, ...]:
     """Attention of queries in slots from ``slot`` [] on: see `attention.py`.
 
-    ``scales`` are what stands beside codes: of keys, of values and, with 4 bits, centers.
+    ``scales`` stand beside codes: of keys, of values and, with 4 bits, centers.
 
     Reads the slots from ``start`` [B] up to a query's own alone, both int32. Returns
     [B, T, N, H] float32, and, if asked for, the weights [B, N, T, S] float32, which
