@@ -78,8 +78,8 @@ def trained(text: str, steps: int, context: int, folder: str) -> str:
 def not_centered() -> Iterator[None]:
     """Centers of zero, in what is compiled from here on."""
 
-    def nothing(keys: Any, theta: float) -> Any:
-        del theta
+    def nothing(keys: Any, rotary: Any) -> Any:
+        del rotary
         return jnp.zeros_like(keys[:, 0])
 
     jax.clear_caches()

@@ -21,6 +21,7 @@ from vaani_jax.model.config import Architecture
 from vaani_jax.model.rotary import rotary_angles, rotary_embedding
 
 B, S, K, H, THETA = 3, 300, 2, 16, 500_000.0
+ROTARY = Architecture(head_dim=H, rope_theta=THETA).rotary
 START = np.asarray([0, 7, 130], np.int32)
 
 
@@ -30,7 +31,7 @@ def keys_and_values(seed=0, center=3.0):
     k, v = rng.normal(size=(2, B, S, K, H))
     k += center * rng.normal(size=(B, 1, K, H))
     since = np.maximum(np.arange(S)[None] - START[:, None], 0)
-    cos, sin = (table[since] for table in rotary_angles(S, H, THETA))
+    cos, sin = (table[since] for table in rotary_angles(S, ROTARY))
     k = rotary_embedding(jnp.asarray(k, jnp.float32), cos, sin)
     return np.asarray(k), v.astype(np.float32)
 
@@ -43,7 +44,7 @@ def empty(rows=B, slots=S):
 
 @jax.jit
 def joined(layer, k, v, slot, start):
-    return write(layer, k, v, slot, start, THETA)
+    return write(layer, k, v, slot, start, ROTARY)
 
 
 def in_pieces(k, v, cuts, start=START, layer=None):

@@ -107,7 +107,7 @@ class MultiHeadAttention(nn.Module):
         if cache is None:
             y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, self.execution.attention)
         else:
-            cache = write(cache, k_BTKH, v_BTKH, positions[0], start, a.rope_theta)
+            cache = write(cache, k_BTKH, v_BTKH, positions[0], start, a.rotary)
             y_BTNH = cached_attention(
                 q_BTNH, cache[0], cache[1], positions, start, cache[2:]
             )

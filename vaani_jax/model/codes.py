@@ -19,12 +19,13 @@ A query multiplies a center once for all tokens of its block: ``q . key`` is
 most of a result, and is a small part of each of them.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from vaani_jax.model.rotary import rotary_angles, rotary_embedding
+from vaani_jax.model.rotary import Rotary, rotary_angles, rotary_embedding
 from vaani_jax.quant.barriers import rounded
 from vaani_jax.quant.rounding import LARGEST, to_codes
 
@@ -92,7 +93,7 @@ def write(
     v_BTKH: Array,
     slot: Array,
     start: Array | None,
-    theta: float,
+    rotary: Rotary,
 ) -> tuple[Array, ...]:
     """A layer of a cache with new keys and values from ``slot`` on.
 
@@ -102,7 +103,7 @@ def write(
       k_BTKH, v_BTKH: what joins it, of any float dtype; keys are rotated.
       slot: int32 scalar.
       start: first slot of each row, [B] int32; 0 where None.
-      theta: base of the rotary embedding.
+      rotary: what decides the angles of the rotary embedding.
     """
     new: tuple[Array, ...] = (k_BTKH, v_BTKH)
     if len(cache) == 2:
@@ -114,7 +115,7 @@ def write(
         start = jnp.zeros(k_BTKH.shape[0], jnp.int32)
     wide = k_BTKH.astype(jnp.float32)
     centered = _one_key if wide.shape[1] == 1 else _several_keys
-    keys, key_scales, centers = centered(cache, wide, slot, start, theta)
+    keys, key_scales, centers = centered(cache, wide, slot, start, rotary)
     values, value_scales = quantize_heads(v_BTKH, LARGEST_HALF)
     new = (pack_halves(keys), pack_halves(values), key_scales, value_scales)
     return (*_written(cache[:4], new, slot), centers)
@@ -143,7 +144,7 @@ def _with(cache: Array, new: Array, slot: Array) -> Array:
 
 
 def _one_key(
-    cache: tuple[Array, ...], k_B1KH: Array, slot: Array, start: Array, theta: float
+    cache: tuple[Array, ...], k_B1KH: Array, slot: Array, start: Array, rotary: Rotary
 ) -> tuple[Array, Array, Array]:
     """Codes [B, 1, K, H], their scales, and the centers."""
     keys, _, scales, _, centers = cache
@@ -160,7 +161,7 @@ def _one_key(
             )
             before = _at(centers, block - 1)
             codes = unpack_halves(held, k_B1KH.shape[-1])
-            center = _next_center(_decoded(codes, scale, before), theta)
+            center = _next_center(_decoded(codes, scale, before), rotary)
             center = jnp.where(due[:, None, None], center, _at(centers, block))
             return centers.at[jnp.arange(len(block)), block].set(center)
 
@@ -171,7 +172,7 @@ def _one_key(
 
 
 def _several_keys(
-    cache: tuple[Array, ...], k_BTKH: Array, slot: Array, start: Array, theta: float
+    cache: tuple[Array, ...], k_BTKH: Array, slot: Array, start: Array, rotary: Rotary
 ) -> tuple[Array, Array, Array]:
     """Codes [B, T, K, H], their scales, and the centers: block after block."""
     keys, _, scales, _, centers = cache
@@ -202,7 +203,7 @@ def _several_keys(
         codes, scale = quantize_heads(keys - center[:, None], LARGEST_HALF)
         whole = jnp.where(new[:, :, None, None], _decoded(codes, scale, center), known)
         following = (number + 1 > 0)[:, None, None]
-        after = jnp.where(following, _next_center(whole, theta), 0.0)
+        after = jnp.where(following, _next_center(whole, rotary), 0.0)
         return after, (codes, scale, center)
 
     numbers = first[None] + jnp.arange(count)[:, None]
@@ -231,10 +232,11 @@ def _decoded(codes: Array, scales: Array, center: Array) -> Array:
     return rounded(codes.astype(jnp.float32) * scales[..., None]) + center[:, None]
 
 
-def _next_center(keys: Array, theta: float) -> Array:
+def _next_center(keys: Array, rotary: Rotary) -> Array:
     """[B, K, H] for the block after one whose keys are [B, BLOCK, K, H]."""
     while keys.shape[1] > 1:  # in a tree: an order that no compiler chooses
         half = keys.shape[1] // 2
         keys = keys[:, :half] + keys[:, half:]
-    cos, sin = (x[BLOCK:] for x in rotary_angles(BLOCK + 1, keys.shape[-1], theta))
+    turning = dataclasses.replace(rotary, attention_factor=1.0)  # keys have theirs
+    cos, sin = (x[BLOCK:] for x in rotary_angles(BLOCK + 1, turning))
     return rotary_embedding(keys * (1.0 / BLOCK), cos, sin)[:, 0]
