@@ -1,17 +1,21 @@
 """Packed inference beside llama.cpp: tokens per second, bytes, bandwidth.
 
-    python benchmarks/decode.py                              # every shape, minutes
+    python benchmarks/decode.py                              # minutes
     python benchmarks/decode.py --shapes=t512 --threads=2 --passes=3 --json
+    python benchmarks/decode.py --shapes=bonsai-1.7b --threads=2 --types=Q2_0,TQ2_0
 
 Random ternary weights; the same weights for llama.cpp as GGUF TQ2_0, and as Q4_0, its
 fastest type (`pip install llama-cpp-python gguf`; without them only our side is
-measured). Embeddings have 8 bits on both sides. Each measurement is a process of its
+measured). Embeddings have 8 bits on both sides; those of `bonsai-1.7b`, which is the
+shape of Ternary Bonsai 1.7B, are ternary, as all of it is, with a scale per 128 weights
+(TQ2_0 has one per 256: it takes every other one). Each measurement is a process of its
 own on as many cores as threads; engines take turns, and medians over the passes are
 printed. Prefill reads 512 tokens; generation draws 128 from an empty context, ours with
 greedy sampling in the loop, llama.cpp's without any sampling.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -25,122 +29,199 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-SHAPES = {  # layers, d, ffn, heads, vocabulary
-    "t512": (8, 512, 1536, 8, 256),
-    "125m": (12, 768, 2048, 12, 32000),
-    "700m": (24, 1536, 4096, 16, 32000),
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A model to measure.
+
+    Attributes:
+      layers, dim, ffn, heads, vocabulary: as everywhere.
+      kv_heads, head_dim: as in `Architecture`, where 0 stands for the usual.
+      family: of its blocks.
+      group: inputs of a weight scale; 0 for one scale per matrix, and an embedding,
+        which is the head too, in 8 bits. With groups it is ternary, as in Bonsai.
+    """
+
+    layers: int
+    dim: int
+    ffn: int
+    heads: int
+    vocabulary: int
+    kv_heads: int = 0
+    head_dim: int = 0
+    family: str = "bitnet"
+    group: int = 0
+
+    @property
+    def linears(self) -> list[tuple[str, str, int, int]]:
+        """Path here, name in GGUF, inputs and outputs of each kernel of a layer."""
+        size = self.head_dim or self.dim // self.heads
+        q, k = self.heads * size, (self.kv_heads or self.heads) * size
+        d, f = self.dim, self.ffn
+        return [
+            ("attn/q_proj", "attn_q", d, q),
+            ("attn/k_proj", "attn_k", d, k),
+            ("attn/v_proj", "attn_v", d, k),
+            ("attn/o_proj", "attn_output", q, d),
+            ("ffn/gate_proj", "ffn_gate", d, f),
+            ("ffn/up_proj", "ffn_up", d, f),
+            ("ffn/down_proj", "ffn_down", f, d),
+        ]
+
+
+SHAPES = {
+    "t512": Shape(8, 512, 1536, 8, 256),
+    "125m": Shape(12, 768, 2048, 12, 32000),
+    "700m": Shape(24, 1536, 4096, 16, 32000),
+    "bonsai-1.7b": Shape(28, 2048, 6144, 16, 151_936, 8, 128, "qwen3", 128),
 }
+USUAL = ("t512", "125m", "700m")  # without --shapes
 PREFILL, GENERATE = 512, 128
 REPEATS = 3  # within a process
-TOY = "toy", (1, 64, 128, 2, 256)
+TOYS = {
+    "toy": Shape(1, 256, 256, 2, 256),
+    "toy-groups": Shape(1, 256, 256, 4, 256, 2, 128, "qwen3", 128),
+}
 KV_DTYPE = "float32"  # our default; llama.cpp keeps 16 bits
 
 
-def linears(shape: str) -> list[tuple[str, str, int, int]]:
-    """Path here, name in GGUF, inputs and outputs of each ternary kernel of a layer."""
-    _, d, f, _, _ = SHAPES[shape]
-    return [
-        ("attn/q_proj", "attn_q", d, d),
-        ("attn/k_proj", "attn_k", d, d),
-        ("attn/v_proj", "attn_v", d, d),
-        ("attn/o_proj", "attn_output", d, d),
-        ("ffn/gate_proj", "ffn_gate", d, f),
-        ("ffn/up_proj", "ffn_up", d, f),
-        ("ffn/down_proj", "ffn_down", f, d),
-    ]
-
-
 def weights(shape: str, layer: int, index: int, k: int, n: int) -> Any:
-    """Random ternary weights [k, n], int8, and their scale."""
+    """Random ternary weights [n, k], int8, and their scales [n, groups], float16."""
     import numpy as np
 
     rng = np.random.default_rng([len(shape), layer, index])
-    return rng.integers(-1, 2, (k, n), np.int8), 1.2 / k**0.5
+    codes = rng.integers(-1, 2, (n, k), np.int8)
+    groups = k // SHAPES[shape].group if SHAPES[shape].group else 1
+    scales = np.full((n, groups), 1.2 / k**0.5, np.float16)
+    if groups > 1:
+        scales *= rng.uniform(0.5, 1.5, scales.shape).astype(np.float16)
+    return codes, scales
 
 
 def embedding(shape: str) -> Any:
     import numpy as np
 
-    _, d, _, _, v = SHAPES[shape]
-    return np.random.default_rng(0).normal(0, 0.02, (v, d)).astype(np.float32)
+    chosen = SHAPES[shape]
+    rng = np.random.default_rng(0)
+    return rng.normal(0, 0.02, (chosen.vocabulary, chosen.dim)).astype(np.float32)
 
 
 # -- Writing the models -----------------------------------------------------------
 
 
-def write_vaani(shape: str, folder: pathlib.Path) -> None:
+def write_vaani(shape: str, folder: pathlib.Path, activations: str) -> None:
+    """A packed folder; ``activations`` are by "token", or by groups of so many."""
     import jax.numpy as jnp
+    import numpy as np
 
-    from vaani_jax.inference.model import Model, save_packed
+    from vaani_jax.inference.packed_writer import PackedWriter
     from vaani_jax.model.transformer import Vaani
-    from vaani_jax.quant.packed import pack, pack_rows
+    from vaani_jax.quant.packed import pack_rows
+    from vaani_jax.runs.metadata import Metadata
     from vaani_jax.text.tokenizers import ByteTokenizer
 
-    layers, d, f, heads, v = SHAPES[shape]
+    s = SHAPES[shape]
     module = Vaani().changed(
-        vocab_size=v,
-        dim=d,
-        n_layers=layers,
-        n_heads=heads,
-        ffn_dim=f,
+        vocab_size=s.vocabulary,
+        dim=s.dim,
+        n_layers=s.layers,
+        n_heads=s.heads,
+        n_kv_heads=s.kv_heads,
+        head_dim=s.head_dim,
+        ffn_dim=s.ffn,
         max_seq_len=2048,
+        family=s.family,
+        sub_norms=s.family == "bitnet",
     )
-    norm = {"scale": jnp.ones(d)}
-    params: dict[str, Any] = {
-        "embedding": pack_rows(jnp.asarray(embedding(shape))),
-        "final_norm": norm,
-    }
-    for i in range(layers):
-        layer: dict[str, Any] = {
-            "attn_norm": norm,
-            "ffn_norm": norm,
-            "attn": {"sub_norm": norm},
-            "ffn": {"sub_norm": {"scale": jnp.ones(f)}},
-        }
-        for index, (path, _, k, n) in enumerate(linears(shape)):
-            part, name = path.split("/")
-            codes, scale = weights(shape, i, index, k, n)
-            layer[part][name] = {"kernel": pack(codes, jnp.float32(scale))}
-        params[f"layers_{i}"] = layer
-    model = Model(module, {"params": params, "quant": {}}, ByteTokenizer())
-    save_packed(model, folder)
+    if s.group:
+        module = module.changed(
+            weight_scale="stored",
+            weight_granularity="group",
+            weight_group=s.group,
+            scale_dtype="float16",
+            ternary_embedding=True,
+        )
+    if activations != "token":
+        module = module.changed(
+            activation_tracking="group", activation_group=int(activations)
+        )
+    metadata = Metadata.of(module, ByteTokenizer().to_json())
+    folder.mkdir()
+    shared = "" if s.group else "tensor"
+    rounding: Any = "float32" if s.group else "int8"
+    with PackedWriter(folder, module, metadata, rounding) as writer:
+        if s.group:
+            codes, scales = weights(shape, s.layers, 0, s.dim, s.vocabulary)
+            writer.ternary(("embedding",), codes, scales)
+        else:
+            writer.rows(("embedding",), pack_rows(jnp.asarray(embedding(shape))))
+        for i in range(s.layers):
+            layer = f"layers_{i}"
+            for index, (path, _, k, n) in enumerate(s.linears):
+                codes, scales = weights(shape, i, index, k, n)
+                writer.ternary(
+                    (layer, *path.split("/"), "kernel"), codes, scales, shared
+                )
+        for name, size in writer.left():
+            writer.floats(name, np.ones(size, np.float32))  # norms
 
 
 def write_gguf(shape: str, kind: str, path: pathlib.Path) -> None:
+    """A file for llama.cpp; types with larger blocks than groups take fewer scales."""
     import gguf
     import numpy as np
     from gguf.quants import quantize
 
-    layers, d, f, heads, v = SHAPES[shape]
-    writer = gguf.GGUFWriter(str(path), "bitnet")
+    from vaani_jax.interop.formats.gguf import add_tensor
+    from vaani_jax.interop.formats.gguf_types import TYPES
+
+    s = SHAPES[shape]
+    writer = gguf.GGUFWriter(str(path), s.family)
     writer.add_context_length(2048)
-    writer.add_embedding_length(d)
-    writer.add_block_count(layers)
-    writer.add_feed_forward_length(f)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(heads)
+    writer.add_embedding_length(s.dim)
+    writer.add_block_count(s.layers)
+    writer.add_feed_forward_length(s.ffn)
+    writer.add_head_count(s.heads)
+    writer.add_head_count_kv(s.kv_heads or s.heads)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(500_000.0)
-    writer.add_rope_dimension_count(d // heads)
-    writer.add_vocab_size(v)
+    if s.head_dim:
+        writer.add_key_length(s.head_dim)
+        writer.add_value_length(s.head_dim)
+    writer.add_rope_dimension_count(s.head_dim or s.dim // s.heads)
+    writer.add_vocab_size(s.vocabulary)
     writer.add_tokenizer_model("none")
-    target = gguf.GGMLQuantizationType[kind]
 
-    def add(name: str, values: Any, dtype: Any) -> None:
-        writer.add_tensor(name, quantize(values, dtype), raw_dtype=dtype)
+    def add(name: str, codes: Any, scales: Any) -> None:
+        known = TYPES.get(kind)
+        if known is not None and known.encode is not None:
+            blocks = codes.shape[1] // known.block
+            at = np.arange(blocks) * scales.shape[1] // blocks
+            data = known.encode(codes, scales[:, at]).reshape(len(codes), -1)
+            return add_tensor(writer, name, data, known)
+        target = gguf.GGMLQuantizationType[kind]
+        wide = np.repeat(
+            scales.astype(np.float32), codes.shape[1] // scales.shape[1], 1
+        )
+        writer.add_tensor(name, quantize(codes * wide, target), raw_dtype=target)
 
-    q8 = gguf.GGMLQuantizationType.Q8_0
-    add("token_embd.weight", embedding(shape), q8)
-    one = np.ones(d, np.float32)
-    writer.add_tensor("output_norm.weight", one)
-    for i in range(layers):
-        for index, (_, name, k, n) in enumerate(linears(shape)):
-            codes, scale = weights(shape, i, index, k, n)
-            values = np.ascontiguousarray(codes.T.astype(np.float32) * scale)
-            add(f"blk.{i}.{name}.weight", values, target)
-        for name in ("attn_norm", "attn_sub_norm", "ffn_norm"):
-            writer.add_tensor(f"blk.{i}.{name}.weight", one)
-        writer.add_tensor(f"blk.{i}.ffn_sub_norm.weight", np.ones(f, np.float32))
+    if s.group:
+        add("token_embd.weight", *weights(shape, s.layers, 0, s.dim, s.vocabulary))
+    else:
+        q8 = gguf.GGMLQuantizationType.Q8_0
+        data = quantize(embedding(shape), q8)
+        writer.add_tensor("token_embd.weight", data, raw_dtype=q8)
+    norms = {"attn_norm": s.dim, "ffn_norm": s.dim}
+    if s.family == "bitnet":
+        norms |= {"attn_sub_norm": s.dim, "ffn_sub_norm": s.ffn}
+    else:
+        norms |= {"attn_q_norm": s.head_dim, "attn_k_norm": s.head_dim}
+    writer.add_tensor("output_norm.weight", np.ones(s.dim, np.float32))
+    for i in range(s.layers):
+        for index, (_, name, k, n) in enumerate(s.linears):
+            add(f"blk.{i}.{name}.weight", *weights(shape, i, index, k, n))
+        for name, size in norms.items():
+            writer.add_tensor(f"blk.{i}.{name}.weight", np.ones(size, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -300,12 +381,18 @@ def use_toy_sizes() -> None:
     global PREFILL, GENERATE, REPEATS
     PREFILL, GENERATE, REPEATS = 32, 8, 1
     SHAPES.clear()
-    SHAPES.update([TOY])
+    SHAPES.update(TOYS)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default="", help="all, where not given")
+    usual = ",".join(USUAL)
+    parser.add_argument("--shapes", default=usual, help=f"of {', '.join(SHAPES)}")
+    parser.add_argument(
+        "--activations",
+        default="token",
+        help="ours are rounded by token, or by groups of inputs (llama.cpp's: 32)",
+    )
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--toy", action="store_true", help="seconds: does it run?")
@@ -316,7 +403,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.toy:
         use_toy_sizes()
-        options.threads, options.passes = "1", 1
+        options.threads, options.passes, options.shapes = "1", 1, ",".join(SHAPES)
     if options.work:
         engine, path, threads = options.work
         if engine == "vaani":
@@ -330,10 +417,10 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     kinds = options.types.split(",") if options.types and have_llama() else []
     results: list[dict[str, Any]] = []
-    for shape in options.shapes.split(",") if options.shapes else SHAPES:
-        paths = {"vaani": folder / f"{shape}-vaani"}
+    for shape in options.shapes.split(","):
+        paths = {"vaani": folder / f"{shape}-vaani-{options.activations}"}
         if not paths["vaani"].exists():
-            write_vaani(shape, paths["vaani"])
+            write_vaani(shape, paths["vaani"], options.activations)
         for kind in kinds:
             paths[kind] = folder / f"{shape}-{kind}.gguf"
             if not paths[kind].exists():
@@ -374,8 +461,9 @@ def main() -> None:
 def show(result: dict[str, Any]) -> None:
     rows = result["engines"]
     ours = rows[0]
-    layers, d, f, _, _ = SHAPES[result["shape"]]
-    macs = layers * (4 * d * d + 3 * d * f) / 1e9  # of the ternary kernels, per token
+    shape = SHAPES[result["shape"]]
+    # Of the ternary kernels of the layers, per token.
+    macs = shape.layers * sum(k * n for _, _, k, n in shape.linears) / 1e9
     read = result.get("read_GB/s", float("nan"))
     multiply = result.get("vpdpbusd_GMAC/s", float("nan"))
     print(

@@ -118,6 +118,15 @@ class PackedWriter:
         self._write(f"{name}.codes", part.codes)
         self._write(f"{name}.scale", part.scale)
 
+    def left(self) -> list[tuple[Path, tuple[int, ...]]]:
+        """Paths and shapes of the parameters that nothing was written of yet."""
+        names = [name for name in self._shapes if not self._writer.done(name)]
+        return [
+            (tuple(name.split("/")[1:]), self._shapes[name][0])
+            for name in names
+            if name.startswith("params/")
+        ]
+
     def floats(self, path: Path, part: np.ndarray | jax.Array) -> None:
         """The next rows of a parameter in floats."""
         self._write("/".join(("params", *path)), part)

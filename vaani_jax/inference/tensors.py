@@ -93,6 +93,10 @@ class TensorWriter:
         self._file.write(np.ascontiguousarray(part).data)
         self._done[name] = done + part.nbytes
 
+    def done(self, name: str) -> int:
+        """How many bytes of an array are written."""
+        return self._done[name]
+
     def __enter__(self) -> "TensorWriter":
         return self
 

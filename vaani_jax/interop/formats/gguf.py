@@ -236,7 +236,7 @@ def write(
         _write_vocabulary(writer, vocabulary)
         factors = gguf_rotary.to_factors(architecture)
         if factors is not None:
-            _add(writer, gguf_rotary.FACTORS, factors, TYPES["F32"])
+            add_tensor(writer, gguf_rotary.FACTORS, factors, TYPES["F32"])
         for tensor in tensors(architecture):
             array, scale = take(tensor)
             if tensor.kind in ("linear", "head"):
@@ -250,16 +250,16 @@ def write(
             if scale is not None:
                 coded = TYPES[kind.upper()]
                 blocks, beside = _coded(array, scale, coded, tensor.gguf_name)
-                _add(writer, tensor.gguf_name, blocks, coded)
+                add_tensor(writer, tensor.gguf_name, blocks, coded)
                 if beside is not None:
-                    _add(writer, f"{tensor.gguf}.scale", beside, TYPES["F32"])
+                    add_tensor(writer, f"{tensor.gguf}.scale", beside, TYPES["F32"])
                 continue
             kept = TYPES["F32"]
             if tensor.kind == "linear":
                 kept = TYPES[kind.upper()]
             elif tensor.kind in ("embedding", "head") and embedding == "float16":
                 kept = TYPES["F16"]
-            _add(writer, tensor.gguf_name, _stored(array, kept), kept)
+            add_tensor(writer, tensor.gguf_name, _stored(array, kept), kept)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -267,7 +267,7 @@ def write(
         writer.close()
 
 
-def _add(writer: Any, label: str, data: np.ndarray, kind: Type) -> None:
+def add_tensor(writer: Any, label: str, data: np.ndarray, kind: Type) -> None:
     """Adds a tensor, given as its numbers or as bytes [rows, bytes].
 
     The package derives the shape of bytes from a table of types, which has no Q2_0. It
