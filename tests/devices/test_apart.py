@@ -45,15 +45,9 @@ PARAMETERS = KERNELS + 128 * 64 + 2 * (3 * 64 + 192) + 64
 MODELS = {
     "ternary": MODEL,
     "drawn": MODEL.changed(dropout=0.2, activation_tracking="ema", remat=True),
-    "untied": MODEL.changed(
-        tie_embeddings=False,
-        scan_layers=False,
-        wire="int8",
-        qk_norm=True,
-        attention_bias=True,
-    ),
+    "untied": MODEL.changed(tie_embeddings=False, scan_layers=False, wire="int8"),
     "head": MODEL.changed(ternary_head=True, wire="float"),
-    "twin": MODEL.changed(quantize=False),
+    "twin": MODEL.changed(quantize=False, qk_norm=True, attention_bias=True),
 }
 
 
