@@ -46,7 +46,7 @@ class Scripted:
         self.tokenizer, self.answers, self.step = tokenizer, list(answers), step
         self.reused, self.read = 0, []
 
-    def continued(self, text, *, max_new_tokens, sampler, seed, ends):
+    def continued(self, text, *, max_new_tokens, sampler, seed, ends, reading):
         self.read.append(self.tokenizer.decode(text))
         answer = self.answers.pop(0)
         ids = answer if isinstance(answer, list) else self.tokenizer.encode(answer)

@@ -73,8 +73,9 @@ def texts():
         ({"packed": True}, None),
         ({"packed": True}, "bfloat16"),
         ({"packed": True}, "int8"),
+        ({"packed": True}, "int4"),
     ],
-    ids=["masters", "full precision", "packed", "bfloat16", "int8"],
+    ids=["masters", "full precision", "packed", "bfloat16", "int8", "int4"],
 )
 def test_what_is_drawn_is_what_the_whole_text_gives(kind, kv_dtype):
     model = model_of(**kind)
@@ -91,7 +92,7 @@ def test_what_is_drawn_is_what_the_whole_text_gives(kind, kv_dtype):
     assert np.mean(np.asarray(reused) > 5) > 0.5
 
 
-@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+@pytest.mark.parametrize("kv_dtype", [None, "int8", "int4"])
 def test_logits_and_cache_are_those_of_one_reading(kv_dtype):
     """To the bit where the project promises bits."""
     model = model_of(packed=True)
@@ -174,6 +175,44 @@ def test_the_cache_grows_and_the_end_of_the_context_is_read_in_pieces(readings):
     assert (capacities[0], capacities[-1]) == (32, CONTEXT)
     assert readings.count(("prefill", 16)) > 0
     assert ("read_on", 1) in readings  # in the last slots, of which 16 are too many
+
+
+def test_what_is_read_is_told_and_a_large_cache_is_said(monkeypatch):
+    """Of a turn, what is new; a cache is said, and checked, where it is made."""
+    monkeypatch.setattr(generate_module, "PIECE", 16)
+    checked, said, told = [], list[str](), []
+
+    def room(module, prompts, **options):
+        checked.append(len(prompts[0]))
+        return "large"
+
+    monkeypatch.setattr(generate_module, "room_for", room)
+    session = Session(model_of(packed=True), segment=4, notify=said.append)
+    text = text_of(80)
+
+    def reading(done, total):
+        told.append((done, total))
+
+    answer = drawn(session, text[:20], 4, reading=reading)
+    assert (checked, said) == ([20], ["large"])
+    assert told == [(16, 20), (20, 20)]
+    turn = np.concatenate([text[:20], answer, text[20:52]])
+    told.clear()
+    found = drawn(session, turn, 4, reading=reading)
+    assert told == [(16, 32), (32, 32)]
+    assert checked == [20, len(turn)]  # a larger one
+    np.testing.assert_array_equal(
+        found, drawn(Session(model_of(packed=True), segment=4), turn, 4)
+    )
+    drawn(session, turn, 4)
+    assert len(said) == 2  # one that is there is none to be made
+
+    def no_room(*_, **__):
+        raise VaaniError("no room")
+
+    monkeypatch.setattr(generate_module, "room_for", no_room)
+    with pytest.raises(VaaniError, match="no room"):
+        drawn(session, text[::-1][:30], 4)
 
 
 def test_pieces_fit_what_room_there_is():

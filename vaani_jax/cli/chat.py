@@ -70,7 +70,7 @@ def _variable(text: str) -> tuple[str, Any]:
 
 
 def run(options: argparse.Namespace) -> int:
-    from vaani_jax.cli.generate import keep_compiled
+    from vaani_jax.cli.generate import Progress, keep_compiled
     from vaani_jax.devices.memory import return_freed_memory
     from vaani_jax.inference.conversation import Conversation
     from vaani_jax.inference.model import load
@@ -94,6 +94,7 @@ def run(options: argparse.Namespace) -> int:
         segment=options.segment,
         variables=dict(options.variable),
         notify=notify,
+        progress=Progress,
     )
     notify(f"sampling: {source}")
     talk(conversation, stats=options.stats)

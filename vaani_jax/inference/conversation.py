@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vaani_jax.errors import VaaniError
-from vaani_jax.inference.generate import SEGMENT, Session
+from vaani_jax.inference.generate import SEGMENT, Reading, Session
 from vaani_jax.inference.model import Model
 from vaani_jax.inference.sampling import SamplerConfig
 from vaani_jax.settings import LARGEST_SEED
@@ -84,6 +84,7 @@ class Conversation:
         segment: int = SEGMENT,
         variables: Mapping[str, Any] | None = None,
         notify: Callable[[str], None] = print,
+        progress: Callable[[], Reading] | None = None,
     ) -> None:
         """Begins a chat; the model reads nothing yet.
 
@@ -96,7 +97,8 @@ class Conversation:
           seed: of the first answer; the next ones count on from it.
           kv_dtype, segment: see `inference.generate.segments`.
           variables: of the template, see `ChatTemplate.render`.
-          notify: receives a line where messages are dropped.
+          notify: receives a line where messages are dropped, or a cache is large.
+          progress: makes what is told, for each message, how much of it has been read.
 
         Raises VaaniError where the template fails on a chat that only begins.
         """
@@ -105,8 +107,10 @@ class Conversation:
         self._model, self._template = model, template
         self._variables = dict(variables or {})
         self._sampler, self._most, self._seed = sampler, max_new_tokens, seed
-        self._notify = notify
-        self._session = Session(model, kv_dtype=kv_dtype, segment=segment)
+        self._notify, self._progress = notify, progress
+        self._session = Session(
+            model, kv_dtype=kv_dtype, segment=segment, notify=notify
+        )
         self.begin(system)
         self._ending = find_ending(model.tokenizer, template, self._variables)
 
@@ -141,6 +145,7 @@ class Conversation:
                 sampler=self._sampler,
                 seed=(self._seed + self.answers) % (LARGEST_SEED + 1),
                 ends=self._ending.ids,
+                reading=self._progress and self._progress(),
             ):
                 if not drawn:
                     first, waited = len(new), time.perf_counter()

@@ -615,18 +615,25 @@ class Session:
     """
 
     def __init__(
-        self, model: Model, *, kv_dtype: str | None = None, segment: int = SEGMENT
+        self,
+        model: Model,
+        *,
+        kv_dtype: str | None = None,
+        segment: int = SEGMENT,
+        notify: Callable[[str], None] | None = None,
     ) -> None:
         """Begins with an empty cache.
 
         Args:
           model: packed or not.
           kv_dtype, segment: see `segments`.
+          notify: receives a line on a large cache, before it is made.
 
         Raises VaaniError where a segment has no token.
         """
         _check_counts(1, 1, segment)
         self._model, self._kv_dtype, self._segment = model, kv_dtype, segment
+        self._notify = notify
         self._cache: KVCache | None = None
         self.held = np.zeros(0, np.int32)
         self.reused = 0
@@ -639,6 +646,7 @@ class Session:
         sampler: SamplerConfig = SamplerConfig(),
         seed: int = 0,
         ends: Sequence[int] = (),
+        reading: Reading | None = None,
     ) -> Generator[np.ndarray, None, None]:
         """Continues a text, a segment at a time.
 
@@ -648,12 +656,14 @@ class Session:
           sampler: how.
           seed: equal seeds draw equal tokens.
           ends: ids that end it.
+          reading: is told how much of what is new has been read, piece by piece.
 
         Yields:
           Ids [n], int32; the last one of all may be of ``ends``.
 
         Raises:
-          VaaniError: an empty text, or one that fills the context; nothing asked for.
+          VaaniError: an empty text, or one that fills the context; nothing asked for;
+            or a cache that the free memory can't hold.
         """
         (ids,) = _split(text)
         _check_counts(max_new_tokens, 1, self._segment)
@@ -666,7 +676,8 @@ class Session:
                 f" {module.architecture.max_seq_len:,}: nothing can follow"
             )
         wanted = min(max_new_tokens, room)
-        logits, cache = self._read(ids, wanted)
+        logits, cache = self._read(ids, wanted, reading)
+        variables = with_angles(module, model.variables, cache.capacity)
         allowed = _allowed(model.tokenizer, module.architecture.vocab_size)
         key = jax.random.key(seed)
         drawn, ended = 0, False
@@ -679,7 +690,7 @@ class Session:
                 module,
                 sampler,
                 steps,
-                with_angles(module, model.variables, cache.capacity),
+                variables,
                 logits,
                 cache,
                 key,
@@ -698,9 +709,11 @@ class Session:
     def _forget(self) -> None:
         self._cache, self.held = None, self.held[:0]
 
-    def _read(self, ids: np.ndarray, ahead: int) -> tuple[Array, KVCache]:
+    def _read(
+        self, ids: np.ndarray, ahead: int, reading: Reading | None = None
+    ) -> tuple[Array, KVCache]:
         """Logits [1, V] after a text, and a cache with room for what is ahead."""
-        context = self._model.architecture.max_seq_len
+        module, context = self._model.module, self._model.architecture.max_seq_len
         capacity = capacity_for(len(ids), ahead, self._segment, context)
         # At least the last one is read: its logits are asked for.
         n = min(len(ids) - 1, len(self.held))
@@ -708,27 +721,31 @@ class Session:
         begin = int(differs.argmax()) if differs.any() else n
         cache, self.reused = self._cache, begin
         self._forget()
-        module, variables = self._model.module, self._model.variables
         if begin == 0:
             cache = None  # before there is another
+        if cache is not None and cache.capacity >= capacity:
+            capacity = cache.capacity
+        else:
+            self._check_room(ids, ahead)
+        variables = with_angles(module, self._model.variables, capacity)
         if cache is None:
             tokens, length, start = _align([ids], context)
             logits, cache = read(
                 module,
-                with_angles(module, variables, capacity),
+                variables,
                 tokens,
                 length,
                 start,
                 capacity=capacity,
                 kv_dtype=self._kv_dtype,
+                reading=reading,
             )
         else:
             if cache.capacity < capacity:
                 cache = _grown(cache, module, capacity, self._kv_dtype)
-            variables = with_angles(module, variables, cache.capacity)
+            most = piece_length(module, 1, capacity)
             while begin < len(ids):
-                wanted = min(len(ids) - begin, piece_length(module, 1, cache.capacity))
-                padded = _piece(wanted, cache.capacity - begin)
+                padded = _piece(min(most, len(ids) - begin), capacity - begin)
                 part = ids[begin : begin + padded]
                 tokens = np.zeros((1, padded), np.int32)
                 tokens[0, : len(part)] = part
@@ -741,8 +758,23 @@ class Session:
                 )
                 begin += len(part)
                 cache = _shortened(cache, begin)
+                if reading is not None:
+                    logits.block_until_ready()
+                    reading(begin - self.reused, len(ids) - self.reused)
         self._cache, self.held = cache, ids
         return logits, cache
+
+    def _check_room(self, ids: np.ndarray, ahead: int) -> None:
+        """Says what a new cache takes; VaaniError where the memory can't hold it."""
+        line = room_for(
+            self._model.module,
+            [ids],
+            max_new_tokens=ahead,
+            kv_dtype=self._kv_dtype,
+            segment=self._segment,
+        )
+        if line and self._notify is not None:
+            self._notify(line)
 
 
 def _shortened(cache: KVCache, length: int) -> KVCache:
