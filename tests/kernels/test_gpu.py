@@ -15,7 +15,7 @@ from vaani_jax.inference.model import Model, pack_model
 from vaani_jax.inference.sampling import SamplerConfig
 from vaani_jax.kernels import choice, gpu, gpu_attention, tiles
 from vaani_jax.kernels.floats import rms_norm
-from vaani_jax.model import attention, transformer
+from vaani_jax.model import attention, codes, transformer
 from vaani_jax.model.rotary import rotary_angles, rotary_embedding
 from vaani_jax.model.transformer import Vaani, init_variables
 from vaani_jax.quant.packed import PackedTernary, pack
@@ -132,10 +132,11 @@ def test_a_token_attends_as_step_by_step(
     rotary = jnp.asarray(cos)[since][:, None], jnp.asarray(sin)[since][:, None]
     at = jnp.asarray([position], jnp.int32)
     y, new = attention._decoded(q, k, v, rotary, cache, at, start)
-    expected = codes.write(cache, rotary_embedding(k, *rotary), v, at[0], None, 1e4)
-    assert_equal_bits(new, expected)
+    turned = rotary_embedding(k, *rotary)
+    keys, values = codes.write(cache, turned, v, at[0], None, 1e4)
+    assert_equal_bits(new, (keys, values))
     turned = rotary_embedding(q, *rotary)
-    reference = attention.cached_attention(turned, *expected, at, start)
+    reference = attention.cached_attention(turned, keys, values, at, start)
     error = np.abs(np.asarray(y - reference, np.float32)).max()
     assert error < (1e-6 if dtype == jnp.float32 else 0.02)
 
