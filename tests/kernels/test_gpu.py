@@ -135,10 +135,10 @@ def test_a_token_attends_as_step_by_step(
     at = jnp.asarray([position], jnp.int32)
     y, new = attention._decoded(q, k, v, rotary, cache, at, start)
     turned = rotary_embedding(k, *rotary)
-    expected = codes.write(cache, turned, v, at[0], None, rotary_of)
-    assert_equal_bits(new, expected)
+    keys, values = codes.write(cache, turned, v, at[0], None, rotary_of)
+    assert_equal_bits(new, (keys, values))
     turned = rotary_embedding(q, *rotary)
-    reference = attention.cached_attention(turned, *expected, at, start)
+    reference = attention.cached_attention(turned, keys, values, at, start)
     error = np.abs(np.asarray(y - reference, np.float32)).max()
     assert error < (1e-6 if dtype == jnp.float32 else 0.02)
 
