@@ -20,6 +20,7 @@ setup(
             depends=[
                 "vaani_jax/kernels/cpu/floats.inc",
                 "vaani_jax/kernels/cpu/groups.inc",
+                "vaani_jax/kernels/cpu/attention.inc",
             ],
             include_dirs=[jax.ffi.include_dir()],
             language="c++",

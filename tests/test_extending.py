@@ -26,7 +26,7 @@ from vaani_jax.inference.sampling import FILTERS, Filter, SamplerConfig, sample_
 from vaani_jax.interop.convert import _check_holdable as check_holdable
 from vaani_jax.interop.convert import export_model
 from vaani_jax.interop.formats import FORMATS, Format
-from vaani_jax.interop.formats.hf import put
+from vaani_jax.interop.formats.source import put
 from vaani_jax.interop.names import tensors
 from vaani_jax.model.activations import ACTIVATIONS
 from vaani_jax.model.families import FAMILIES, Family
@@ -35,6 +35,7 @@ from vaani_jax.model.rotary import SCALINGS, Scaling, rotary_angles
 from vaani_jax.model.transformer import Vaani
 from vaani_jax.runs.curves import plot_curves
 from vaani_jax.runs.metrics import METRICS, Metric, read_rows
+from vaani_jax.text.chat import TEMPLATES, find_template
 from vaani_jax.text.tokenizers import TOKENIZERS, ByteTokenizer, Kind, from_json
 from vaani_jax.train import display as display_module
 from vaani_jax.train.config import from_dict
@@ -226,6 +227,14 @@ def test_a_tokenizer_and_a_source_feed_a_corpus(monkeypatch):
     split = split_tokens(config, corpus, tokenizer, 16)
     assert tokenizer.decode(split.train).startswith("to be, or not")
     assert isinstance(from_json(tokenizer.to_json()), Lower)
+
+
+def test_a_template_writes_a_chat(monkeypatch):
+    source = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    monkeypatch.setitem(TEMPLATES, "play", source)
+    template = find_template(ByteTokenizer(), "play")
+    chat = [{"role": "ROMEO", "content": "Ay me."}]
+    assert template.render(chat) == "ROMEO: Ay me.\n"
 
 
 def test_a_metric_shows_in_the_line_and_the_curves(monkeypatch, tmp_path):

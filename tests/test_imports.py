@@ -46,6 +46,7 @@ CONFINED = {
     "safetensors": {"interop.formats.hf"},
     "gguf": {"interop.formats.gguf"},
     "tokenizers": {"text.tokenizers"},
+    "jinja2": {"text.rendering"},
 }
 # The face of the package: it names what lies above, and imports it when it is used.
 FACE = "__init__"
@@ -163,7 +164,8 @@ def test_nothing_that_is_read_is_executed():
         assert not called & {"eval", "exec", "compile", "__import__"}, file.name
         # A template comes with a model: what it may do is for the sandbox to say.
         names = {n for n in _imported(file) if n.partition(".")[0] == "jinja2"}
-        assert all(name.startswith("jinja2.sandbox") for name in names), file.name
+        parts = ("jinja2.sandbox", "jinja2.ext", "jinja2.nodes")  # syntax, at most
+        assert all(name.startswith(parts) for name in names), file.name
 
 
 def test_nobody_imports_the_entry_point():

@@ -33,6 +33,11 @@ TABLES = {
     ],
     "gguf_parity": [r"4 windows of 64 tokens", r"\| Vaani \| \| \d"],
     "interop": [r"\| export tq2_0 \| \d", r"\| import packed \| \d"],
+    "kv_cache": [
+        r"float32 .* 100% .* 16 of 16 tokens",
+        r"int4, not centered +\S +\d",
+        r"int4 +\S +1 \S +\d",
+    ],
     "law": [r"packed, 4 together +\S +6 of 6 \S +200 of 200 \S +120 of 120"],
     "plan": [r"debug, 2 device\(s\) +\d", r"micro_batch( +[\d.]+){4}"],
     "train_step": [r"Vaani, ternary +\d", r"with the tuner +\d", r"twin +\d"],

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
@@ -14,6 +15,7 @@ from rich.console import Console
 from vaani_jax import cli
 from vaani_jax.cli import generate as generate_command
 from vaani_jax.inference import generate as generate_module
+from vaani_jax.inference import room
 from vaani_jax.model.cache import KVCache
 from vaani_jax.text.tokenizers import ByteTokenizer
 from vaani_jax.train.config import from_dict
@@ -156,7 +158,7 @@ def test_generate_with_another_cache_and_other_segments(workdir, capsys):
         assert capsys.readouterr().out == expected
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
 def test_the_cache_has_the_dtype_that_was_asked_for(
     workdir, capsys, monkeypatch, dtype
 ):
@@ -171,15 +173,46 @@ def test_the_cache_has_the_dtype_that_was_asked_for(
 
     monkeypatch.setattr(KVCache, "create", classmethod(spy))
     # A length that no other test compiles: the cache is made while it is traced.
-    segment = {"bfloat16": "11", "int8": "13"}[dtype]
+    segment = {"bfloat16": "11", "int8": "13", "int4": "14"}[dtype]
     command = ["generate", "--workdir", str(workdir), "--prompt", "abcd", "--greedy"]
     command += ["--max-new-tokens", "9", "--segment", segment, "--kv-dtype", dtype]
     assert cli.main(command) == 0
     assert capsys.readouterr().out.startswith("abcd")
     assert made
-    assert {x.dtype for cache in made for x in (*cache.keys, *cache.values)} == {
-        jnp.dtype(dtype)
-    }
+    held = jnp.dtype("uint8" if dtype == "int4" else dtype)
+    assert {x.dtype for cache in made for x in (*cache.keys, *cache.values)} == {held}
+
+
+def test_memory_is_said_before_it_is_taken(workdir, capsys, monkeypatch):
+    command = ["generate", "--workdir", str(workdir), "--prompt", "abcd"]
+    command += ["--max-new-tokens", "9"]
+    monkeypatch.setattr(room, "LARGE", 0)
+    assert cli.main(command) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("abcd")
+    (line,) = captured.err.splitlines()
+    assert re.fullmatch(
+        r"the cache of keys and values takes 2\.57 kB in float32: 20 tokens;"
+        r" --kv-dtype makes it bfloat16 1\.29 kB, int8 968 B, int4 1\.67 kB",
+        line,
+    )
+    monkeypatch.setattr(room, "available_memory", lambda: 3000)
+    assert cli.main(command) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""  # not even the prompt
+    assert re.search("3 kB of memory are free: none of --kv-dtype fits", captured.err)
+
+
+def test_the_reading_of_a_long_prompt_is_shown(workdir, capsys, monkeypatch):
+    monkeypatch.setattr(generate_module, "PIECE", 16)
+    monkeypatch.setattr(generate_command.Progress, "SECONDS", 0.0)
+    command = ["generate", "--workdir", str(workdir), "--prompt", "abcd efgh abcd efgh"]
+    assert cli.main([*command, "--max-new-tokens", "1"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert re.fullmatch(
+        r"16 of 19 tokens of the prompt are read, [\d,]+ a second", lines[0]
+    )
 
 
 def test_prompt_files_that_cannot_be_read(workdir, tmp_path, capsys):

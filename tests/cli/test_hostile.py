@@ -98,6 +98,7 @@ def run_command(arguments: list[str]) -> str:
 # What a command can't do without; a flag that is tried replaces its own.
 NEEDED = {
     "generate": {"--workdir": NOWHERE},
+    "chat": {"--workdir": NOWHERE},
     "evaluate": {"--workdir": NOWHERE},
     "pack": {"--workdir": NOWHERE, "--output": f"{NOWHERE}/out"},
     "export": {"--workdir": NOWHERE, "--output": f"{NOWHERE}/out", "--format": "hf"},

@@ -12,12 +12,15 @@ from structure import same_structure
 
 from vaani_jax.errors import VaaniError
 from vaani_jax.inference import generate as generate_module
+from vaani_jax.inference import room
 from vaani_jax.inference.generate import (
     SEGMENT,
     batches,
     decode,
     generate,
     prefill,
+    read_on,
+    room_for,
     row_bytes,
     segments,
     stream,
@@ -26,9 +29,11 @@ from vaani_jax.inference.generate import (
 from vaani_jax.inference.model import Model
 from vaani_jax.inference.sampling import SamplerConfig, sample_token
 from vaani_jax.kernels.floats import log_likelihood, native
-from vaani_jax.model.transformer import Vaani, init_variables, unrolled
+from vaani_jax.model.cache import KVCache
+from vaani_jax.model.transformer import Vaani, init_variables, unrolled, with_angles
 from vaani_jax.text.tokenizers import CharTokenizer
 from vaani_jax.train.config import SampleConfig
+from vaani_jax.words import size
 
 CONTEXT = 24
 CONFIG = Vaani().changed(
@@ -44,6 +49,7 @@ CONFIG = Vaani().changed(
 TWIN = CONFIG.changed(quantize=False)
 GREEDY = SamplerConfig(temperature=0.0)
 WARM = SamplerConfig(temperature=1.0)
+TOKENS = np.arange(16, dtype=np.int32)[None]
 
 
 @functools.cache
@@ -146,6 +152,85 @@ def test_samples_of_a_prompt_are_the_same_in_any_batch(kv_dtype):
     assert np.mean(found[0] != found[2]) > 0.3
     same = np.stack([prompt_of(9), prompt_of(9)])  # rows of a matrix are prompts
     np.testing.assert_array_equal(draw(same)[:2], found[2:4])
+
+
+LONG = CONFIG.changed(max_seq_len=300, n_kv_heads=1, n_layers=2)
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8", "int4"])
+def test_long_prompts_are_read_in_pieces_as_at_once(kv_dtype, monkeypatch):
+    """Alone and in a batch, whose rows begin anywhere in a piece."""
+    model, prompts = model_of(LONG), [prompt_of(n) for n in (150, 3, 77, 200)]
+    told: list[tuple[int, int]] = []
+
+    def drawn(prompts):
+        found = list(
+            segments(
+                model,
+                prompts,
+                max_new_tokens=70,
+                sampler=GREEDY,
+                kv_dtype=kv_dtype,
+                scored=True,
+                reading=lambda *counts: told.append(counts),
+            )
+        )
+        return (
+            np.concatenate([part.ids for part in found], axis=1),
+            np.concatenate([part.scores for part in found], axis=1),
+        )
+
+    ids, scores = drawn(prompts)
+    assert len(np.unique(ids)) > 8  # a loop of a few tokens would prove little
+    assert not told  # nothing of this is long
+    for row, prompt in enumerate(prompts):
+        alone, own = drawn(prompt)
+        np.testing.assert_array_equal(alone[0], ids[row])
+        if native():
+            np.testing.assert_array_equal(own[0], scores[row])
+    for piece in (64, 128):
+        monkeypatch.setattr(generate_module, "PIECE", piece)
+        told.clear()
+        again, others = drawn(prompts)
+        assert told == [(min(n, 200), 200) for n in range(piece, 200 + piece, piece)]
+        np.testing.assert_array_equal(again, ids)
+        if native():
+            np.testing.assert_array_equal(others, scores)
+
+
+def test_pieces_do_not_recompile(monkeypatch):
+    module = LONG.changed(max_seq_len=301)  # compiled by no other test
+    monkeypatch.setattr(generate_module, "PIECE", 32)
+
+    reader: Any = read_on
+
+    def compiled(*lengths):
+        before = reader._cache_size(), *programs()
+        for length in lengths:
+            generate(model_of(module), prompt_of(length), max_new_tokens=20)
+        return tuple(np.subtract((reader._cache_size(), *programs()), before))
+
+    assert compiled(130) == (2, 0, 1)  # whole pieces, and one of 16
+    assert compiled(129, 140, 192, 210, 224) == (0, 0, 0)
+
+
+def test_a_long_context_costs_nothing_until_it_is_used():
+    """No compiled program holds the angles of all its positions."""
+    module = TWIN.changed(max_seq_len=2**17, dim=256)
+    model = model_of(module)
+    found = generate(model, prompt_of(5), max_new_tokens=3)
+    assert found.shape == (1, 3)
+    for capacity in (64, 2**17):
+        cache = KVCache.create(module.architecture, 1, capacity)
+        variables = with_angles(module, model.variables, capacity)
+        lowered: Any = read_on.lower(
+            module, variables, jnp.zeros((1, 16), jnp.int32), cache, jnp.int32(0)
+        )
+        assert len(lowered.as_text()) < 700_000
+    # They are those of the table that training has.
+    logits, _ = read_on(module, variables, jnp.asarray(TOKENS), cache, jnp.int32(15))
+    expected = forward(module.changed(max_seq_len=64))(model.variables, TOKENS)[:, 15]
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_cache_has_room_for_what_is_asked(monkeypatch):
@@ -365,7 +450,7 @@ def test_temperature_zero_takes_the_likeliest_whatever_the_filters():
         ({"prompt": []}, "prompt is empty"),
         ({"prompt": [prompt_of(3), prompt_of(0)]}, "prompt 2 is empty"),
         ({"segment": 0}, "segment has at least one token"),
-        ({"kv_dtype": "int4"}, "float32, bfloat16 or int8, not int4"),
+        ({"kv_dtype": "int2"}, "float32, bfloat16, int8 or int4, not int2"),
         ({"max_new_tokens": 0}, "at least one token"),
         ({"num_samples": 0}, "one sample"),
         ({"model": model_of(TWIN.changed(max_seq_len=1))}, "context of one token"),
@@ -437,7 +522,7 @@ def test_batches_take_every_prompt_once_and_no_more_than_fits(monkeypatch):
         )
 
 
-@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8", "int4"])
 @pytest.mark.parametrize("length", [16, 64])
 def test_a_batch_takes_what_is_counted(length, kv_dtype):
     """What the compiler says of prefill and decode grows by no more for each row."""
@@ -482,6 +567,41 @@ def test_batches_refuse_what_cannot_be(options, match):
     prompts = [np.zeros(3, np.int32)] * 2
     with pytest.raises(VaaniError, match=match):
         list(batches(WIDE, prompts, **{"max_new_tokens": 5, **options}))
+
+
+def test_a_large_cache_is_said_before_it_is_taken(monkeypatch):
+    wide = WIDE.changed(max_seq_len=2**20, dim=256)
+    prompts = [np.zeros(40_000, np.int32)] * 3
+    line = room_for(wide, prompts, max_new_tokens=2000)
+    numbers = 2 * 2 * 256  # of a token: two layers, keys and values
+    scales = 4 * 2 * 2 * 2  # bytes
+    each = {
+        "float32": 4 * numbers,
+        "bfloat16": 2 * numbers,
+        "int8": numbers + scales,
+        "int4": numbers / 2 + scales + 4 * numbers / 2 / 64,
+    }
+    capacity = 49_152  # with what is drawn, in eighths of powers of two
+    sizes = {name: size(3 * capacity * one) for name, one in each.items()}
+    assert line == (
+        f"the cache of keys and values takes {sizes['float32']} in float32: 49,152"
+        f" tokens for each of 3 texts; --kv-dtype makes it bfloat16"
+        f" {sizes['bfloat16']}, int8 {sizes['int8']}, int4 {sizes['int4']}"
+    )
+    few = room_for(wide, prompts, max_new_tokens=2000, kv_dtype="int4")
+    assert few == ""
+    # What can't be had is refused in one line, by the library too.
+    monkeypatch.setattr(room, "available_memory", lambda: 200_000_000)
+    match = "takes 604 MB in float32.* 200 MB of memory are free: --kv-dtype int8 fits"
+    with pytest.raises(VaaniError, match=match):
+        room_for(wide, prompts, max_new_tokens=2000)
+    with pytest.raises(VaaniError, match=match):
+        generate(model_of(wide), prompts, max_new_tokens=2000)
+    monkeypatch.setattr(room, "available_memory", lambda: 1000)
+    with pytest.raises(VaaniError, match="none of --kv-dtype fits"):
+        room_for(wide, prompts, max_new_tokens=2000)
+    monkeypatch.setattr(room, "available_memory", lambda: None)
+    assert room_for(wide, prompts, max_new_tokens=2000) == line
 
 
 # -- Ends, ids without a token, log-likelihoods ------------------------------------

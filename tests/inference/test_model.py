@@ -129,13 +129,15 @@ def test_every_way_gives_the_logits_of_training(run, dtype):
     check_every_way(module, trained.variables, rows)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", ""])
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("", "float32"), ("", "bfloat16"), ("qwen2", "float32")]
+)
 def test_so_do_those_of_other_families(family, dtype):
     """And where a block has all that theirs have."""
     plain = {"sub_norms": True, "qk_norm": True, "attention_bias": True}
     module = SMALL.changed(
         dtype=dtype,
+        n_layers=1,
         max_seq_len=48,
         n_heads=4,
         n_kv_heads=2,
@@ -157,10 +159,11 @@ def test_so_do_those_of_other_families(family, dtype):
 
     variables = init_variables(module, jax.random.key(0))
     variables = jax.tree_util.tree_map_with_path(moved, variables)
-    check_every_way(module, variables, jnp.asarray(rng.integers(256, size=(20, 40))))
+    rows = jnp.asarray(rng.integers(256, size=(20, 40)))
+    check_every_way(module, variables, rows, batches=(1, 20))
 
 
-def check_every_way(module, variables, rows):
+def check_every_way(module, variables, rows, batches=(1, 4, 20)):
     packed = pack_variables(variables, module.spec)
     params, dtype = variables["params"], module.quantization.dtype
 
@@ -177,7 +180,7 @@ def check_every_way(module, variables, rows):
     step = jax.jit(module.apply)
     for arrays in (variables, packed):
         np.testing.assert_array_equal(step(arrays, rows), expected)
-        for batch in (1, 4, 20):
+        for batch in batches:
             cache = KVCache.create(module.architecture, batch, dtype=dtype)
             seen = []
             for begin, end in ((0, 9), (9, 14), *((i, i + 1) for i in range(14, 40))):

@@ -188,6 +188,41 @@ def test_what_belongs_to_a_tokenizer_comes_back_out_of_an_export(tmp_path):
     assert tokenizers[0].to_json() == tokenizers[1].to_json()
 
 
+def write_templates(folder):
+    for place in ("chat_templates", "additional_chat_templates"):
+        (folder / place).mkdir()
+        (folder / place / f"{place}.jinja").write_text(place)
+
+
+def test_further_tokens_and_templates_with_names_come_back_out_too(tmp_path):
+    folder = chat(tmp_path)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    more = {"content": "<|tool|>", "special": True}
+    settings |= {
+        "added_tokens_decoder": {"290": more},
+        "additional_special_tokens": ["<|tool|>"],
+        "sep_token": "<|end|>",
+    }
+    path.write_text(json.dumps(settings))
+    write_templates(folder)
+    import_model(folder, tmp_path / "first", notify=notify)
+    tokenizer = load(tmp_path / "first").tokenizer
+    assert isinstance(tokenizer, HFTokenizer)
+    assert tokenizer.encode("the<|tool|>").tolist()[-1] == 290
+    export_model(tmp_path / "first", tmp_path / "out", target="hf", notify=notify)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    templates = {"default": "{{ messages }}"}
+    templates |= {n: n for n in ("chat_templates", "additional_chat_templates")}
+    assert theirs.chat_template == templates == tokenizer.special.templates
+    assert theirs.extra_special_tokens == ["<|tool|>"]
+    assert theirs.sep_token == "<|end|>"
+    assert theirs("the<|tool|>")["input_ids"][-1] == 290
+    assert theirs.decode([290], skip_special_tokens=True) == ""
+    import_model(tmp_path / "out", tmp_path / "second", notify=notify)
+    assert load(tmp_path / "second").tokenizer.to_json() == tokenizer.to_json()
+
+
 def test_gguf_carries_what_it_has_room_for_and_says_what_it_has_not(tmp_path):
     import gguf
 
@@ -213,6 +248,28 @@ def test_gguf_carries_what_it_has_room_for_and_says_what_it_has_not(tmp_path):
     assert field("chat_template") == "{{ messages }}"
     (note,) = said
     assert "temperature" in note
+    assert "template" not in note
+
+
+def test_gguf_carries_templates_with_names(tmp_path):
+    import gguf
+
+    folder = chat(tmp_path)
+    write_templates(folder)
+    (folder / "chat_templates" / "odd name.jinja").write_text("odd")
+    import_model(folder, tmp_path / "imported", notify=notify)
+    said: list[str] = []
+    path = tmp_path / "model.gguf"
+    export_model(tmp_path / "imported", path, target="gguf", notify=said.append)
+    fields = gguf.GGUFReader(path).fields
+    named = {key: one.contents() for key, one in fields.items() if "chat_temp" in key}
+    names = ["chat_templates", "additional_chat_templates"]
+    assert named == {
+        "tokenizer.chat_template": "{{ messages }}",
+        "tokenizer.chat_templates": names,
+        **{f"tokenizer.chat_template.{name}": name for name in names},
+    }
+    assert "the chat templates 'odd name'" in said[0]
 
 
 @pytest.mark.parametrize(

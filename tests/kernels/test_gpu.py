@@ -15,7 +15,7 @@ from vaani_jax.inference.model import Model, pack_model
 from vaani_jax.inference.sampling import SamplerConfig
 from vaani_jax.kernels import choice, gpu, gpu_attention, tiles
 from vaani_jax.kernels.floats import rms_norm
-from vaani_jax.model import attention, transformer
+from vaani_jax.model import attention, codes, transformer
 from vaani_jax.model.config import Architecture
 from vaani_jax.model.rotary import rotary_angles, rotary_embedding
 from vaani_jax.model.transformer import Vaani, init_variables
@@ -134,10 +134,8 @@ def test_a_token_attends_as_step_by_step(
     rotary = jnp.asarray(cos)[since][:, None], jnp.asarray(sin)[since][:, None]
     at = jnp.asarray([position], jnp.int32)
     y, new = attention._decoded(q, k, v, rotary, cache, at, start)
-    expected = (
-        attention._written(cache[0], rotary_embedding(k, *rotary), at[0]),
-        attention._written(cache[1], v, at[0]),
-    )
+    turned = rotary_embedding(k, *rotary)
+    expected = codes.write(cache, turned, v, at[0], None, rotary_of)
     assert_equal_bits(new, expected)
     turned = rotary_embedding(q, *rotary)
     reference = attention.cached_attention(turned, *expected, at, start)

@@ -1,5 +1,7 @@
 """Native products with scales by groups of inputs, against their law in numpy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from vaani_jax.kernels import cpu
 from vaani_jax.quant.packed import pack
 
-ISAS = ["amx", "avx512", "avx2", "neon", "portable"]
+ISAS = ["amx", "avx512", "avxvnni", "avx2", "neon", "portable"]
 # Of each kernel: outputs, and the inputs of a group with the dtype of its scales.
 KERNELS = (
     (33, "tensor", "float32"),
@@ -48,10 +50,10 @@ def kernel(k, n, group, dtype, seed=0):
     scale = scale.astype(dtype)
     packed = pack(jnp.asarray(weights), jnp.float32(1))
     if isinstance(group, int):
-        packed = packed.replace(scale=jnp.asarray(in_tiles(scale)))
+        packed = dataclasses.replace(packed, scale=jnp.asarray(in_tiles(scale)))
     else:
-        packed = packed.replace(
-            scale=jnp.asarray(scale[0, 0 if scale.size == 1 else ...])
+        packed = dataclasses.replace(
+            packed, scale=jnp.asarray(scale[0, 0 if scale.size == 1 else ...])
         )
     return packed, weights, scale.astype(f)
 
@@ -161,7 +163,7 @@ def test_every_scale_of_float16_is_exact(isa):
     scale = np.arange(1 << 16, dtype=np.uint16).view(np.float16)[None]
     weights = np.ones((32, 1 << 16), int)
     packed = pack(jnp.asarray(weights), jnp.float32(1))
-    packed = packed.replace(scale=jnp.asarray(in_tiles(scale)))
+    packed = dataclasses.replace(packed, scale=jnp.asarray(in_tiles(scale)))
     for rows in (1, 6):
         x = activations(rows, 32)
         with np.errstate(invalid="ignore"):
@@ -187,9 +189,9 @@ def test_a_norm_in_the_call(isa, activation_group, halves):
             halves=halves,
             activation_group=activation_group,
         )
-        normal = np.asarray(normal, f)
+        rows_in = np.asarray(normal, f)
         expected = [
-            law(normal, w, s, kind[1], activation_group)
+            law(rows_in, w, s, kind[1], activation_group)
             for (_, w, s), kind in zip(made, KERNELS, strict=True)
         ]
         assert_equal_bits(got, expected)
@@ -259,7 +261,7 @@ def test_large_products_on_threads(isa):
 )
 def test_what_does_not_fit_is_refused(shape, dtype, options):
     packed, _, _ = kernel(256, 33, "tensor", "float32")
-    packed = packed.replace(scale=jnp.ones(shape, dtype))
+    packed = dataclasses.replace(packed, scale=jnp.ones(shape, dtype))
     with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
         served(activations(2, 256), (packed,), **options)
 

@@ -13,7 +13,8 @@ import pytest
 from vaani_jax import kernels
 from vaani_jax.errors import VaaniError
 from vaani_jax.kernels import cpu, floats
-from vaani_jax.model.attention import causal_attention, quantize_heads
+from vaani_jax.model.attention import causal_attention
+from vaani_jax.model.codes import BLOCK, blocks_of, pack_halves, quantize_heads
 from vaani_jax.quant.packed import pack, pack_rows
 from vaani_jax.quant.product import ternary_dot
 from vaani_jax.quant.spec import TernarySpec
@@ -32,7 +33,7 @@ CASES = [
     (33, 320, (128, 65)),
     (70, 511, (31,)),
 ]
-ISAS = ["amx", "avx512", "avx2", "neon", "portable"]
+ISAS = ["amx", "avx512", "avxvnni", "avx2", "neon", "portable"]
 
 
 @pytest.fixture
@@ -282,10 +283,10 @@ import jax, jax.numpy as jnp
 from vaani_jax.kernels import cpu
 
 slots, unlimited = 1 << 21, resource.RLIM_INFINITY
-q = jnp.ones((1, 4, 2, 128))
+q = jnp.ones((1, 64, 2, 128))
 codes, scales = jnp.zeros((1, slots, 1, 128), jnp.int8), jnp.zeros((1, slots, 1))
 attend = jax.jit(lambda q: cpu.attention(
-    q, codes, codes, jnp.int32(slots - 4), jnp.zeros(1, jnp.int32), (scales, scales)
+    q, codes, codes, jnp.int32(slots - 64), jnp.zeros(1, jnp.int32), (scales, scales)
 ))
 product = jax.jit(lambda x: cpu.float_matmul(x, x))
 x = jax.block_until_ready(jnp.ones((512, 512)))
@@ -338,43 +339,66 @@ def test_a_library_of_another_version_says_to_build(monkeypatch):
 
 
 def cache_of(dtype, b, s, k, h):
-    """Keys, values and their scales, and both in float32 as they count."""
+    """Keys, values and what belongs to codes, and both in float32 as they count."""
     rng = np.random.default_rng(0)
     whole = [jnp.asarray(rng.normal(size=(b, s, k, h)), jnp.float32) for _ in "kv"]
-    if dtype != "int8":
+    if dtype not in ("int8", "int4"):
         stored = [x.astype(dtype) for x in whole]
-        return *stored, None, [np.asarray(x, np.float32) for x in stored]
-    codes, scales = zip(*map(quantize_heads, whole), strict=True)
-    return *codes, scales, [np.asarray(x, np.float32) for x in codes]
+        return *stored, (), [np.asarray(x, np.float32) for x in stored]
+    largest = 127 if dtype == "int8" else 7
+    turn = functools.partial(quantize_heads, largest=largest)
+    codes, scales = zip(*map(turn, whole), strict=True)
+    wide = [np.asarray(x, np.float32) for x in codes]
+    if dtype == "int8":
+        return *codes, scales, wide
+    centers = jnp.asarray(rng.normal(size=(b, blocks_of(s), k, h)), jnp.float32)
+    return *map(pack_halves, codes), (*scales, centers), wide
+
+
+DTYPES = ["float32", "bfloat16", "int8", "int4"]
+
+
+def attention_by_hand(q, wide, scales, start, slot, row, query, head):
+    """Weights of the slots that one query sees, their scores, and its result."""
+    (b, s, k, h), n = wide[0].shape, q.shape[2]
+    f = np.float32
+    ks, vs = (np.asarray(x) for x in scales[:2] or np.ones((2, b, s, k), f))
+    first = min(int(start[row]), slot + query)
+    seen, shared = slice(first, slot + query + 1), head // (n // k)
+    key, value = (x[row, seen, shared] for x in wide)
+    root, one = f(1) / np.sqrt(f(h)), q[row, query, head]
+    score = in_lanes(one, key) * root * ks[row, seen, shared]
+    if scales[2:]:
+        centers = np.asarray(scales[2])[row, :, shared]
+        block = np.maximum(np.arange(first, seen.stop) - int(start[row]), 0) // BLOCK
+        score = score + (in_lanes(one, centers) * root)[block]
+    p = exponential(score - score.max())
+    p = p * (f(1) / in_lanes(p, f(1))) * vs[row, seen, shared]
+    y = np.zeros(h, f)
+    for weight, v in zip(p, value, strict=True):
+        y = fma(weight, v, y)
+    return seen, p, score, y
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("h", [20, 64])
 def test_attention_has_the_written_order(isa, dtype, h):
-    b, t, s, n, k = 3, 4, 21, 6, 2
+    b, t, s, n, k = 3, 4, 150, 6, 2
     keys, values, scales, wide = cache_of(dtype, b, s, k, h)
     q = np.random.default_rng(1).normal(size=(b, t, n, h)).astype(np.float32)
-    start, slot = jnp.asarray([0, 3, 11], jnp.int32), 9
+    start, slot = jnp.asarray([0, 3, 111], jnp.int32), 109
     attend = jax.jit(functools.partial(cpu.attention, weights=True))
     y, weights = attend(q, keys, values, jnp.int32(slot), start, scales)
-    ks, vs = (np.asarray(x) for x in scales or np.ones((2, b, s, k), np.float32))
     for row, query, head in np.ndindex(b, t, n):
-        first = min(int(start[row]), slot + query)
-        seen = slice(first, slot + query + 1)
-        shared = head // (n // k)
-        key, value = (x[row, seen, shared] for x in wide)
-        score = in_lanes(q[row, query, head], key) * np.float32(1 / np.sqrt(h))
-        score = score * ks[row, seen, shared]
-        p = exponential(score - score.max())
-        p = p * (np.float32(1) / in_lanes(p, np.float32(1))) * vs[row, seen, shared]
-        expected = np.zeros(h, np.float32)
-        for weight, one in zip(p, value, strict=True):
-            expected = fma(weight, one, expected)
+        seen, p, score, expected = attention_by_hand(
+            q, wide, scales, start, slot, row, query, head
+        )
         np.testing.assert_array_equal(y[row, query, head], expected)
         np.testing.assert_array_equal(weights[row, head, query, seen], p)
-        assert weights[row, head, query].sum() == weights[row, head, query, seen].sum()
+        assert not np.delete(weights[row, head, query], seen).any()
         if dtype == "float32":
+            value = wide[1][row, seen, head // (n // k)]
             exact = np.exp(score.astype(np.float64) - score.max())
             np.testing.assert_allclose(
                 y[row, query, head], exact @ value / exact.sum(), rtol=2e-5, atol=2e-6
@@ -384,6 +408,49 @@ def test_attention_has_the_written_order(isa, dtype, h):
         q[:, 2:3], keys, values, jnp.int32(slot + 2), start, scales
     )
     np.testing.assert_array_equal(alone[:, 0], y[:, 2])
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("b", "n", "k", "h"),
+    [(1, 4, 4, 16), (1, 14, 2, 40), (1, 3, 1, 96), (2, 6, 3, 128), (9, 5, 1, 32)],
+    ids=["mha", "gqa", "mqa", "wide", "rows"],
+)
+def test_one_query_of_a_long_cache_is_read_in_any_cut(isa, dtype, b, n, k, h):
+    """By heads, by slots and by numbers of a head, on threads: the same order."""
+    s = 1300
+    keys, values, scales, wide = cache_of(dtype, b, s, k, h)
+    q = np.random.default_rng(1).normal(size=(b, 1, n, h)).astype(np.float32)
+    start = jnp.asarray([37, 0, *range(0, 1400, 200)][:b], jnp.int32)
+    attend = jax.jit(cpu.attention)
+    for slot in (1299, 700, 5):
+        at = jnp.int32(slot)
+        (y,) = attend(q, keys, values, at, start, scales)
+        for row, head in {(0, 0), (b - 1, n - 1), (b // 2, n // 2)}:
+            *_, expected = attention_by_hand(q, wide, scales, start, slot, row, 0, head)
+            np.testing.assert_array_equal(y[row, 0, head], expected)
+        # The way of queries that come together.
+        weighed = functools.partial(cpu.attention, weights=True)
+        whole, _ = jax.jit(weighed)(q, keys, values, at, start, scales)
+        np.testing.assert_array_equal(y, whole)
+
+
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_queries_of_a_long_cache_see_what_each_sees_alone(isa, dtype):
+    b, t, s, n, k, h = 2, 301, 700, 2, 1, 32
+    keys, values, scales, wide = cache_of(dtype, b, s, k, h)
+    q = np.random.default_rng(1).normal(size=(b, t, n, h)).astype(np.float32)
+    start, slot = jnp.asarray([270, 3], jnp.int32), 260
+    attend = jax.jit(cpu.attention)
+    (y,) = attend(q, keys, values, jnp.int32(slot), start, scales)
+    for query in (0, 9, 10, 11, 127, 128, 129, 250, 300):
+        at, one = jnp.int32(slot + query), q[:, query : query + 1]
+        (alone,) = attend(one, keys, values, at, start, scales)
+        np.testing.assert_array_equal(y[:, query], alone[:, 0])
+    *_, expected = attention_by_hand(q, wide, scales, start, slot, 1, 299, 1)
+    np.testing.assert_array_equal(y[1, 299, 1], expected)
 
 
 @pytest.mark.parametrize("isa", ISAS, indirect=True)

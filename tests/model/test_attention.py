@@ -1,11 +1,16 @@
 """Attention to a cache, against one query at a time in float64."""
 
+import contextlib
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vaani_jax.model.attention import cached_attention, quantize_heads
+from vaani_jax.kernels.floats import compiled_floats
+from vaani_jax.model.attention import cached_attention
+from vaani_jax.model.codes import BLOCK, blocks_of, pack_halves, quantize_heads
 
 B, S, K, H = 3, 9, 2, 6
 
@@ -31,8 +36,9 @@ def by_hand(q, k, v, positions, start):
 
 
 @pytest.mark.parametrize("heads", [2, 6])
-@pytest.mark.parametrize("coded", [False, True], ids=["float32", "int8"])
-def test_each_row_sees_the_slots_from_its_start_to_the_query(heads, coded):
+@pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
+@pytest.mark.parametrize("how", [contextlib.nullcontext, compiled_floats])
+def test_each_row_sees_the_slots_from_its_start_to_the_query(heads, dtype, how):
     positions, start = jnp.arange(2, 6), jnp.asarray([0, 3, 4], jnp.int32)
     q = gaussian(B, 4, heads, H, seed=0)
     # Heads and tokens of different sizes: a scale in the wrong place would show.
@@ -41,12 +47,23 @@ def test_each_row_sees_the_slots_from_its_start_to_the_query(heads, coded):
         size * gaussian(B, S, K, H, seed=2),
         size[::-1] * gaussian(B, S, K, H, seed=3),
     )
-    arguments, scales = (k, v), None
-    if coded:
-        (ck, sk), (cv, sv) = quantize_heads(k), quantize_heads(v)
+    arguments: tuple[Any, ...] = (k, v)
+    scales: tuple[Any, ...] = ()
+    if dtype != "float32":
+        largest = 127.0 if dtype == "int8" else 7.0
+        (ck, sk), (cv, sv) = (quantize_heads(x, largest) for x in (k, v))
         arguments, scales = (ck, cv), (sk, sv)
         k, v = ck * sk[..., None], cv * sv[..., None]  # what the codes stand for
-    attend = jax.jit(cached_attention)
+        if dtype == "int4":
+            center = gaussian(B, 1, K, H, seed=5)
+            arguments, scales = (pack_halves(ck), pack_halves(cv)), (sk, sv, center)
+            k += center
+    attention = jax.jit(cached_attention)
+
+    def attend(*arguments):
+        with how():
+            return attention(*arguments)
+
     found = attend(q, *arguments, positions, start, scales)
     expected = by_hand(q, k, v, positions, start)
     real = np.asarray(positions)[None] >= np.asarray(start)[:, None]  # [B, T]
@@ -70,6 +87,23 @@ def test_what_a_row_does_not_see_does_not_count():
     found = attend(q, k, v, positions, start)
     wild = (jnp.where(unseen, 1e30, x) for x in (k, v))
     np.testing.assert_array_equal(attend(q, *wild, positions, start), found)
+
+
+@pytest.mark.parametrize("how", [contextlib.nullcontext, compiled_floats])
+def test_slots_have_the_center_of_their_block(how):
+    slots, start = 3 * BLOCK, jnp.asarray([0, 5, BLOCK + 9], jnp.int32)
+    positions = jnp.arange(slots - 2, slots)
+    q, (k, v) = gaussian(B, 2, 4, H, seed=0), gaussian(2, B, slots, K, H, seed=1)
+    (ck, sk), (cv, sv) = (quantize_heads(x, 7.0) for x in (k, v))
+    centers = gaussian(B, blocks_of(slots), K, H, seed=2)
+    block = np.maximum(np.arange(slots)[None] - start[:, None], 0) // BLOCK
+    keys = ck * sk[..., None] + centers[jnp.arange(B)[:, None], block]
+    with how():
+        found = jax.jit(cached_attention)(
+            q, pack_halves(ck), pack_halves(cv), positions, start, (sk, sv, centers)
+        )
+    expected = by_hand(q, keys, cv * sv[..., None], positions, start)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_codes_of_heads_are_symmetric_and_round_half_to_even():

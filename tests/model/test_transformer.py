@@ -280,8 +280,10 @@ def test_a_cache_of_fewer_bits_answers_nearly_as_one_of_float32(scan_layers):
             out, cache = forward(model)(variables, TOKENS[:, start:end], cache)
             cache = damage(cache)
             logits.append(out)
-        assert {x.dtype for x in cache.keys + cache.values} == {jnp.dtype(dtype)}
-        assert len(cache.key_scales) == (2 if dtype == "int8" else 0)
+        held = jnp.dtype("uint8" if dtype == "int4" else dtype)
+        assert {x.dtype for x in cache.keys + cache.values} == {held}
+        assert len(cache.key_scales) == (2 if dtype in ("int8", "int4") else 0)
+        assert len(cache.key_centers) == (2 if dtype == "int4" else 0)
         return np.concatenate(logits, axis=1)
 
     def error(found):
@@ -292,6 +294,7 @@ def test_a_cache_of_fewer_bits_answers_nearly_as_one_of_float32(scan_layers):
     np.testing.assert_allclose(exact, full, rtol=1e-4, atol=1e-4)
     assert 1e-5 < error(answers("bfloat16")) < 0.01
     assert 1e-5 < error(answers("int8")) < 0.01
+    assert 1e-3 < error(answers("int4")) < 0.15
 
     def of_a_neighbor(axis, name):
         """Scales of the token or head beside: a slip of an index."""
@@ -307,22 +310,28 @@ def test_a_cache_of_fewer_bits_answers_nearly_as_one_of_float32(scan_layers):
             assert error(answers("int8", of_a_neighbor(axis, name))) > 0.05
 
 
-def test_an_int8_cache_takes_a_quarter():
+def test_caches_of_codes_take_a_quarter_and_an_eighth():
     model = change(dim=256, n_heads=4, n_kv_heads=2)  # H = 64
-    full, half, quarter = (
-        KVCache.create(model.architecture, 3, 32, dtype)
-        for dtype in ("float32", "bfloat16", "int8")
+    full, half, quarter, eighth = (
+        KVCache.create(model.architecture, 3, 128, dtype)
+        for dtype in ("float32", "bfloat16", "int8", "int4")
     )
-    assert full.nbytes == 2 * 2 * (3 * 32 * 2 * 64) * 4 + 4 + 3 * 4
+    assert full.nbytes == 2 * 2 * (3 * 128 * 2 * 64) * 4 + 4 + 3 * 4
     assert half.nbytes == pytest.approx(full.nbytes / 2, rel=0.001)
     # And 4 bytes of scale for 64 codes.
     assert quarter.nbytes == pytest.approx(full.nbytes / 4 * (1 + 4 / 64), rel=0.001)
+    # And, of keys, 64 numbers of a center for 64 x 64 codes.
+    assert eighth.nbytes == pytest.approx(
+        full.nbytes / 8 * (1 + 4 / 32 + 4 / 32 / 2), rel=0.001
+    )
     assert (
         KVCache.create(model.architecture, 1, dtype=jnp.int8).keys[0].dtype == jnp.int8
     )
     assert KVCache.create(model.architecture, 1, dtype=np.dtype("int8")).key_scales
+    assert KVCache.create(model.architecture, 1, dtype=jnp.int4).key_centers
     for name in ("float16", "fp8"):
-        with pytest.raises(VaaniError, match=f"float32, bfloat16 or int8, not {name}"):
+        match = f"float32, bfloat16, int8 or int4, not {name}"
+        with pytest.raises(VaaniError, match=match):
             KVCache.create(model.architecture, 1, dtype=name)
 
 

@@ -105,6 +105,18 @@ def test_a_sample_takes_its_cache_and_stacked_layers_once_more():
     )
 
 
+def test_a_cache_of_the_context_is_counted_by_dtype():
+    numbers = 2 * 3 * 32 * 64
+    each = 4 * 2 * 3 * 32 * 4  # scales of heads
+    rest = 8  # length and start
+    assert plan().caches == {
+        "float32": 4 * numbers + rest,
+        "bfloat16": 2 * numbers + rest,
+        "int8": numbers + each + rest,
+        "int4": numbers + each + 4 * 3 * 64 + rest,  # 16 codes take the room of 32
+    }
+
+
 def test_time_is_the_arithmetic_that_the_module_names():
     chip, flops = CHIPS["H100"], flops_per_token(MODEL, 32) * 8 * 32
     spent = plan().time(chip, 0.5)

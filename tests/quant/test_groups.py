@@ -155,7 +155,7 @@ def test_packed_kernels_keep_codes_and_scales(layout, dtype, n):
     rng = np.random.default_rng(0)
     t = rng.integers(-1, 2, (k, n)).astype(F32)
     s = rng.uniform(0.01, 1, (3, n)).astype(dtype)
-    packed = pack(t, jnp.asarray(s), layout)
+    packed = pack(jnp.asarray(t), jnp.asarray(s), layout)
     assert packed.groups == 3
     assert packed.scale.dtype == dtype
     for one in (packed, relayout(packed, "tiles"), relayout(packed, "planes")):
@@ -176,14 +176,14 @@ def test_columns_of_kernels_with_one_scale_or_one_per_channel(layout, shape):
     rng = np.random.default_rng(0)
     t = rng.integers(-1, 2, (100, 21)).astype(F32)
     s = rng.uniform(0.01, 1, shape).astype(F32)
-    packed = pack(t, jnp.asarray(s), layout)
+    packed = pack(jnp.asarray(t), jnp.asarray(s), layout)
     got = take_columns(packed, jnp.arange(21))
     np.testing.assert_array_equal(got, (t * s).T)
 
 
 def test_scales_of_a_block_of_outputs_lie_together():
     s = np.arange(3 * 40, dtype=F32).reshape(3, 40)
-    tiled = np.asarray(pack(np.zeros((96, 40), F32), jnp.asarray(s)).scale)
+    tiled = np.asarray(pack(jnp.zeros((96, 40)), jnp.asarray(s)).scale)
     assert tiled.shape == (3, 3, 16)
     for g in range(3):
         for j in range(40):
@@ -219,9 +219,9 @@ def test_groups_that_do_not_fit_are_refused(k, group, pieces, words):
 
 def test_packing_refuses_scales_of_another_shape():
     with pytest.raises(VaaniError, match="can't pack"):
-        pack(np.zeros((96, 5), F32), jnp.ones((3, 4)))
+        pack(jnp.zeros((96, 5)), jnp.ones((3, 4)))
     with pytest.raises(VaaniError, match="can't pack"):
-        pack(np.zeros((96, 5), F32), jnp.ones((5, 5)))
+        pack(jnp.zeros((96, 5)), jnp.ones((5, 5)))
 
 
 @pytest.mark.parametrize(("k", "n"), [(64, 16), (96, 40), (100, 33)])
@@ -229,7 +229,7 @@ def test_parts_of_outputs_make_the_whole_kernel(k, n):
     rng = np.random.default_rng(0)
     t = rng.integers(-1, 2, (k, n)).astype(np.int8)
     s = rng.uniform(0.01, 1, (4, n)).astype(np.float16)
-    whole = pack(t, jnp.asarray(s))
+    whole = pack(jnp.asarray(t), jnp.asarray(s))
     bounds = [0, 16, 32, n] if n > 32 else [0, n]
     parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
     codes = np.concatenate([tiles_of_rows(t.T[part]) for part in parts])

@@ -304,7 +304,7 @@ def test_operands_of_any_dtype_give_the_same_bits_and_gradients(
         taus = [scalar(0.5)] * len(widths)
         found = {}
         for operands in OPERANDS:
-            spec = TernarySpec("absmean", granularity, operands)
+            spec = TernarySpec(granularity=granularity, operands=operands)
             run = WAYS[way](
                 lambda x, w, spec=spec, taus=taus: ternary_dot(
                     x, w, taus, spec=spec, activation_range=scalar(bound)

@@ -8,13 +8,15 @@ import pytest
 from vaani_jax.data.config import DataConfig
 from vaani_jax.data.corpus import make_tokenizer
 from vaani_jax.errors import VaaniError
-from vaani_jax.text.special import Special, read_special
+from vaani_jax.text.special import Added, Special, read_added, read_special
 from vaani_jax.text.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
     HFTokenizer,
+    Spelling,
     continuation,
     from_json,
+    read_huggingface,
 )
 
 library = pytest.importorskip("tokenizers")
@@ -110,6 +112,8 @@ def test_the_names_alone_as_older_runs_kept_them():
     assert from_json(old).eos_ids == (1,)
     assert Special.from_json({"eos_token": "</s>"}) == Special({"eos_token": "</s>"})
     assert Special.from_json(None) == Special()
+    with pytest.raises(TypeError):
+        Special.from_json({"chat_template": 3})
 
 
 @pytest.mark.parametrize(
@@ -149,3 +153,185 @@ def test_ids_without_a_token():
     for tokenizer in (ByteTokenizer(), CharTokenizer("ab")):
         assert tokenizer.has_token().all()
         assert tokenizer.eos_ids == ()
+
+
+# -- Tokens and templates that lie beside tokenizer.json ----------------------------
+
+
+TOOL = {"content": "<tool>", "special": False, "normalized": False, "lstrip": True}
+EXTRA = {"content": "<|end|>", "special": True}
+
+
+def read(folder):
+    text = (folder / "tokenizer.json").read_text()
+    return read_huggingface(text, folder)
+
+
+def test_tokens_that_tokenizer_json_lacks_come_along(tmp_path):
+    """With the ids and the flags that transformers gives them."""
+    transformers = pytest.importorskip("transformers")
+    listed = {"0": {"content": "<s>", "special": True}, "6": EXTRA, "7": TOOL}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "added_tokens_decoder": listed,
+        "eos_token": "<|end|>",
+    }
+    folder = folder_of(tmp_path / "model", tokenizer=words(), tokenizer_config=config)
+    tokenizer = read(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.vocab_size == len(theirs) == 8
+    assert tokenizer.eos_ids == (6,)
+    for text in ("the cat<|end|>", "the <tool>cat", "sat  <tool> the", "<s>the"):
+        ids = tokenizer.encode(text).tolist()
+        assert ids == theirs(text, add_special_tokens=False)["input_ids"]
+        assert {6, 7} & set(ids) or "<s>" in text
+    assert [tokenizer.is_special(i) for i in (0, 3, 6, 7, 99)] == [
+        *(True, False, True, False, False)
+    ]
+    again = from_json(json.loads(json.dumps(tokenizer.to_json())))
+    assert again.encode("the <tool>cat").tolist() == [3, 7, 4]
+    # A model that has no row for one has no use for it.
+    text = (folder / "tokenizer.json").read_text()
+    narrow = read_huggingface(text, folder, vocab_size=7)
+    assert narrow.id_of_token("<tool>") is None
+    assert narrow.eos_ids == (6,)
+
+
+def test_added_tokens_json_is_read_where_there_is_no_list(tmp_path):
+    files = {
+        "added_tokens": {"<|end|>": 6, "<tool>": 7},
+        "special_tokens_map": {"additional_special_tokens": ["<|end|>"]},
+    }
+    folder = folder_of(tmp_path / "model", tokenizer=words(), **files)
+    tokenizer = read(folder)
+    assert tokenizer.encode("the<|end|>").tolist() == [3, 6]
+    assert tokenizer.is_special(6)
+    assert not tokenizer.is_special(7)
+    folder_of(folder, tokenizer_config={"added_tokens_decoder": {}})
+    assert read_added(folder) == {}
+
+
+def test_a_tokenizer_that_has_them_all_is_left_as_it_is(tmp_path):
+    listed = {"1": {"content": "</s>", "special": True, "rstrip": True}}
+    folder = folder_of(
+        tmp_path / "model",
+        tokenizer=words(),
+        tokenizer_config={"added_tokens_decoder": listed},
+    )
+    assert read_added(folder) == {
+        1: Added("</s>", special=True, rstrip=True, normalized=False)
+    }
+    assert read(folder).serialized == words()
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        ({"9": EXTRA}, "the id 9, and with its tokenizer.json it has 6"),
+        ({"9" * 30: EXTRA}, "which is no id"),
+        ({"-1": EXTRA}, "which is no id"),
+        ({"x": EXTRA}, "which is no id"),
+        ({"6": {"content": ""}}, "which is no token"),
+        ({"6": {"content": 3}}, "which is no token"),
+        ({"6": None}, "which is no token"),
+        ([EXTRA], "must hold tokens by id"),
+    ],
+)
+def test_added_tokens_that_make_no_sense(tmp_path, listed, message):
+    folder = folder_of(
+        tmp_path / "model",
+        tokenizer=words(),
+        tokenizer_config={"added_tokens_decoder": listed},
+    )
+    with pytest.raises(VaaniError) as caught:
+        read(folder)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_further_special_tokens_and_those_with_parts_of_their_own(tmp_path):
+    folder = folder_of(
+        tmp_path / "model",
+        tokenizer_config={
+            "additional_special_tokens": ["<a>", {"content": "<b>"}, None],
+            "sep_token": "<sep>",
+        },
+        special_tokens_map={"extra_special_tokens": ["<c>", "<a>"]},
+    )
+    found = read_special(folder)
+    assert found.further == ("<c>", "<a>", "<b>")
+    assert found.names == {"sep_token": "<sep>"}
+    written = found.by_part
+    assert written["additional_special_tokens"] == ["<c>", "<a>", "<b>"]
+    assert Special.from_json(json.loads(json.dumps(found.to_json()))) == found
+    own = {"image_token": "<i>", "chat_template": "<t>", "x_token": 3}
+    folder_of(folder, tokenizer_config={"extra_special_tokens": own})
+    assert read_special(folder).names == {"image_token": "<i>"}
+
+
+def test_chat_templates_wherever_they_are(tmp_path):
+    def templates(configured):
+        folder_of(tmp_path, tokenizer_config={"chat_template": configured})
+        return read_special(tmp_path)
+
+    assert templates(None).chat_template is None
+    assert templates("").chat_template is None
+    assert templates("{{m}}").chat_template == "{{m}}"
+    assert templates("{{m}}").templates == {"default": "{{m}}"}
+    several = [{"name": "default", "template": "a"}, {"name": "rag", "template": "b"}]
+    assert templates(several).chat_template == several
+    assert templates({"default": "a", "rag": "b"}).chat_template == several
+    assert templates(several[1:]).templates == {"rag": "b"}
+    for place in ("chat_templates", "additional_chat_templates"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / f"{place[:4]}.jinja").write_text(place)
+    (tmp_path / "chat_templates" / "README.md").write_text("no template")
+    files = {"chat": "chat_templates", "addi": "additional_chat_templates"}
+    assert templates("a").templates == {"default": "a", **files}
+    (tmp_path / "chat_template.jinja").write_text("newer")
+    assert templates(several).templates == {"default": "newer", "rag": "b", **files}
+    again = Special.from_json(json.loads(json.dumps(templates(several).to_json())))
+    assert again.templates == templates(several).templates
+    for wrong in (
+        3,
+        [3],
+        [{"name": "a"}],
+        [{"name": ["a"], "template": "b"}],
+        {"a": 1},
+    ):
+        with pytest.raises(
+            VaaniError, match="chat_template must be a text, or several"
+        ):
+            templates(wrong)
+
+
+# -- Text that comes a few ids at a time --------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["भाषा é 😀", "plain", "\ufffd"])
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_spelling_gives_whole_characters(text, step):
+    tokenizer = ByteTokenizer()
+    ids, spelling, parts = tokenizer.encode(text), Spelling(tokenizer, [65]), []
+    for i in range(0, len(ids), step):
+        parts.append(spelling.add(ids[i : i + step]))
+        assert text.startswith("".join(parts))
+    parts.append(spelling.end())
+    assert "".join(parts) == spelling.text == text
+
+
+def test_spelling_ends_with_what_is_no_character():
+    spelling = Spelling(ByteTokenizer())
+    assert spelling.add(list("aé".encode()[:-1])) == "a"
+    assert spelling.end() == "\ufffd"
+
+
+def test_spelling_goes_on_as_the_whole_text_does():
+    """Behind a prompt of any length, of which only the end is looked at."""
+    tokenizer = HFTokenizer(words())
+    rng = np.random.default_rng(0)
+    for length in (0, 1, 63, 64, 65, 200):
+        before, new = rng.integers(3, 6, length), rng.integers(3, 6, 20)
+        spelling = Spelling(tokenizer, before)
+        found = "".join(spelling.add([i]) for i in new) + spelling.end()
+        assert found == continuation(tokenizer, before, new)

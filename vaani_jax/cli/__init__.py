@@ -22,6 +22,7 @@ from vaani_jax.words import NO_ROOM, first_line, one_line, shown
 COMMANDS = {
     "train": "vaani_jax.cli.train",
     "generate": "vaani_jax.cli.generate",
+    "chat": "vaani_jax.cli.chat",
     "evaluate": "vaani_jax.cli.evaluate",
     "pack": "vaani_jax.cli.pack",
     "export": "vaani_jax.cli.export",

@@ -2,15 +2,16 @@
 
 import argparse
 import itertools
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from vaani_jax.cli.drawing import add_decoding, add_sampling, kv_dtype, make_sampler
 from vaani_jax.cli.numbers import number
 from vaani_jax.cli.output import notify
 from vaani_jax.errors import VaaniError
 from vaani_jax.files import to_json
 from vaani_jax.paths import cache_folder, is_writable, local, read_text
-from vaani_jax.settings import LARGEST_SEED
 
 MOST_SAMPLES = 65_536  # all are drawn at once
 HELP = "Continue a prompt."
@@ -19,9 +20,6 @@ NOTICES = 3  # of prompts that are cut; then they are counted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from vaani_jax.inference.sampling import NUMBERS, SamplerConfig
-    from vaani_jax.settings import described
-
     parser.add_argument("--workdir", required=True, help="of the run, or packed")
     given = parser.add_mutually_exclusive_group()
     given.add_argument(
@@ -39,30 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="most texts to continue together; 0: as many as 256 MiB of caches hold",
     )
-    count = number(int, at_least=1)
-    option("--max-new-tokens", type=count, default=200, help="tokens to draw")
-    option("--greedy", action="store_true", help="same as --temperature 0")
-    numbers = {name: (value, text) for name, value, text in described(SamplerConfig())}
-    for name in NUMBERS:
-        value, text = numbers[name]
-        flag = f"--{name.replace('_', '-')}"
-        option(flag, type=type(value), default=value, help=text)
-    seed = number(int, at_least=0, at_most=LARGEST_SEED)
-    option("--seed", type=seed, default=0, help="equal seeds, equal text")
+    add_sampling(parser)
+    add_decoding(parser, max_new_tokens=200, segment=16)
     option(
         "--num-samples",
         type=number(int, at_least=1, at_most=MOST_SAMPLES),
         default=1,
         help="continuations of each prompt",
-    )
-    parser.add_argument(
-        "--kv-dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16", "int8"],
-        help="of cached keys and values; auto is the compute dtype",
-    )
-    parser.add_argument(
-        "--segment", type=count, default=16, help="tokens decoded, and shown, at a time"
     )
     option(
         "--ignore-eos",
@@ -82,17 +63,14 @@ def run(options: argparse.Namespace) -> int:
     from vaani_jax.devices.memory import return_freed_memory
     from vaani_jax.inference import generate
     from vaani_jax.inference.model import load
-    from vaani_jax.inference.sampling import NUMBERS, SamplerConfig
     from vaani_jax.text.tokenizers import continuation
 
-    _keep_compiled()
+    keep_compiled()
     return_freed_memory()  # masters, that are packed as they are read
 
     if options.log_probabilities and not options.json:
         raise VaaniError("--log-probabilities are part of the JSON: add --json")
-    if options.greedy:
-        options.temperature = 0.0
-    sampler = SamplerConfig(**{name: getattr(options, name) for name in NUMBERS})
+    sampler = make_sampler(options)
     prompts = _read_prompts(options)
     model = load(
         options.workdir, checkpoint=options.checkpoint, packed=True, notify=notify
@@ -104,11 +82,17 @@ def run(options: argparse.Namespace) -> int:
     chosen: dict[str, Any] = {
         "max_new_tokens": options.max_new_tokens,
         "num_samples": options.num_samples,
-        "kv_dtype": None if options.kv_dtype == "auto" else options.kv_dtype,
+        "kv_dtype": kv_dtype(options),
         "segment": options.segment,
     }
 
+    said = {""}
+
     def continued(part: list[Any]) -> Iterable[Any]:
+        line = generate.room_for(model.module, part, **chosen)
+        if line not in said:
+            said.add(line)
+            notify(line)
         return generate.segments(
             model,
             part,
@@ -116,6 +100,7 @@ def run(options: argparse.Namespace) -> int:
             seed=options.seed,
             ignore_eos=options.ignore_eos,
             scored=options.log_probabilities,
+            reading=Progress(),
             **chosen,
         )
 
@@ -146,6 +131,25 @@ def run(options: argparse.Namespace) -> int:
         result = {"results": results} if several else results[0]
         print(to_json({**result, "checkpoint": model.step, "seed": options.seed}))
     return 0
+
+
+class Progress:
+    """Says how far a long prompt is read, every few seconds."""
+
+    SECONDS = 5.0
+
+    def __init__(self) -> None:
+        self.began = self.said = time.perf_counter()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if now - self.said >= self.SECONDS and done < total:
+            self.said = now
+            rate = done / (now - self.began)
+            notify(
+                f"{done:,} of {total:,} tokens of the prompt are read, {rate:,.0f} a"
+                " second"
+            )
 
 
 class _Row(NamedTuple):
@@ -181,20 +185,16 @@ def _show(
 ) -> None:
     """Prints a prompt and its continuation, as it comes."""
     from vaani_jax.inference.generate import until_end
-    from vaani_jax.text.tokenizers import UNFINISHED, continuation
+    from vaani_jax.text.tokenizers import Spelling
 
-    ids: list[int] = []
-    text = shown = ""
+    spelling = Spelling(model.tokenizer, prompt_ids)
     print(prompt, end="", flush=True)
     for segment in segments:
         new = segment.ids[0]
-        ids.extend((new if ignore_eos else until_end(new, model.tokenizer)).tolist())
+        ids = new if ignore_eos else until_end(new, model.tokenizer)
         # A character may span two segments: it is shown when it is whole.
-        text = continuation(model.tokenizer, prompt_ids, ids)
-        ready = text.rstrip(UNFINISHED)
-        print(ready[len(shown) :], end="", flush=True)
-        shown = ready
-    print(text[len(shown) :])
+        print(spelling.add(ids), end="", flush=True)
+    print(spelling.end())
 
 
 def _print(place: int | None, prompt: str, samples: list[str]) -> None:
@@ -246,7 +246,7 @@ def _encode_prompts(tokenizer: Any, prompts: list[str], context: int) -> list[An
     return encoded
 
 
-def _keep_compiled() -> None:
+def keep_compiled() -> None:
     """Keeps compiled code from one command to the next, so that text comes sooner."""
     import jax
 

@@ -8,8 +8,12 @@ from vaani_jax.data.config import DataConfig
 from vaani_jax.data.sources import Corpus
 from vaani_jax.errors import VaaniError
 from vaani_jax.paths import local, read_text
-from vaani_jax.text.special import read_special
-from vaani_jax.text.tokenizers import HFTokenizer, Tokenizer, maker
+from vaani_jax.text.tokenizers import (
+    HFTokenizer,
+    Tokenizer,
+    maker,
+    read_huggingface,
+)
 
 
 def make_tokenizer(config: DataConfig, corpus: Corpus | None) -> Tokenizer:
@@ -24,7 +28,7 @@ def make_tokenizer(config: DataConfig, corpus: Corpus | None) -> Tokenizer:
                 f"data.tokenizer_file is {path}, a folder: name the tokenizer.json"
                 " in it"
             )
-        return HFTokenizer(read_text(path), special=read_special(path.parent))
+        return read_huggingface(read_text(path), path.parent)
     make = maker(config.tokenizer).make
     assert make is not None
     return make("" if corpus is None else corpus.text)

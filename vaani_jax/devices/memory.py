@@ -58,6 +58,21 @@ def return_freed_memory() -> bool:
     return _set((_M_MMAP_THRESHOLD, 1 << 20))
 
 
+def available_memory() -> int | None:
+    """Bytes that can be taken without swapping; None where the system doesn't say.
+
+    Of the machine, whose memory a CPU computes in: None with an accelerator, too.
+    """
+    if jax.default_backend() != "cpu":
+        return None
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
 def _set(*settings: tuple[int, int]) -> bool:
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return False

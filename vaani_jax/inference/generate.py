@@ -1,9 +1,10 @@
 """Text from a model: prefill, one jitted decode loop, samplers.
 
-Prompts are padded to a bucket and run once (prefill); then a jitted loop decodes a
-segment of tokens with the KV cache, and hands it over as a whole, which is what
-streaming shows. Neither recompiles for other prompt lengths within a bucket. The cache
-has room for what is asked, not for the whole context, in buckets too.
+Prompts are padded to a bucket and run once (prefill), or, where they are long, in
+pieces that join one cache; then a jitted loop decodes a segment of tokens with the KV
+cache, and hands it over as a whole, which is what streaming shows. None of these
+recompiles for other prompt lengths within a bucket. The cache has room for what is
+asked, not for the whole context, in buckets too.
 
 Prompts of one batch end together: shorter ones are padded on the left, and the cache
 knows where each row starts. So the padding to the bucket, on the right, is overwritten
@@ -12,12 +13,13 @@ it would alone, and the batch is read again.
 
 Ids without a token, which pad some vocabularies, are never drawn. A row ends with the
 first id that ends a text; what the loop draws behind it is thrown away.
+
+A `Session` keeps the cache of a text for the next one, as the turns of a chat need it.
 """
 
 import dataclasses
 import functools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,11 +28,12 @@ import numpy as np
 
 from vaani_jax.errors import VaaniError
 from vaani_jax.inference.model import Model
+from vaani_jax.inference.room import cache_bytes, check_room, in_words
 from vaani_jax.inference.sampling import SamplerConfig, sample_token
-from vaani_jax.kernels.floats import log_likelihood
+from vaani_jax.kernels.floats import log_likelihood, native
 from vaani_jax.model.cache import KVCache
-from vaani_jax.model.transformer import Vaani
-from vaani_jax.settings import LARGEST_SEED
+from vaani_jax.model.transformer import Vaani, with_angles
+from vaani_jax.settings import LARGEST_INT, LARGEST_SEED
 from vaani_jax.text.tokenizers import Tokenizer
 
 Array = jax.Array
@@ -40,6 +43,15 @@ SEGMENT = 16  # tokens decoded per call: what streaming shows at a time
 
 
 BATCH_BYTES = 2**28  # of what prompts that are continued together take, see `row_bytes`
+
+
+PIECE = 2048  # tokens of a long prompt that are read at a time, at most
+
+
+SCORES_BYTES = 2**31  # of attention to a piece, where no native kernel keeps them small
+
+
+Reading = Callable[[int, int], None]  # is told of tokens that are read, of how many
 
 
 @functools.partial(jax.jit, static_argnames=("module", "capacity", "kv_dtype"))
@@ -74,6 +86,85 @@ def prefill(
     logits, filled = output
     # What was written beyond the real length is masked until it is overwritten.
     return logits[:, 0], dataclasses.replace(filled, length=length)
+
+
+@functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(3,))
+def read_on(
+    module: Vaani, variables: Any, tokens: Array, cache: KVCache, last: Array
+) -> tuple[Array, KVCache]:
+    """Reads a piece of prompts, after those that the cache has.
+
+    Args:
+      module: static.
+      variables: of the model.
+      tokens: [B, T]; the cache must have room for them.
+      cache: donated.
+      last: index along T of the token whose logits are wanted, int32 scalar.
+
+    Returns:
+      Logits [B, V] after that token, and the cache.
+    """
+    output: Any = module.apply(variables, tokens, cache, last=last)
+    logits, filled = output
+    return logits[:, 0], filled
+
+
+def piece_length(module: Vaani, rows: int, capacity: int) -> int:
+    """Tokens that are read at a time: `PIECE`, or less where scores are stored."""
+    if native():
+        return PIECE
+    each = 2 * 4 * rows * module.architecture.n_heads * capacity
+    fitting = max(1, SCORES_BYTES // each)
+    return min(PIECE, max(16, 1 << (fitting.bit_length() - 1)))
+
+
+def read(
+    module: Vaani,
+    variables: Any,
+    tokens: np.ndarray,
+    length: int,
+    start: np.ndarray,
+    *,
+    capacity: int,
+    kv_dtype: str | None = None,
+    reading: Reading | None = None,
+) -> tuple[Array, KVCache]:
+    """What `prefill` gives; prompts that are longer than a piece are read in pieces.
+
+    So memory is that of a piece, not of all tokens at once. Numbers are the same, to
+    the bit where attention is native, else up to the order of float sums.
+
+    Args:
+      module, variables, tokens, length, start, capacity, kv_dtype: see `prefill`.
+      reading: is told of each piece of a long prompt, once it is read.
+    """
+    piece = piece_length(module, len(tokens), capacity)
+    if tokens.shape[1] <= piece:
+        return prefill(
+            module,
+            variables,
+            jnp.asarray(tokens),
+            jnp.asarray(length, jnp.int32),
+            jnp.asarray(start),
+            capacity=capacity,
+            kv_dtype=kv_dtype,
+        )
+    dtype = kv_dtype or module.quantization.dtype
+    cache = KVCache.create(
+        module.architecture, len(tokens), capacity, dtype, jnp.asarray(start)
+    )
+    logits = None
+    for first in range(0, length, piece):
+        count = min(piece, length - first)
+        part = tokens[:, first : first + bucket(count, tokens.shape[1] - first)]
+        logits, cache = read_on(
+            module, variables, jnp.asarray(part), cache, jnp.asarray(count - 1)
+        )
+        if reading is not None:
+            logits.block_until_ready()
+            reading(first + count, length)
+    assert logits is not None  # there is a token at least
+    return logits, dataclasses.replace(cache, length=jnp.asarray(length, jnp.int32))
 
 
 @functools.partial(
@@ -135,8 +226,13 @@ def decode(
 
 
 def bucket(length: int, limit: int) -> int:
-    """The padded length of a prompt: the next power of two, from 16 up."""
-    return min(limit, max(16, 1 << (length - 1).bit_length()))
+    """The padded length of a prompt: the next power of two, from 16 up.
+
+    Above 4,096, the next multiple of an eighth of it: memory is then worth a program.
+    """
+    power = max(16, 1 << (length - 1).bit_length())
+    step = power if power <= 4096 else power // 8
+    return min(limit, -(-length // step) * step)
 
 
 def _split(prompt: Any) -> list[np.ndarray]:
@@ -171,6 +267,11 @@ def _check_counts(max_new_tokens: int, num_samples: int, segment: int) -> None:
         raise VaaniError("a segment has at least one token")
 
 
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed <= LARGEST_SEED:
+        raise VaaniError(f"seed is {seed}: it must be in [0, {LARGEST_SEED}]")
+
+
 def capacity_for(longest: int, ahead: int, segment: int, context: int) -> int:
     """Slots of a cache for prompts of up to ``longest`` tokens and ``ahead`` new ones.
 
@@ -191,10 +292,10 @@ def row_bytes(
 ) -> int:
     """What each row of a batch takes while it is read and continued, about, in bytes.
 
-    Its cache, which is there twice where a call hands it on; of one layer of the
-    prefill, the scores of attention and their weights, and the states; and eight times
-    its logits: as they come and go, sorted, with probabilities and their sums,
-    filtered, and with noise.
+    Its cache, which calls hand on in its place; of one layer of the prefill, or of a
+    piece of it, the states, and the scores of attention and their weights where no
+    native kernel keeps them to itself; and nine times its logits: as they come and go,
+    sorted, with probabilities and their sums, filtered, and with noise.
 
     Args:
       module: the model.
@@ -204,12 +305,45 @@ def row_bytes(
     a = module.architecture
     length = bucket(min(longest, a.max_seq_len), a.max_seq_len)
     capacity = capacity_for(longest, max_new_tokens, segment, a.max_seq_len)
-    dtype = kv_dtype or module.quantization.dtype
-    cache = jax.eval_shape(lambda: KVCache.create(a, 1, capacity, dtype))
-    cached = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(cache))
-    scores = 2 * a.n_heads * length * capacity
+    length = min(length, piece_length(module, 1, capacity))
+    cached = cache_bytes(a, 1, capacity, kv_dtype or module.quantization.dtype)
+    scores = 0 if native() else 2 * a.n_heads * length * capacity
     states = length * (2 * a.dim + 2 * a.n_heads * a.head_size + 3 * a.hidden_dim)
-    return 2 * cached + 4 * (scores + states + 8 * a.vocab_size)
+    return cached + 4 * (scores + states + 9 * a.vocab_size)
+
+
+def room_for(
+    module: Vaani,
+    prompts: Sequence[np.ndarray],
+    *,
+    max_new_tokens: int,
+    num_samples: int = 1,
+    kv_dtype: str | None = None,
+    segment: int = SEGMENT,
+) -> str:
+    """A line on the cache that prompts need together; "" where it is not large.
+
+    Args:
+      module: the model.
+      prompts: ids of each.
+      max_new_tokens, num_samples, kv_dtype, segment: see `segments`.
+
+    Raises VaaniError for a cache that the free memory can't hold.
+    """
+    a = module.architecture
+    longest, rows = max(map(len, prompts)), len(prompts) * num_samples
+    capacity = capacity_for(longest, max_new_tokens, segment, a.max_seq_len)
+    dtype = kv_dtype or module.quantization.dtype
+    each = row_bytes(
+        module,
+        longest,
+        max_new_tokens=max_new_tokens,
+        kv_dtype=kv_dtype,
+        segment=segment,
+    )
+    beside = rows * (each - cache_bytes(a, 1, capacity, dtype))
+    check_room(a, rows, capacity, dtype, beside)
+    return in_words(a, rows, capacity, dtype)
 
 
 def batches(
@@ -304,6 +438,7 @@ def segments(
     segment: int = SEGMENT,
     ignore_eos: bool = False,
     scored: bool = False,
+    reading: Reading | None = None,
 ) -> Iterator[Segment]:
     """Continues prompts, a segment at a time, until all rows have ended.
 
@@ -319,23 +454,24 @@ def segments(
       seed: equal seeds draw equal tokens. Token i of sample s depends on the seed, i
         and s, not on which prompt it continues: equal prompts continue equally.
       num_samples: independent continuations of each prompt.
-      kv_dtype: of the cache: "float32", "bfloat16" or "int8"; the compute dtype where
-        None.
+      kv_dtype: of the cache: "float32", "bfloat16", "int8" or "int4"; the compute dtype
+        where None.
       segment: tokens at a time.
       ignore_eos: whether to go on where an id that ends a text is drawn.
       scored: whether log-likelihoods are asked for.
+      reading: see `read`.
 
     Yields:
       Segments of ``segment`` tokens or fewer.
 
     Raises:
-      VaaniError: an empty prompt, nothing asked for, or a dtype that caches don't have.
+      VaaniError: an empty prompt, nothing asked for, a dtype that caches don't have, or
+        a cache that the free memory can't hold.
     """
     prompts = _split(prompt)
     _check_counts(max_new_tokens, num_samples, segment)
-    if not 0 <= seed <= LARGEST_SEED:
-        raise VaaniError(f"seed is {seed}: it must be in [0, {LARGEST_SEED}]")
-    module, variables = model.module, model.variables
+    _check_seed(seed)
+    module = model.module
     context = module.architecture.max_seq_len
     if context < 2:
         raise VaaniError("a model with a context of one token can't continue a prompt")
@@ -343,6 +479,15 @@ def segments(
     windows = [ids for ids in prompts for _ in range(num_samples)]
     longest = max(map(len, prompts))
     capacity = capacity_for(longest, max_new_tokens, segment, context)
+    room_for(
+        module,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        num_samples=num_samples,
+        kv_dtype=kv_dtype,
+        segment=segment,
+    )
+    variables = with_angles(module, model.variables, capacity)
     allowed = _allowed(model.tokenizer, module.architecture.vocab_size)
     ends = np.asarray([] if ignore_eos else model.tokenizer.eos_ids, np.int32)
     ended = np.full(len(windows), -1, np.int32)  # by which id; -1 for none
@@ -354,14 +499,16 @@ def segments(
             half = max(1, context // 2)
             windows = [w if len(w) < context else w[-half:] for w in windows]
             tokens, length, start = _align(windows, context)
-            logits, cache = prefill(
+            logits = cache = None  # not two caches at a time
+            logits, cache = read(
                 module,
                 variables,
-                jnp.asarray(tokens),
-                jnp.asarray(length, jnp.int32),
-                jnp.asarray(start),
+                tokens,
+                length,
+                start,
                 capacity=capacity,
                 kv_dtype=kv_dtype,
+                reading=reading,
             )
             room = capacity - length
         # Two compiled lengths serve everything: a full segment, whose surplus is cut,
@@ -452,3 +599,180 @@ def generate(
       `until_end` for rows that end before others.
     """
     return np.concatenate(list(stream(model, prompt, **options)), axis=1)
+
+
+class Session:
+    """Continues one text after another, and reads only what is new of each.
+
+    The cache of a text stays. Where the next one begins alike, as the next turn of a
+    chat does, it is read from where they part. What is drawn equals what `segments`
+    draws for the whole text: a ternary model to the bit on a CPU with native kernels,
+    else up to the order of float sums.
+
+    Attributes:
+      held: the ids that the cache holds, in order, int32.
+      reused: how many ids of the last text were held already.
+    """
+
+    def __init__(
+        self, model: Model, *, kv_dtype: str | None = None, segment: int = SEGMENT
+    ) -> None:
+        """Begins with an empty cache.
+
+        Args:
+          model: packed or not.
+          kv_dtype, segment: see `segments`.
+
+        Raises VaaniError where a segment has no token.
+        """
+        _check_counts(1, 1, segment)
+        self._model, self._kv_dtype, self._segment = model, kv_dtype, segment
+        self._cache: KVCache | None = None
+        self.held = np.zeros(0, np.int32)
+        self.reused = 0
+
+    def continued(
+        self,
+        text: np.ndarray,
+        *,
+        max_new_tokens: int,
+        sampler: SamplerConfig = SamplerConfig(),
+        seed: int = 0,
+        ends: Sequence[int] = (),
+    ) -> Generator[np.ndarray, None, None]:
+        """Continues a text, a segment at a time.
+
+        Args:
+          text: all of its ids [length], at least one.
+          max_new_tokens: how many to draw at most; no more than fit the context.
+          sampler: how.
+          seed: equal seeds draw equal tokens.
+          ends: ids that end it.
+
+        Yields:
+          Ids [n], int32; the last one of all may be of ``ends``.
+
+        Raises:
+          VaaniError: an empty text, or one that fills the context; nothing asked for.
+        """
+        (ids,) = _split(text)
+        _check_counts(max_new_tokens, 1, self._segment)
+        _check_seed(seed)
+        model, module = self._model, self._model.module
+        room = module.architecture.max_seq_len - len(ids)
+        if room < 1:
+            raise VaaniError(
+                f"the text has {len(ids):,} tokens, and the context"
+                f" {module.architecture.max_seq_len:,}: nothing can follow"
+            )
+        wanted = min(max_new_tokens, room)
+        logits, cache = self._read(ids, wanted)
+        allowed = _allowed(model.tokenizer, module.architecture.vocab_size)
+        key = jax.random.key(seed)
+        drawn, ended = 0, False
+        while drawn < wanted and not ended:
+            before = len(ids) + drawn
+            steps = self._segment
+            steps = steps if cache.capacity - before >= steps else 1
+            self._forget()  # the cache is donated: it is gone if this is interrupted
+            found, _, logits, cache = decode(
+                module,
+                sampler,
+                steps,
+                with_angles(module, model.variables, cache.capacity),
+                logits,
+                cache,
+                key,
+                jnp.asarray(drawn, jnp.int32),
+                None if allowed is None else jnp.asarray(allowed),
+            )
+            new = _cut(found, wanted - drawn)[0]
+            hits = np.isin(new, np.asarray(ends, np.int32))
+            if ended := bool(hits.any()):
+                new = new[: int(hits.argmax()) + 1]
+            ids = np.concatenate([ids[:before], new])
+            self._cache, self.held = cache, ids
+            drawn += len(new)
+            yield new
+
+    def _forget(self) -> None:
+        self._cache, self.held = None, self.held[:0]
+
+    def _read(self, ids: np.ndarray, ahead: int) -> tuple[Array, KVCache]:
+        """Logits [1, V] after a text, and a cache with room for what is ahead."""
+        context = self._model.architecture.max_seq_len
+        capacity = capacity_for(len(ids), ahead, self._segment, context)
+        # At least the last one is read: its logits are asked for.
+        n = min(len(ids) - 1, len(self.held))
+        differs = ids[:n] != self.held[:n]
+        begin = int(differs.argmax()) if differs.any() else n
+        cache, self.reused = self._cache, begin
+        self._forget()
+        module, variables = self._model.module, self._model.variables
+        if begin == 0:
+            cache = None  # before there is another
+        if cache is None:
+            tokens, length, start = _align([ids], context)
+            logits, cache = read(
+                module,
+                with_angles(module, variables, capacity),
+                tokens,
+                length,
+                start,
+                capacity=capacity,
+                kv_dtype=self._kv_dtype,
+            )
+        else:
+            if cache.capacity < capacity:
+                cache = _grown(cache, module, capacity, self._kv_dtype)
+            variables = with_angles(module, variables, cache.capacity)
+            while begin < len(ids):
+                wanted = min(len(ids) - begin, piece_length(module, 1, cache.capacity))
+                padded = _piece(wanted, cache.capacity - begin)
+                part = ids[begin : begin + padded]
+                tokens = np.zeros((1, padded), np.int32)
+                tokens[0, : len(part)] = part
+                logits, cache = read_on(
+                    module,
+                    variables,
+                    jnp.asarray(tokens),
+                    _shortened(cache, begin),
+                    jnp.asarray(len(part) - 1, jnp.int32),
+                )
+                begin += len(part)
+                cache = _shortened(cache, begin)
+        self._cache, self.held = cache, ids
+        return logits, cache
+
+
+def _shortened(cache: KVCache, length: int) -> KVCache:
+    """A cache of which only the first slots count."""
+    return dataclasses.replace(cache, length=jnp.asarray(length, jnp.int32))
+
+
+def _grown(
+    cache: KVCache, module: Vaani, capacity: int, kv_dtype: str | None
+) -> KVCache:
+    """A cache of a row with more slots, and what the smaller one has."""
+    dtype = kv_dtype or module.quantization.dtype
+    larger = KVCache.create(module.architecture, 1, capacity, dtype)
+
+    def placed(new: Array, old: Array) -> Array:
+        if new.shape == old.shape:  # no array of slots
+            return old
+        return jax.lax.dynamic_update_slice(new, old, (0,) * new.ndim)
+
+    grown: KVCache = jax.tree.map(placed, larger, cache)
+    return grown
+
+
+def _piece(wanted: int, room: int) -> int:
+    """How many slots the next piece of a text takes, of those that there are.
+
+    A bucket, so that few programs are compiled; where that has no room, a smaller one,
+    and in the last few slots a single token.
+    """
+    length = bucket(wanted, LARGEST_INT)
+    while length > room:
+        length //= 2
+    return length if length >= 16 else 1

@@ -1,7 +1,8 @@
 """How the next token is drawn."""
 
 import dataclasses
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from vaani_jax.errors import VaaniError
 from vaani_jax.kernels.floats import log_sum_exp
 from vaani_jax.settings import check, key, named
+from vaani_jax.words import shown
 
 Array = jax.Array
 
@@ -106,6 +108,39 @@ class SamplerConfig:
 
 # The numbers of a sampler, which configs and commands have as well.
 NUMBERS = tuple(f.name for f in dataclasses.fields(SamplerConfig) if f.metadata)
+
+
+def suggested(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a sampler that a ``generation_config.json`` gives.
+
+    Args:
+      generation: its content; ``do_sample = false`` asks for the likeliest token.
+
+    Raises VaaniError for values that make no sense, with the flag to say instead.
+    """
+    if generation.get("do_sample") is False:
+        return {"temperature": 0.0}
+    kinds = typing.get_type_hints(SamplerConfig)
+    found: dict[str, Any] = {}
+    for name in NUMBERS:
+        value, kind = generation.get(name), kinds[name]
+        if value is None:
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or (kind is int and value != int(value)):
+            raise VaaniError(
+                f"the model's generation_config.json has {name} = {shown(value)}, which"
+                f" is no number of that kind: say --{name.replace('_', '-')}"
+            )
+        found[name] = kind(value)
+        try:
+            SamplerConfig(**{name: found[name]})
+        except VaaniError as error:
+            raise VaaniError(
+                f"the model's generation_config.json: {error}; say"
+                f" --{name.replace('_', '-')}"
+            ) from None
+    return found
 
 
 def sample_token(

@@ -10,17 +10,20 @@ others take id 2 or 11 for one.
 import dataclasses
 import json
 import pathlib
+import re
 from typing import Any
 
 from vaani_jax.errors import VaaniError
 from vaani_jax.paths import read_small
-from vaani_jax.text.special import read_special
+from vaani_jax.text.special import DEFAULT
 from vaani_jax.text.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
     HFTokenizer,
     Tokenizer,
+    read_huggingface,
 )
+from vaani_jax.words import shown
 
 # Regular expressions that llama.cpp knows by a name, as the files of the original
 # models spell them (convert_hf_to_gguf.py, llama-vocab.cpp).
@@ -66,15 +69,16 @@ def note_of_hf(tokenizer: Tokenizer) -> str:
 
 def to_hf(tokenizer: Tokenizer) -> tuple[str, dict[str, Any]]:
     """The contents of ``tokenizer.json`` and of ``tokenizer_config.json``."""
-    settings = {
+    settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
     }
     if isinstance(tokenizer, HFTokenizer):
         special = tokenizer.special
         template = special.chat_template
-        chat = {} if template is None else {"chat_template": template}
-        return tokenizer.serialized, {**settings, **special.names, **chat}
+        if template is not None:
+            settings["chat_template"] = template
+        return tokenizer.serialized, {**settings, **special.by_part}
     if not isinstance(tokenizer, CharTokenizer | ByteTokenizer):
         raise VaaniError(f"a {type(tokenizer).__name__} can't be exported")
     padding = padding_of(tokenizer)
@@ -151,7 +155,7 @@ def from_folder(folder: pathlib.Path, vocab_size: int) -> Tokenizer:
             " AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)"
         )
     serialized = read_small(path)
-    tokenizer = HFTokenizer(serialized, vocab_size, read_special(folder))
+    tokenizer = read_huggingface(serialized, folder, vocab_size)
     return _ours(serialized) or tokenizer
 
 
@@ -185,6 +189,7 @@ class GGUFVocabulary:
       special: ids by key, such as "bos_token_id".
       add_bos: whether a text begins with the token of that name.
       chat_template: Jinja source; empty for none.
+      named_templates: further ones by their names.
     """
 
     model: str
@@ -195,6 +200,7 @@ class GGUFVocabulary:
     special: dict[str, int] = dataclasses.field(default_factory=dict)
     add_bos: bool = False
     chat_template: str = ""
+    named_templates: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def to_gguf(tokenizer: Tokenizer, vocab_size: int) -> GGUFVocabulary:
@@ -246,7 +252,7 @@ def _bpe_to_gguf(tokenizer: HFTokenizer, vocab_size: int) -> GGUFVocabulary:
     names |= {i: t["content"] for i, t in added.items()}
     special = {
         f"{part}_id": found
-        for part in tokenizer.special.names
+        for part in ("bos_token", "unk_token", "pad_token")
         if (found := tokenizer.id_of(part)) is not None
     }
     if not tokenizer.eos_ids:
@@ -275,17 +281,19 @@ def _bpe_to_gguf(tokenizer: HFTokenizer, vocab_size: int) -> GGUFVocabulary:
         merges,
         special,
         opened != plain,
-        _template(tokenizer),
+        tokenizer.special.templates.get(DEFAULT, ""),
+        _named_templates(tokenizer),
     )
 
 
-def _template(tokenizer: HFTokenizer) -> str:
-    """The chat template that a GGUF file has room for; empty where there is none."""
-    template = tokenizer.special.chat_template
-    if isinstance(template, list):
-        named = {t.get("name"): t.get("template") for t in template if type(t) is dict}
-        template = named.get("default")
-    return template if isinstance(template, str) else ""
+def _named_templates(tokenizer: HFTokenizer) -> dict[str, str]:
+    """Those besides the default whose names can be part of a key."""
+    templates = tokenizer.special.templates
+    return {
+        name: text
+        for name, text in templates.items()
+        if name != DEFAULT and re.fullmatch("[A-Za-z0-9_]+", name)
+    }
 
 
 def left_out_of_gguf(tokenizer: Tokenizer) -> list[str]:
@@ -295,10 +303,8 @@ def left_out_of_gguf(tokenizer: Tokenizer) -> list[str]:
     special, found = tokenizer.special, []
     if len(tokenizer.eos_ids) > 2:
         found.append(f"the end-of-text ids {list(tokenizer.eos_ids[2:])}")
-    if special.chat_template is not None and not _template(tokenizer):
-        found.append("its chat templates, none of which is the default")
-    elif isinstance(special.chat_template, list) and len(special.chat_template) > 1:
-        found.append("all but the default of its chat templates")
+    if odd := special.templates.keys() - {DEFAULT} - _named_templates(tokenizer).keys():
+        found.append(f"the chat templates {', '.join(map(shown, sorted(odd)))}")
     kept = {"eos_token_id", "bos_token_id", "pad_token_id"}
     if rest := sorted(special.generation.keys() - kept - {"transformers_version"}):
         found.append(f"{', '.join(rest)} of its generation_config.json")

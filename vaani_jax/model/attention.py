@@ -7,9 +7,10 @@ product is a plain batch of matrices, and writes the backward pass out, which sa
 probabilities once. All compute ``softmax(q k^T / sqrt(H)) v`` with the softmax in
 float32; results differ by the order of float sums.
 
-A cache may hold 8-bit codes, ``k = c a`` with one scale ``a`` per token and head. As
+A cache may hold codes, ``k = c a`` with one scale ``a`` per token and head. As
 ``q . k = a (q . c)`` and ``sum_s p_s v_s = sum_s (p_s b_s) d_s``, the scales multiply
-scores and probabilities, which are H times fewer than the numbers of the cache.
+scores and probabilities, which are H times fewer than the numbers of the cache. Keys of
+4 bits are coded around centers, which many tokens share: `codes.py`.
 """
 
 from typing import Any, Literal
@@ -22,27 +23,14 @@ import numpy as np
 from vaani_jax.devices.mesh import BATCH, constrain
 from vaani_jax.kernels import cpu, floats
 from vaani_jax.kernels.choice import backend
+from vaani_jax.model.codes import BLOCK, unpack_halves, write
 from vaani_jax.model.config import Architecture, Execution, Quantization
 from vaani_jax.model.linear import BitLinear, project
 from vaani_jax.model.norm import NORMS, Norm, RMSNorm
 from vaani_jax.model.rotary import rotary_embedding
 from vaani_jax.quant.barriers import to_dtype
-from vaani_jax.quant.rounding import LARGEST, to_codes
 
 Array = jax.Array
-
-
-def _written(cache: Array, new: Array, slot: Array) -> Array:
-    """``cache`` [B, S, ...] with ``new`` [B, T, ...] from ``slot`` on."""
-    new = new.astype(cache.dtype)
-    if cache.dtype == jnp.bfloat16:
-        # As integers: XLA on a CPU would convert all of the cache to float32 and back.
-        bits = jnp.uint16
-        cache = jax.lax.bitcast_convert_type(cache, bits)
-        new = jax.lax.bitcast_convert_type(new, bits)
-        cache = jax.lax.dynamic_update_slice_in_dim(cache, new, slot, axis=1)
-        return jax.lax.bitcast_convert_type(cache, jnp.bfloat16)
-    return jax.lax.dynamic_update_slice_in_dim(cache, new, slot, axis=1)
 
 
 class MultiHeadAttention(nn.Module):
@@ -86,8 +74,8 @@ class MultiHeadAttention(nn.Module):
           x: residual stream [B, T, D].
           positions: [T], consecutive; with a cache, the slots to fill.
           rotary: cosines and sines of these positions, [T, H / 2] or [B, T, H / 2].
-          cache: keys and values [B, S, K, H], filled below ``positions[0]``; in int8,
-            they are codes, and their scales [B, S, K] follow.
+          cache: keys and values [B, S, K, H], filled below ``positions[0]``; what
+            belongs to codes follows, see `KVCache.layers`.
           norm: applied to ``x`` first.
           train: whether tracked ranges are updated.
           mix: see `ternary_dot`.
@@ -119,22 +107,9 @@ class MultiHeadAttention(nn.Module):
         if cache is None:
             y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, self.execution.attention)
         else:
-            new: tuple[Array, ...] = (k_BTKH, v_BTKH)
-            coded = cache[0].dtype == jnp.int8
-            if coded:
-                codes, scales = zip(*map(quantize_heads, new), strict=True)
-                new = (*codes, *scales)
-            cache = tuple(
-                _written(old, x, positions[0])
-                for old, x in zip(cache, new, strict=True)
-            )
+            cache = write(cache, k_BTKH, v_BTKH, positions[0], start, a.rotary)
             y_BTNH = cached_attention(
-                q_BTNH,
-                cache[0],
-                cache[1],
-                positions,
-                start,
-                (cache[2], cache[3]) if coded else None,
+                q_BTNH, cache[0], cache[1], positions, start, cache[2:]
             )
         return self._projected(y_BTNH, x, train, mix), cache
 
@@ -297,46 +272,26 @@ def _explicit_bwd(residuals: Any, g: Array) -> tuple[Array, Array, Array]:
 _explicit.defvjp(_explicit_fwd, _explicit_bwd)
 
 
-TINY = 1e-30  # keeps a vector of zeros from being divided by its largest magnitude
-
-
-def quantize_heads(x_BTKH: Array) -> tuple[Array, Array]:
-    """8-bit codes of keys or values, one scale per token and head.
-
-    Symmetric: the largest magnitude of a head vector maps to 127; round half to even.
-
-    Args:
-      x_BTKH: any float dtype.
-
-    Returns:
-      Codes [B, T, K, H] int8 and scales [B, T, K] float32; ``codes * scale`` is off by
-      half a scale at most. A vector of zeros has the scale 0.
-    """
-    x = x_BTKH.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), axis=-1)
-    inverse = LARGEST / jnp.maximum(largest, TINY)
-    codes = to_codes(x * inverse[..., None]).astype(jnp.int8)
-    return codes, largest * (1.0 / LARGEST)
-
-
 def cached_attention(
     q_BTNH: Array,
     k_BSKH: Array,
     v_BSKH: Array,
     positions: Array,
     start: Array | None = None,
-    scales: tuple[Array, Array] | None = None,
+    scales: tuple[Array, ...] = (),
 ) -> Array:
     """Attention of slots [T] of a cache to the slots up to themselves.
 
     Args:
       q_BTNH: queries; N is a multiple of K.
-      k_BSKH, v_BSKH: the cache, of any float dtype, or 8-bit codes.
+      k_BSKH, v_BSKH: the cache, of any float dtype, or codes of 8 or of 4 bits; see
+        `KVCache`.
       positions: slots of the queries, [T] integers.
       start: first slot that counts in each row, [B] integers; 0 where None. A query
         before it, which is padding, sees itself alone: nothing of use, but finite.
-      scales: of codes of keys and of values, two arrays [B, S, K] float32. They don't
-        depend on H: those of keys multiply scores, those of values probabilities.
+      scales: of codes of keys and of values, two arrays [B, S, K] float32, and, of 4
+        bits, the centers of keys, [B, blocks, K, H]. Scales don't depend on H: those of
+        keys multiply scores, those of values probabilities.
 
     Returns:
       [B, T, N, H], in the dtype of the queries; softmax in float32. Native kernels,
@@ -351,6 +306,8 @@ def cached_attention(
         return to_dtype(y, q_BTNH.dtype)
     slots, kv_heads = k_BSKH.shape[1:3]
     dtype = q_BTNH.dtype
+    if k_BSKH.dtype == jnp.uint8:
+        k_BSKH, v_BSKH = (unpack_halves(x, size) for x in (k_BSKH, v_BSKH))
     last_BT = positions[None, :].astype(jnp.int32)
     first_BT = jnp.zeros_like(last_BT)
     if start is not None:
@@ -366,14 +323,24 @@ def cached_attention(
     scores = jnp.einsum(
         "BKRH,BSKH->BKRS", q, k_BSKH.astype(dtype), preferred_element_type=jnp.float32
     )
-    if scales is not None:
+    if scales:
         scores = scores * scales[0].transpose(0, 2, 1)[:, :, None, :]
+    if scales[2:]:
+        around = jnp.einsum(
+            "BKRH,BNKH->BKRN",
+            q,
+            scales[2].astype(dtype),
+            preferred_element_type=jnp.float32,
+        )
+        first = jnp.zeros(batch, jnp.int32) if start is None else start
+        block_BS = jnp.maximum(slot[0] - first[:, None], 0) // BLOCK
+        scores += jnp.take_along_axis(around, block_BS[:, None, None], axis=-1)
     scores = scores.reshape(*split, slots)
     lowest = jnp.finfo(jnp.float32).min
     scores = jnp.where(mask_BTS[:, None, None], scores, lowest).reshape(*rows, slots)
     weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    if scales is not None:
+    if scales:
         weights = weights * scales[1].transpose(0, 2, 1)[:, :, None, :]
     y = jnp.einsum(
         "BKRS,BSKH->BKRH",

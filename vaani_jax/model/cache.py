@@ -9,9 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from vaani_jax.errors import VaaniError
+from vaani_jax.model.codes import blocks_of, halves_of
 from vaani_jax.model.config import Architecture
 
 Array = jax.Array
+
+DTYPES = ("float32", "bfloat16", "int8", "int4")
+PARTS = ("keys", "values", "key_scales", "value_scales", "key_centers")
 
 
 @flax.struct.dataclass
@@ -23,13 +27,17 @@ class KVCache:
     nothing sees. Positions, for the rotary embedding, count from the start of a row.
 
     Attributes:
-      keys, values: one [B, S, K, H] per layer, float32, bfloat16, or int8 codes; slots
-        from ``length`` on are unset.
+      keys, values: one [B, S, K, H] per layer, float32, bfloat16, or int8 codes; in 4
+        bits [B, S, K, 16 ceil(H / 32)] uint8, two codes a byte. Slots from ``length``
+        on are unset.
       length: slots filled, int32 scalar. Beyond the capacity S, logits are NaN: a
         traced length can't raise, and must not pass for an answer.
       start: first slot of each row, [B] int32.
       key_scales, value_scales: where keys and values are codes, one [B, S, K] float32
         per layer: ``codes * scale``, a scale for each token and head; else empty.
+      key_centers: what keys in 4 bits are coded around, one [B, ceil(S / 64), K, H]
+        float32 per layer, a center for each 64 tokens of a row; else empty. `codes.py`
+        says where they come from.
     """
 
     keys: tuple[Array, ...]
@@ -38,6 +46,7 @@ class KVCache:
     start: Array
     key_scales: tuple[Array, ...] = ()
     value_scales: tuple[Array, ...] = ()
+    key_centers: tuple[Array, ...] = ()
 
     @property
     def capacity(self) -> int:
@@ -50,15 +59,14 @@ class KVCache:
 
     @property
     def layers(self) -> list[tuple[Array, ...]]:
-        """What each layer reads: keys and values, then their scales if any."""
-        parts = (self.keys, self.values, self.key_scales, self.value_scales)
+        """What each layer reads: keys and values, their scales if any, and centers."""
+        parts = (getattr(self, name) for name in PARTS)
         return list(zip(*filter(None, parts), strict=True))
 
     def filled(self, layers: Sequence[tuple[Array, ...]], length: Array) -> "KVCache":
         """This cache with other contents, given as `layers` has them."""
-        names = ("keys", "values", "key_scales", "value_scales")
         parts: dict[str, Any] = dict(
-            zip(names, zip(*layers, strict=True), strict=False)
+            zip(PARTS, zip(*layers, strict=True), strict=False)
         )
         return dataclasses.replace(self, length=length, **parts)
 
@@ -77,7 +85,7 @@ class KVCache:
           architecture: of the model.
           batch: B.
           capacity: S; ``max_seq_len`` where None.
-          dtype: float32, bfloat16 or int8.
+          dtype: float32, bfloat16, int8 or int4.
           start: see the class; zeros where None.
 
         Raises:
@@ -87,21 +95,29 @@ class KVCache:
             name = jnp.dtype(dtype).name
         except TypeError:
             name = str(dtype)
-        if name not in ("float32", "bfloat16", "int8"):
-            raise VaaniError(f"a KV cache holds float32, bfloat16 or int8, not {name}")
+        if name not in DTYPES:
+            *others, last = DTYPES
+            listed = f"{', '.join(others)} or {last}"
+            raise VaaniError(f"a KV cache holds {listed}, not {name}")
+        slots, heads = capacity or architecture.max_seq_len, architecture.kv_heads
+        size = width = architecture.head_size
         dtype = jnp.dtype(name)
-        shape = (batch, capacity or architecture.max_seq_len, architecture.kv_heads)
+        if name == "int4":
+            dtype, width = jnp.dtype("uint8"), halves_of(size)
+        shape = (batch, slots, heads)
 
         def zeros(shape: tuple[int, ...], dtype: Any) -> tuple[Array, ...]:
             # Distinct buffers, so that a donated cache is never donated twice.
             return tuple(jnp.zeros(shape, dtype) for _ in range(architecture.n_layers))
 
-        coded = dtype == jnp.int8
+        coded = name in ("int8", "int4")
+        centers = (batch, blocks_of(slots), heads, size)
         return cls(
-            keys=zeros((*shape, architecture.head_size), dtype),
-            values=zeros((*shape, architecture.head_size), dtype),
+            keys=zeros((*shape, width), dtype),
+            values=zeros((*shape, width), dtype),
             length=jnp.zeros((), jnp.int32),
             start=jnp.zeros(batch, jnp.int32) if start is None else start,
             key_scales=zeros(shape, jnp.float32) if coded else (),
             value_scales=zeros(shape, jnp.float32) if coded else (),
+            key_centers=zeros(centers, jnp.float32) if name == "int4" else (),
         )

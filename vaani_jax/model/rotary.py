@@ -130,7 +130,7 @@ SCALINGS: dict[str, Scaling] = {
 }
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=4)
 def rotary_angles(length: int, rotary: Rotary) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines of rotary embedding for positions 0 to ``length - 1``.
 

@@ -1,11 +1,13 @@
 """The language model, its initial variables, and its layers stacked or unrolled."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vaani_jax.devices.apart import mapped_axes
 from vaani_jax.devices.mesh import BATCH, constrain, constrain_weights
@@ -159,7 +161,9 @@ class Vaani(nn.Module):
             )
         start = None
         positions = jnp.arange(length, dtype=jnp.int32)
-        table = rotary_angles(max(capacity, a.max_seq_len), a.rotary)
+        table: Any = self.get_variable("angles", "table")
+        if table is None:
+            table = angles_for(a, capacity)
         if cache is None:
             rotary = tuple(jnp.asarray(t[:length]) for t in table)
         else:
@@ -284,6 +288,30 @@ class Vaani(nn.Module):
             mix=mix,
         )
         return logits
+
+
+@functools.lru_cache(maxsize=2)  # a second for 131,072 positions
+def angles_for(a: Architecture, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rotary angles of all positions that a cache of ``capacity`` slots may have.
+
+    Not of all that the context has: a shorter table is the beginning of a longer one.
+    """
+    rows = min(a.max_seq_len, -(-capacity // 256) * 256)
+    return rotary_angles(max(capacity, rows), a.rotary)
+
+
+LARGE_TABLE = 2**18  # bytes
+
+
+def with_angles(model: Vaani, variables: Tree, capacity: int) -> Tree:
+    """Variables with the table of rotary angles, where it is large.
+
+    Else every program that is compiled with them would hold a table of its own.
+    """
+    table = angles_for(model.architecture, capacity)
+    if sum(part.nbytes for part in table) <= LARGE_TABLE:
+        return variables
+    return {**variables, "angles": {"table": tuple(map(jnp.asarray, table))}}
 
 
 def stack_layers(tree: Tree, n_layers: int) -> Tree:

@@ -32,7 +32,9 @@ from jax.sharding import Mesh
 from vaani_jax.devices.chips import Chip
 from vaani_jax.devices.mesh import make_mesh
 from vaani_jax.errors import VaaniError
+from vaani_jax.inference.room import cache_bytes
 from vaani_jax.kernels.floats import compiled_floats
+from vaani_jax.model.cache import DTYPES
 from vaani_jax.model.size import flops_per_token, model_size
 from vaani_jax.plan.boundaries import (
     bytes_of,
@@ -168,6 +170,14 @@ class Plan:
         return self.config.batch_size * self.config.model.max_seq_len
 
     @property
+    def caches(self) -> dict[str, int]:
+        """Bytes that serving takes for a text of the whole context, by dtype."""
+        model = self.config.model
+        return {
+            dtype: cache_bytes(model, 1, model.max_seq_len, dtype) for dtype in DTYPES
+        }
+
+    @property
     def received(self) -> float:
         """Bytes that a device receives from others in a step."""
         return sum(exchange.received for exchange in self.exchanges)
@@ -280,6 +290,8 @@ def as_text(plan: Plan, chips: Sequence[Chip], utilization: float) -> str:
         ("a sample", memory.state + memory.sampling),
     ]
     lines += [f"  {title:24} {size(nbytes):>10}" for title, nbytes in rows]
+    caches = ", ".join(f"{dtype} {size(n)}" for dtype, n in plan.caches.items())
+    lines += ["", f"cache of a whole context, when it is served: {caches}"]
     lines += ["", "received per device and step"]
     kinds: dict[tuple[str, str], list[float]] = {}
     for exchange in plan.exchanges:
@@ -320,6 +332,7 @@ def as_dict(plan: Plan, chips: Sequence[Chip], utilization: float) -> dict[str, 
             "step": plan.memory.step,
             "peak": plan.memory.peak,
         },
+        "caches": plan.caches,
         "exchanges": [dataclasses.asdict(exchange) for exchange in plan.exchanges],
         "received": plan.received,
         "chips": {

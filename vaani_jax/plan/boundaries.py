@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vaani_jax.devices.mesh import batch_parts
 from vaani_jax.evaluate.loss import batch_rows
 from vaani_jax.inference.generate import (
+    PIECE,
     SEGMENT,
     bucket,
     capacity_for,
@@ -63,7 +64,8 @@ def sampling_bytes(program: Program, config: Config, mesh: Mesh) -> int:
     if context < 2:
         return 0
     longest = max([1, *(len(prompt.encode()) for prompt in sample.prompts)])
-    length = bucket(min(longest, context), context)
+    # Where a prompt is read in pieces, each takes what one does that is as long.
+    length = min(PIECE, bucket(min(longest, context), context))
     capacity = capacity_for(longest, sample.max_new_tokens, SEGMENT, context)
     module, variables, copied = config.vaani, program.shapes.variables, 0
     if config.execution.scan_layers:

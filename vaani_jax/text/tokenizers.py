@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,10 +10,11 @@ import numpy as np
 
 from vaani_jax.errors import VaaniError
 from vaani_jax.settings import named
-from vaani_jax.text.special import Special
-from vaani_jax.words import first_line
+from vaani_jax.text.special import Added, Special, read_added, read_special
+from vaani_jax.words import first_line, shown
 
 UNFINISHED = "\ufffd"  # what bytes that are no whole character decode to
+LOOK_BACK = 64  # ids before a text that are looked at to spell it
 
 
 @runtime_checkable
@@ -177,10 +179,20 @@ class HFTokenizer:
     def id_of(self, part: str) -> int | None:
         """The id of a special token, such as "eos_token"; None where there is none."""
         name = self.special.names.get(part)
-        return None if name is None else self._tokenizer.token_to_id(name)
+        return None if name is None else self.id_of_token(name)
+
+    def id_of_token(self, name: str) -> int | None:
+        """The id of the token of that text; None where there is none."""
+        found: int | None = self._tokenizer.token_to_id(name)
+        return found
 
     def has_token(self) -> np.ndarray:
         return self._ids_with_token.copy()
+
+    def is_special(self, token: int) -> bool:
+        """Whether an id stands for something else than the text of its token."""
+        found = self._tokenizer.get_added_tokens_decoder().get(int(token))
+        return found is not None and found.special
 
     @staticmethod
     def _guard(function: Any) -> Any:
@@ -244,6 +256,53 @@ class HFTokenizer:
             "vocab_size": self.vocab_size,
             "special": self.special.to_json(),
         }
+
+
+def read_huggingface(
+    serialized: str, folder: pathlib.Path, vocab_size: int = 0
+) -> HFTokenizer:
+    """A tokenizer with all that the files beside its ``tokenizer.json`` say of it.
+
+    Args:
+      serialized: the content of ``tokenizer.json``.
+      folder: where the other files are.
+      vocab_size: of the model, which tokens beyond are none of; 0 where there is none.
+
+    Raises VaaniError for damaged files, and for those that contradict each other.
+    """
+    listed = read_added(folder)
+    if vocab_size:
+        listed = {token: one for token, one in listed.items() if token < vocab_size}
+    serialized, added = _with_added(serialized, listed)
+    tokenizer = HFTokenizer(serialized, vocab_size, read_special(folder))
+    for token, name in added.items():
+        found = tokenizer.id_of_token(name)
+        if found != token:
+            raise VaaniError(
+                f"{folder} gives the token {shown(name)} the id {token}, and with its"
+                f" tokenizer.json it has {found}: save it again with"
+                " AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            )
+    return tokenizer
+
+
+def _with_added(
+    serialized: str, listed: dict[int, Added]
+) -> tuple[str, dict[int, str]]:
+    """``tokenizer.json`` with those of some tokens that it lacks, and these by id."""
+    try:
+        content = json.loads(serialized)
+        known = {token["content"] for token in content.setdefault("added_tokens", [])}
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return serialized, {}  # damaged, as whoever reads it will say
+    lacking = {i: one for i, one in sorted(listed.items()) if one.content not in known}
+    if not lacking:
+        return serialized, {}
+    content["added_tokens"] += [
+        {"id": i, **dataclasses.asdict(one)} for i, one in lacking.items()
+    ]
+    names = {i: one.content for i, one in lacking.items()}
+    return json.dumps(content, ensure_ascii=False), names
 
 
 def _tokenizers() -> Any:
@@ -369,3 +428,40 @@ def continuation(tokenizer: Tokenizer, prompt: Any, new: Any) -> str:
         return text[len(before) :]
     # The new ids have changed how the end of the prompt is spelled.
     return tokenizer.decode(new)
+
+
+class Spelling:
+    """The text of ids that come a few at a time, in whole characters.
+
+    Attributes:
+      text: all of what has been spelled.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Any = ()) -> None:
+        """Begins behind a text.
+
+        Args:
+          tokenizer: spells both.
+          before: its ids; see `continuation`.
+        """
+        self._tokenizer = tokenizer
+        # No token is spelled by what is farther from it.
+        self._before = np.asarray(before, np.int64).reshape(-1)[-LOOK_BACK:]
+        self._ids: list[int] = []
+        self.text = ""
+
+    def add(self, ids: Any) -> str:
+        """What these ids add; a character that is not whole comes with later ones."""
+        self._ids.extend(np.asarray(ids, np.int64).reshape(-1).tolist())
+        return self._new(self._whole().rstrip(UNFINISHED))
+
+    def end(self) -> str:
+        """What is left: U+FFFD for bytes that have become no character."""
+        return self._new(self._whole())
+
+    def _whole(self) -> str:
+        return continuation(self._tokenizer, self._before, self._ids)
+
+    def _new(self, text: str) -> str:
+        new, self.text = text[len(self.text) :], text
+        return new

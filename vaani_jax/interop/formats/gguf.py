@@ -321,6 +321,10 @@ def _write_vocabulary(writer: Any, vocabulary: GGUFVocabulary) -> None:
         writer.add_uint32(f"tokenizer.ggml.{_ggml_key(key)}", value)
     if vocabulary.chat_template:
         writer.add_chat_template(vocabulary.chat_template)
+    if vocabulary.named_templates:
+        writer.add_array("tokenizer.chat_templates", [*vocabulary.named_templates])
+    for name, template in vocabulary.named_templates.items():
+        writer.add_string(f"tokenizer.chat_template.{name}", template)
     writer.add_add_bos_token(vocabulary.add_bos)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)

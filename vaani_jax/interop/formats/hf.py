@@ -203,8 +203,8 @@ def write_folder(
             content[f"{part}_id"] = tokenizer.id_of(part)
         ends: Any = list(tokenizer.eos_ids) or None
         content["eos_token_id"] = ends[0] if ends and len(ends) == 1 else ends
-        if tokenizer.special.names:
-            _write_json(folder / MAP, tokenizer.special.names)
+        if tokenizer.special.by_part:
+            _write_json(folder / MAP, tokenizer.special.by_part)
         if tokenizer.special.generation:
             _write_json(folder / GENERATION, tokenizer.special.generation)
     elif isinstance(tokenizer, CharTokenizer | ByteTokenizer):
@@ -385,25 +385,17 @@ class Weights:
             raise VaaniError(
                 f"{name} has shape {list(found)}: the config asks for {list(shape)}"
             )
-        there = self._theirs[name]
-        file = self._open(self._places[there])
-        if len(shape) < 2:
-            yield self._checked(name, dtype, lambda: file.get_tensor(there))
-            return
-        step = max(TILE, RANGE // shape[1] // TILE * TILE)
-        for start in range(0, shape[0], step):
-            yield self._checked(
-                name,
-                dtype,
-                lambda start=start: file.get_slice(there)[start : start + step],
-            )
+        step = shape[0] if shape else 1
+        if len(shape) == 2:
+            step = max(TILE, RANGE // shape[1] // TILE * TILE)
+        for start in range(0, shape[0] if shape else 1, step):
+            yield self._part(name, dtype, slice(start, start + step) if shape else ())
 
-    def _checked(
-        self, name: str, dtype: str, read: Callable[[], np.ndarray]
-    ) -> np.ndarray:
+    def _part(self, name: str, dtype: str, which: Any) -> np.ndarray:
         library = _safetensors()
+        there = self._theirs[name]
         try:
-            array = read()
+            array = self._open(self._places[there]).get_slice(there)[which]
         except (library.SafetensorError, OSError, ValueError) as error:
             raise VaaniError(
                 f"{name} can't be read: {first_line(error, 200)}"

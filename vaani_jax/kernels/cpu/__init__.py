@@ -188,11 +188,13 @@ def attention(
     v_BSKH: Array,
     slot: Array,
     start: Array,
-    scales: tuple[Array, Array] | None = None,
+    scales: tuple[Array, ...] | None = None,
     *,
     weights: bool = False,
 ) -> tuple[Array, ...]:
     """Attention of queries in slots from ``slot`` [] on: see `attention.py`.
+
+    ``scales`` stand beside codes: of keys, of values and, with 4 bits, centers.
 
     Reads the slots from ``start`` [B] up to a query's own alone, both int32. Returns
     [B, T, N, H] float32, and, if asked for, the weights [B, N, T, S] float32, which

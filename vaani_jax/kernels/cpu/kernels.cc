@@ -26,6 +26,7 @@
 #include <limits>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -106,8 +107,10 @@ struct Wide {
 // Queries against keys and values; see `attention`.
 struct Attention {
   const float* q;  // [b, t, n, h]
-  const void *keys, *values;  // [b, s, k, h], float32, bfloat16 or int8
-  const float *key_scales, *value_scales;  // [b, s, k], of int8
+  const void *keys, *values;  // [b, s, k, h], float32, bfloat16, int8 or `Nibbles`
+  const float *key_scales, *value_scales;  // [b, s, k], of codes
+  const float* centers;  // [b, blocks, k, h], of keys in 4 bits
+  int64_t blocks;
   const int32_t* starts;  // [b]
   int64_t slot, t, n, s, k, h;  // slot: of the first query
   float* out;  // [b, t, n, h]
@@ -154,10 +157,15 @@ struct Isa {
                  float* sigmoid);
   // log(sum(exp(x))) of one row.
   float (*log_sum_exp)(const float* x, int64_t k);
-  // Row `b` of the batch, head `head` of the queries, queries [begin, end); one function
-  // per dtype of the cache. `scratch` holds kTogether rows of `width` numbers, h more for as many queries.
-  void (*attend[3])(const Attention&, int64_t b, int64_t head, int64_t begin,
+  // The float parts of attention, see attention.inc; one function per type of the cache.
+  void (*attend[4])(const Attention&, int64_t b, int64_t head, int64_t begin,
                     int64_t end, int64_t width, float* scratch);
+  void (*decode_scores[4])(const Attention&, int64_t b, int64_t begin, int64_t end,
+                           int64_t first, int64_t last, int64_t width, float* scores);
+  float (*decode_weights)(float* x, int64_t count);
+  void (*decode_values[4])(const Attention&, int64_t b, int64_t begin, int64_t end,
+                           int64_t i, int64_t j, int64_t first, int64_t last,
+                           int64_t width, const float* scores, const float* inverses);
   // Row `b` of the batch, key-value head `shared`.
   void (*attend_back)(const AttentionGradient&, int64_t b, int64_t shared,
                       int64_t width, float* scratch);
@@ -196,6 +204,8 @@ constexpr float kPart = 1.0f / 127.0f;
 //                      its addition round once together (fma); then lanes in a tree: l
 //                      and l + 8, l and l + 4, l and l + 2, l and l + 1
 //   over slots         one by one, from the first that counts, with fma
+//   a score            a product, times 1 / sqrt(h), times the scale of a code, and, of
+//                      4 bits, the query's product with the center, times 1 / sqrt(h)
 //   roots, quotients   rounded correctly
 //
 // So a row's numbers depend neither on other rows nor on padding, nor on how work is
@@ -205,6 +215,49 @@ constexpr float kPart = 1.0f / 127.0f;
 constexpr int kLanes = 16;
 constexpr int64_t kTogether = 4;   // queries that share the reading of values
 constexpr int64_t kQueries = 128;  // of a head, in one part
+constexpr int64_t kSpan = 256;     // slots that stay in the cache while queries pass by
+constexpr int64_t kTurned = kSpan + 2 * kLanes;
+constexpr int64_t kSlotsAhead = 32;  // slots that are asked for before their turn
+constexpr int64_t kFewSlots = 8;   // slots whose keys are read for one head, then another
+constexpr int64_t kSome = 32;      // slots whose values are
+constexpr int64_t kCentered = 64;  // slots whose keys have one center: model/codes.py
+
+// Stands for a pointer to codes of 4 bits, two a byte: of each 32, the first sixteen in
+// the low halves of sixteen bytes, the others in the high ones (model/codes.py). `i`
+// counts codes, and is a multiple of 16.
+struct Nibbles {
+  const uint8_t* bytes;
+  int64_t i;
+};
+inline Nibbles operator+(Nibbles x, int64_t count) { return {x.bytes, x.i + count}; }
+
+template <typename T>
+constexpr bool kHalved = std::is_same_v<T, Nibbles>;
+
+// Number `i` of a cache of T.
+template <typename T>
+inline auto row_of(const void* cache, int64_t i) {
+  if constexpr (kHalved<T>)
+    return Nibbles{static_cast<const uint8_t*>(cache), i};
+  else
+    return static_cast<const T*>(cache) + i;
+}
+
+// Numbers from a head to the next one.
+template <typename T>
+constexpr int64_t padded(int64_t h) {
+  return kHalved<T> ? (h + 31) / 32 * 32 : h;
+}
+
+inline const void* place_of(const void* x) { return x; }
+inline const void* place_of(Nibbles x) { return x.bytes + (x.i >> 1); }
+
+// Bytes of `count` numbers.
+template <typename T>
+constexpr int64_t distance_of(const T*, int64_t count) {
+  return count * sizeof(T);
+}
+constexpr int64_t distance_of(Nibbles, int64_t count) { return count / 2; }
 
 // -- Portable ---------------------------------------------------------------------
 
@@ -214,6 +267,7 @@ namespace portable {
 #define VAANI_LANE inline __attribute__((always_inline))
 
 constexpr int kTileRows = 2, kTileColumns = 2;
+constexpr int kDots = 8, kAdds = 4;  // sums in registers at a time
 
 struct Lanes {
   float v[kLanes];
@@ -262,6 +316,14 @@ VAANI_LANE float widened(uint16_t half) {
 }
 VAANI_LANE Lanes load_halves(const uint16_t* x) {
   return by_lane([&](int i) { return widened(x[i]); });
+}
+VAANI_LANE Lanes load(Nibbles x) {
+  const uint8_t* bytes = x.bytes + (x.i >> 5 << 4);
+  const int up = (x.i & 31) ? 0 : 4;
+  return by_lane([&](int i) {
+    const int8_t high = static_cast<int8_t>(bytes[i] << up);
+    return static_cast<float>(high >> 4);
+  });
 }
 VAANI_LANE void store(float* to, const Lanes& x) { std::memcpy(to, x.v, sizeof x.v); }
 VAANI_LANE Lanes add(const Lanes& x, const Lanes& y) {
@@ -425,6 +487,7 @@ namespace avx2 {
 #define VAANI_LANE VAANI_TARGET inline __attribute__((always_inline))
 
 constexpr int kTileRows = 2, kTileColumns = 2;
+constexpr int kDots = 8, kAdds = 4;
 
 struct Lanes {
   __m256 low, high;
@@ -435,10 +498,27 @@ VAANI_LANE Lanes zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 VAANI_LANE Lanes load(const float* x) {
   return {_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)};
 }
-VAANI_LANE Lanes load(const int8_t* x) {
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+VAANI_LANE Lanes from_bytes(__m128i bytes) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
           _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+VAANI_LANE Lanes load(const int8_t* x) {
+  return from_bytes(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+}
+VAANI_LANE Lanes from_halves(__m128i halves) {  // the low ones
+  const __m128i values = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+  return from_bytes(_mm_shuffle_epi8(values, _mm_and_si128(halves, _mm_set1_epi8(15))));
+}
+VAANI_LANE void load_two(Nibbles x, Lanes* to) {
+  const void* from = x.bytes + (x.i >> 1);
+  const __m128i bytes = _mm_loadu_si128(static_cast<const __m128i*>(from));
+  to[0] = from_halves(bytes);
+  to[1] = from_halves(_mm_srli_epi16(bytes, 4));
+}
+VAANI_LANE Lanes load(Nibbles x) {
+  Lanes both[2];
+  load_two(Nibbles{x.bytes, x.i & ~31}, both);
+  return both[(x.i & 31) != 0];
 }
 VAANI_LANE __m256 widened(const uint16_t* x) {
   const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
@@ -702,6 +782,120 @@ bool has_avx2() {
   return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
+// -- AVX2 with VNNI: processors that lack AVX-512 -----------------------------------
+
+#if __GNUC__ >= 11 || __clang_major__ >= 13
+#define VAANI_VNNI 1
+#define VAANI_AVXVNNI __attribute__((target("avx2,fma,f16c,avxvnni")))
+
+namespace avxvnni {
+
+#define VAANI_TARGET VAANI_AVXVNNI
+#define VAANI_LANE VAANI_TARGET inline __attribute__((always_inline))
+
+using avx2::add;
+using avx2::all;
+using avx2::Lanes;
+using avx2::load;
+using avx2::load_halves;
+using avx2::mul;
+using avx2::store;
+using avx2::zero;
+
+// The sums of M rows with `blocks` blocks, from `starts` on, which are `apart`. Products
+// wait for those before them in a sum: of few rows, each has two.
+template <int M>
+VAANI_LANE void sum_blocks(const uint8_t* tiles, const int8_t* q, int64_t stride,
+                           int64_t blocks, const int32_t* starts, int64_t apart,
+                           __m256i (&sums)[M][2]) {
+  constexpr int U = M <= 2 ? 2 : 1;
+  const __m256i three = _mm256_set1_epi8(3);
+  __m256i acc[U][M][2];
+  for (int u = 0; u < U; ++u)
+    for (int m = 0; m < M; ++m)
+      acc[u][m][0] = acc[u][m][1] =
+          u ? _mm256_setzero_si256() : _mm256_set1_epi32(starts[m * apart]);
+  for (int64_t kb = 0; kb < blocks; ++kb) {
+    ask_for(tiles + kb * kBlock + kAhead);
+    const __m256i* tile = reinterpret_cast<const __m256i*>(tiles + kb * kBlock);
+    __m256i left = _mm256_loadu_si256(tile), right = _mm256_loadu_si256(tile + 1);
+    for (int plane = 0; plane < 4; ++plane) {
+      const __m256i l = _mm256_and_si256(left, three);
+      const __m256i r = _mm256_and_si256(right, three);
+      left = _mm256_srli_epi16(left, 2);
+      right = _mm256_srli_epi16(right, 2);
+      for (int m = 0; m < M; ++m) {
+        __m256i(&to)[2] = acc[plane % U][m];
+        const __m256i x =
+            _mm256_set1_epi32(four(q + m * stride + kb * kTile + 4 * plane));
+        to[0] = _mm256_dpbusd_avx_epi32(to[0], l, x);
+        to[1] = _mm256_dpbusd_avx_epi32(to[1], r, x);
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int half = 0; half < 2; ++half) {
+      sums[m][half] = acc[0][m][half];
+      for (int u = 1; u < U; ++u)
+        sums[m][half] = _mm256_add_epi32(sums[m][half], acc[u][m][half]);
+    }
+}
+
+template <int M>
+VAANI_AVXVNNI void block(const Activations& a, const Product& p, int64_t b, int64_t row) {
+  const int32_t nothing = 0;
+  __m256i sums[M][2];
+  sum_blocks(p.tiles + b * p.depth * kBlock, a.codes + row * a.stride, a.stride, p.depth,
+             &nothing, 0, sums);
+  for (int m = 0; m < M; ++m) {
+    alignas(32) int32_t found[kTile];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(found), sums[m][0]);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(found + 8), sums[m][1]);
+    store_block(a, p, b, row + m, found);
+  }
+}
+
+void multiply(const Activations& a, const Product& p, int64_t begin, int64_t end) {
+  int64_t row = 0;
+  for (; row + 4 <= a.m; row += 4)
+    for (int64_t b = begin; b < end; ++b) block<4>(a, p, b, row);
+  for (int64_t b = begin; b < end; ++b) switch (a.m - row) {
+      case 3: block<3>(a, p, b, row); break;
+      case 2: block<2>(a, p, b, row); break;
+      case 1: block<1>(a, p, b, row); break;
+    }
+}
+
+constexpr int kGroupRows = 4;
+constexpr int group_columns(int) { return 1; }
+
+template <int M>
+VAANI_LANE void multiply_piece(const uint8_t* tiles, int64_t, const int8_t* q,
+                               int64_t stride, int64_t blocks, const int32_t* starts,
+                               int64_t pieces, int64_t, Lanes (&sums)[M][1]) {
+  __m256i found[M][2];
+  sum_blocks(tiles, q, stride, blocks, starts, pieces, found);
+  for (int m = 0; m < M; ++m)
+    sums[m][0] = {_mm256_cvtepi32_ps(found[m][0]), _mm256_cvtepi32_ps(found[m][1])};
+}
+
+#include "groups.inc"
+
+bool available() {
+  if (!has_avx2()) return false;
+  unsigned a = 7, b, c = 0, d;
+  __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  if (a < 1) return false;
+  a = 7, c = 1;
+  __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  return (a >> 4) & 1;
+}
+
+#undef VAANI_TARGET
+#undef VAANI_LANE
+}  // namespace avxvnni
+#endif  // VNNI
+
 // -- AVX-512 with VNNI ------------------------------------------------------------
 
 #define VAANI_AVX512 \
@@ -713,6 +907,7 @@ namespace avx512 {
 #define VAANI_LANE VAANI_TARGET inline __attribute__((always_inline))
 
 constexpr int kTileRows = 4, kTileColumns = 4;
+constexpr int kDots = 16, kAdds = 16;
 
 typedef __m512 Lanes;
 
@@ -722,6 +917,21 @@ VAANI_LANE Lanes load(const float* x) { return _mm512_loadu_ps(x); }
 VAANI_LANE Lanes load(const int8_t* x) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+}
+VAANI_LANE Lanes from_halves(__m512i halves) {  // of words, the low four bits
+  const Lanes values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+  return _mm512_permutexvar_ps(halves, values);
+}
+VAANI_LANE void load_two(Nibbles x, Lanes* to) {
+  const void* from = x.bytes + (x.i >> 1);
+  const __m512i words = _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from)));
+  to[0] = from_halves(words);
+  to[1] = from_halves(_mm512_srli_epi32(words, 4));
+}
+VAANI_LANE Lanes load(Nibbles x) {
+  const void* from = x.bytes + (x.i >> 5 << 4);
+  const __m512i words = _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from)));
+  return from_halves((x.i & 31) ? _mm512_srli_epi32(words, 4) : words);
 }
 VAANI_LANE Lanes load(const uint16_t* x) {  // bfloat16
   const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
@@ -1363,10 +1573,11 @@ bool has_dot() {
 
 // -- The choice -------------------------------------------------------------------
 
+#define VAANI_OF_TYPES(name) {name<float>, name<uint16_t>, name<int8_t>, name<Nibbles>}
 #define VAANI_FLOAT_TABLE(name)                                                        \
-  name::norm, name::floats, name::swiglu, name::log_sum_exp, {                         \
-    name::attend<float>, name::attend<uint16_t>, name::attend<int8_t>                  \
-  }, name::attend_back
+  name::norm, name::floats, name::swiglu, name::log_sum_exp,                           \
+  VAANI_OF_TYPES(name::attend), VAANI_OF_TYPES(name::decode_scores),                   \
+  name::decode_weights, VAANI_OF_TYPES(name::decode_values), name::attend_back
 
 const Isa kIsas[] = {
 #if VAANI_X86
@@ -1376,6 +1587,10 @@ const Isa kIsas[] = {
 #endif
     {"avx512", has_avx512, avx512_quantize, avx512_sum_units, avx512_multiply,
      avx512::grouped, avx512_rows, VAANI_FLOAT_TABLE(avx512)},
+#if VAANI_VNNI
+    {"avxvnni", avxvnni::available, avx2_quantize, avx2_sum_units, avxvnni::multiply,
+     avxvnni::grouped, avx2_rows, VAANI_FLOAT_TABLE(avx2)},
+#endif
     {"avx2", has_avx2, avx2_quantize, avx2_sum_units, avx2_multiply, avx2::grouped,
      avx2_rows, VAANI_FLOAT_TABLE(avx2)},
 #endif
@@ -1817,10 +2032,77 @@ ffi::Error rows_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   });
 }
 
+// One query of each head; `kind` says which type the cache has.
+ffi::Error decode(ffi::ThreadPool pool, const Isa& isa, const Attention& a, int64_t batch,
+                  int kind) {
+  const int64_t length = std::clamp<int64_t>(a.slot + 1, 1, a.s), groups = a.n / a.k;
+  const int64_t threads = useful_threads(pool, 2 * batch * a.n * length * a.h);
+  const int64_t width = rounded(length, 1024) + 2 * kLanes;
+  const auto first_of = [&](int64_t b) {
+    return std::clamp<int64_t>(a.starts[b], 0, length - 1);
+  };
+  // Rows, or their heads, where these are enough for all threads and what a part reads
+  // in one go is not torn to pieces.
+  const bool rows = threads == 1 || batch >= 4 * threads;
+  if (rows || (length < 1024 && batch * a.k >= threads)) {
+    const int64_t heads = rows ? a.k : 1, parts = a.k / heads;
+    return parallel(pool, batch, threads, batch * parts, [=, &a, &isa](int64_t part) {
+      thread_local std::vector<float> scratch;
+      const int64_t b = part / parts, begin = part % parts * heads, size = a.n * (width + 1);
+      if (static_cast<int64_t>(scratch.size()) < size) scratch.resize(size);
+      float *scores = scratch.data(), *inverses = scores + a.n * width;
+      const int64_t first = first_of(b);
+      isa.decode_scores[kind](a, b, begin, begin + heads, first, length, width, scores);
+      for (int64_t n = begin * groups; n < (begin + heads) * groups; ++n)
+        inverses[n] = isa.decode_weights(scores + n * width + first, length - first);
+      isa.decode_values[kind](a, b, begin, begin + heads, 0, a.h, first, length, width,
+                              scores, inverses);
+    });
+  }
+  std::vector<float> scratch;
+  try {
+    scratch.resize(a.n * (width + 1));
+  } catch (const std::bad_alloc&) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for scores");
+  }
+  float *scores = scratch.data(), *inverses = scores + a.n * width;
+  constexpr int64_t kSlots = 512;  // of a part
+  // Sums of values go over all slots in one part: heads are dealt out, and cut where
+  // they are fewer than threads.
+  constexpr int64_t kPair = 2 * kLanes;  // as Nibbles come
+  const int64_t cuts = std::min((threads + a.k - 1) / a.k, (a.h + kPair - 1) / kPair);
+  const int64_t wide = rounded((a.h + cuts - 1) / cuts, kPair);
+  const int64_t heads = std::max<int64_t>(1, a.k / threads);
+  const int64_t dealt = (a.k + heads - 1) / heads;
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t first = first_of(b), parts = (length - first + kSlots - 1) / kSlots;
+    ffi::Error done = parallel(pool, 1, threads, parts, [=, &a, &isa](int64_t part) {
+      const int64_t from = first + part * kSlots, stop = std::min(length, from + kSlots);
+      isa.decode_scores[kind](a, b, 0, a.k, from, stop, width, scores);
+    });
+    if (done.failure()) return done;
+    done = parallel(pool, 1, threads, a.n, [=, &isa](int64_t n) {
+      inverses[n] = isa.decode_weights(scores + n * width + first, length - first);
+    });
+    if (done.failure()) return done;
+    done = parallel(pool, 1, threads, dealt * cuts, [=, &a, &isa](int64_t part) {
+      const int64_t begin = part / cuts * heads, end = std::min(a.k, begin + heads);
+      const int64_t i = part % cuts * wide, j = std::min(a.h, i + wide);
+      if (i < j)
+        isa.decode_values[kind](a, b, begin, end, i, j, first, length, width, scores,
+                                inverses);
+    });
+    if (done.failure()) return done;
+  }
+  return ffi::Error::Success();
+}
+
 // Attention of queries q [b, t, n, h] float32, in consecutive slots from `slot` [] on, to
 // the slots from starts [b] up to their own, of keys and values [b, s, k, h] of float32,
-// bfloat16, or int8 with scales [b, s, k] for keys and for values. Reads only the slots
-// that count. -> [b, t, n, h], and, where asked for, the weights [b, n, t, s].
+// bfloat16, int8, or codes of 4 bits [b, s, k, 16 ceil(h / 32)] uint8. Codes come with
+// scales [b, s, k] for keys and for values, those of 4 bits then with the centers of
+// keys [b, blocks, k, h]; float32. Reads only the slots that count. -> [b, t, n, h], and,
+// where asked for, the weights [b, n, t, s].
 ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q,
                      ffi::AnyBuffer keys, ffi::AnyBuffer values,
                      ffi::Buffer<ffi::S32> slot, ffi::Buffer<ffi::S32> starts,
@@ -1831,20 +2113,22 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q,
   if (keys.element_type() == ffi::F32) kind = 0;
   if (keys.element_type() == ffi::BF16) kind = 1;
   if (keys.element_type() == ffi::S8) kind = 2;
+  if (keys.element_type() == ffi::U8) kind = 3;
   auto out = results.get<ffi::Buffer<ffi::F32>>(0);
+  const size_t further[] = {0, 0, 2, 3};
   if (kind < 0 || from.size() != 4 || cache.size() != 4 || from[0] != cache[0] ||
-      from[3] != cache[3] || cache[1] == 0 || cache[2] == 0 || cache[3] == 0 ||
-      from[2] % cache[2] || values.element_type() != keys.element_type() ||
+      cache[3] != (kind == 3 ? padded<Nibbles>(from[3]) / 2 : from[3]) ||
+      cache[1] == 0 || cache[2] == 0 || cache[3] == 0 || from[2] % cache[2] ||
+      values.element_type() != keys.element_type() ||
       values.element_count() != keys.element_count() ||
       starts.element_count() != static_cast<size_t>(from[0]) || !out ||
-      (*out)->element_count() != q.element_count() ||
-      scales.size() != (kind == 2 ? 2u : 0u))
+      (*out)->element_count() != q.element_count() || scales.size() != further[kind])
     return ffi::Error::InvalidArgument("queries, cache and output do not fit");
   Attention a{};
   a.q = q.typed_data();
   a.keys = keys.untyped_data();
   a.values = values.untyped_data();
-  if (kind == 2) {
+  if (kind >= 2) {
     auto first = scales.get<ffi::Buffer<ffi::F32>>(0);
     auto second = scales.get<ffi::Buffer<ffi::F32>>(1);
     const size_t count = keys.element_count() / cache[3];
@@ -1854,13 +2138,21 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q,
     a.key_scales = first->typed_data();
     a.value_scales = second->typed_data();
   }
+  if (kind == 3) {
+    auto centers = scales.get<ffi::Buffer<ffi::F32>>(2);
+    a.blocks = (cache[1] + kCentered - 1) / kCentered;
+    if (!centers || centers->element_count() !=
+                        static_cast<size_t>(from[0] * a.blocks * cache[2] * from[3]))
+      return ffi::Error::InvalidArgument("centers must be [b, blocks, k, h] float32");
+    a.centers = centers->typed_data();
+  }
   a.starts = starts.typed_data();
   a.slot = *slot.typed_data();
   a.t = from[1];
   a.n = from[2];
   a.s = cache[1];
   a.k = cache[2];
-  a.h = cache[3];
+  a.h = from[3];
   a.out = (*out)->typed_data();
   if (results.size() == 2) {
     auto weights = results.get<ffi::Buffer<ffi::F32>>(1);
@@ -1870,17 +2162,20 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q,
     a.weights = (*weights)->typed_data();
   }
   if (q.element_count() == 0) return ffi::Error::Success();
-  const int64_t pieces = (a.t + kQueries - 1) / kQueries;
-  const int64_t units = from[0] * a.n * pieces;
+  if (a.t == 1 && !a.weights) return decode(pool, isa, a, from[0], kind);
   const int64_t length = std::clamp<int64_t>(a.slot + a.t, 1, a.s);
+  // A part holds a row of scores for each of its queries.
+  const int64_t queries = length > (1 << 14) ? kQueries / 2 : kQueries;
+  const int64_t pieces = (a.t + queries - 1) / queries;
+  const int64_t units = from[0] * a.n * pieces;
   const int64_t threads = useful_threads(pool, 2 * from[0] * a.n * a.t * length * a.h);
   return parallel(pool, from[0] * a.t, threads, units, [=, &isa](int64_t unit) {
     thread_local std::vector<float> scratch;
     // Whole vectors are written from any slot on.
-    const int64_t head = unit / pieces % a.n, begin = unit % pieces * kQueries;
-    const int64_t end = std::min(a.t, begin + kQueries);
-    const int64_t width = a.s + 2 * kLanes;
-    const int64_t size = (kTogether + (end - begin < kTogether ? 0 : a.h)) * width;
+    const int64_t head = unit / pieces % a.n, begin = unit % pieces * queries;
+    const int64_t end = std::min(a.t, begin + queries);
+    const int64_t width = rounded(length, 1024) + 2 * kLanes;
+    const int64_t size = (end - begin) * width + a.h * kTurned;
     if (static_cast<int64_t>(scratch.size()) < size) scratch.resize(size);
     isa.attend[kind](a, unit / pieces / a.n, head, begin, end, width, scratch.data());
   });
