@@ -349,7 +349,7 @@ def test_scales_that_a_file_cannot_hold_are_refused(tmp_path):
     head = next(t for t in tensors(taken.module.architecture) if t.kind == "head")
     with pytest.raises(VaaniError, match=r"output.weight has scales that are no float"):
         gguf_files._coded(
-            np.ones((3, 64), np.int8), np.float32(0.1), TYPES["Q2_0"], head
+            np.ones((3, 64), np.int8), np.array(0.1, np.float32), TYPES["Q2_0"], head
         )
     huge = Taken(WIDE["llama"], 1)
     for scale in huge.scales.values():
