@@ -37,6 +37,7 @@ from vaani_jax.interop.formats import gguf_model, opened
 from vaani_jax.interop.formats.gguf_file import GGUFFile
 from vaani_jax.interop.formats.gguf_model import GGUFModel
 from vaani_jax.interop.formats.gguf_rotary import to_factors
+from vaani_jax.interop.formats.gguf_types import TYPES
 from vaani_jax.interop.formats.source import quantization_of
 from vaani_jax.interop.names import tensors
 from vaani_jax.model.config import Architecture, Quantization
@@ -344,6 +345,12 @@ def test_scales_that_a_file_cannot_hold_are_refused(tmp_path):
     taken = Taken(WIDE["llama"], 128, scales=np.float32)
     with pytest.raises(VaaniError, match="scale_dtype=float16"):
         taken.write(tmp_path / "a.gguf", "q2_0")
+    # Beside a head there is no room for one.
+    head = next(t for t in tensors(taken.module.architecture) if t.kind == "head")
+    with pytest.raises(VaaniError, match=r"output.weight has scales that are no float"):
+        gguf_files._coded(
+            np.ones((3, 64), np.int8), np.array(0.1, np.float32), TYPES["Q2_0"], head
+        )
     huge = Taken(WIDE["llama"], 1)
     for scale in huge.scales.values():
         scale[0] = 1e6  # beyond float16
@@ -816,6 +823,7 @@ ONES = np.ones(1, np.float32)
         (set_tensor("blk.0.attn_q.scale", ONES * 0), "above 0"),
         (set_tensor("blk.0.attn_q.scale", ONES * np.inf), "above 0"),
         (set_tensor("blk.0.attn_q.scale", np.ones(2, np.float32)), r"F32 \[1\]"),
+        (set_tensor("output.scale", ONES), "do not have: 'output.scale'"),
         (set_tensor("rope_freqs.weight", np.ones(3, np.float32)), "rope_freqs"),
         (set_tensor("rope_freqs.weight", -np.ones(8, np.float32)), "no factors"),
         (set_tensor("output_norm.weight", np.full(64, np.nan, np.float32)), "finite"),

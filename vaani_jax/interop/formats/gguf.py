@@ -1,12 +1,12 @@
 """GGUF files for a stock llama.cpp: what may leave as one, and writing it.
 
-Ternary matrices are written as blocks of codes and scales. A scale that is a float16
-is in the blocks, whatever the weights that share it: one for the matrix, for an output,
-or for a group of whole blocks. One for the matrix that is no float16 is beside them:
-the blocks' own are 1, and a float32 tensor ``.scale`` [1] multiplies the product. So
-every type holds codes and scales exactly, or the model is refused. Norms and biases are
-float32, an embedding and a head that aren't ternary float16 or float32. Kernels of a
-full-precision model are written as they are, in float16 or Q8_0.
+Ternary matrices are written as blocks of codes and scales. A scale that is a float16 is
+in the blocks, whatever the weights that share it: one for the matrix, for an output, or
+for a group of whole blocks. One for a linear layer's matrix that is no float16 is
+beside them: the blocks' own are 1, and a float32 tensor ``.scale`` [1] multiplies the
+product. So every type holds codes and scales exactly, or the model is refused. Norms
+and biases are float32, an embedding and a head that aren't ternary float16 or float32.
+Kernels of a full-precision model are written as they are, in float16 or Q8_0.
 
 What llama.cpp computes is near the model, not the model: it rounds activations to 8
 bits per block of 256 inputs (TQ types) or 32 (Q2_0, Q8_0), not per token, or not at all
@@ -156,7 +156,7 @@ def _block_scales(
 
 
 def _coded(
-    codes: np.ndarray, scale: np.ndarray, kind: Type, label: str
+    codes: np.ndarray, scale: np.ndarray, kind: Type, tensor: Tensor
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Blocks of a ternary matrix, and the scale beside it, if it needs one.
 
@@ -164,7 +164,7 @@ def _coded(
       codes: int8 [rows, columns] in {-1, 0, 1}.
       scale: [], [rows] or [groups, rows].
       kind: with an `encode`.
-      label: the matrix's name, for people.
+      tensor: which matrix it is. llama.cpp reads scales beside those of blocks only.
 
     Returns:
       uint8 [rows, bytes], and float32 [1] or None.
@@ -172,15 +172,16 @@ def _coded(
     Raises VaaniError, with what works instead, for scales that it can't hold exactly.
     """
     assert kind.encode is not None
+    label = tensor.gguf_name
     scales = _block_scales(np.asarray(scale), codes.shape, kind, label)
     with np.errstate(over="ignore"):
         halves = scales.astype(np.float16)
     beside = None
     if (halves.astype(np.float32) != scales.astype(np.float32)).any():
-        if scale.ndim:
+        if scale.ndim or tensor.kind != "linear":
             raise VaaniError(
-                f"{label} has scales that are no float16, and GGUF files hold only"
-                " those for an output or a group: train with"
+                f"{label} has scales that are no float16, and llama.cpp reads others"
+                " only where a matrix of a block has one: train with"
                 " quantization.scale_dtype=float16 to export"
             )
         halves = np.ones_like(halves)
@@ -249,7 +250,7 @@ def write(
                     scale = scale[..., there]
             if scale is not None:
                 coded = TYPES[kind.upper()]
-                blocks, beside = _coded(array, scale, coded, tensor.gguf_name)
+                blocks, beside = _coded(array, scale, coded, tensor)
                 add_tensor(writer, tensor.gguf_name, blocks, coded)
                 if beside is not None:
                     add_tensor(writer, f"{tensor.gguf}.scale", beside, TYPES["F32"])

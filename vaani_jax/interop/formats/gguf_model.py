@@ -116,6 +116,8 @@ class GGUFModel(Source):
                 raise VaaniError(
                     f"{name} is of type {entry.type.name}: it must be F32, F16 or BF16"
                 )
+            if tensor.kind != "linear":  # llama.cpp reads none of others
+                continue
             scale = left.pop(f"{tensor.gguf}.scale", None)
             if scale is not None and (scale.shape != (1,) or scale.type.block > 1):
                 raise VaaniError(
@@ -131,10 +133,8 @@ class GGUFModel(Source):
 
     def _factor(self, tensor: Tensor) -> np.float32:
         """What the tensor beside a matrix multiplies its products by; 1 without one."""
-        if tensor.kind in ("norm", "bias"):
-            return np.float32(1)
         entry = self._file.tensors.get(f"{tensor.gguf}.scale")
-        if entry is None:
+        if tensor.kind != "linear" or entry is None:
             return np.float32(1)
         scale: np.float32 = self._file.floats(entry, slice(None))[0, 0]
         if not 0 < scale < LARGEST_SCALE:

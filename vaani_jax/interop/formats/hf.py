@@ -385,11 +385,15 @@ class Weights:
             raise VaaniError(
                 f"{name} has shape {list(found)}: the config asks for {list(shape)}"
             )
-        step = shape[0] if shape else 1
+        if not shape:
+            yield self._part(name, dtype, ())
+            return
+        step = shape[0]
         if len(shape) == 2:
             step = max(TILE, RANGE // shape[1] // TILE * TILE)
-        for start in range(0, shape[0] if shape else 1, step):
-            yield self._part(name, dtype, slice(start, start + step) if shape else ())
+        for start in range(0, shape[0], step):
+            # The library takes no end beyond the last row.
+            yield self._part(name, dtype, slice(start, min(shape[0], start + step)))
 
     def _part(self, name: str, dtype: str, which: Any) -> np.ndarray:
         library = _safetensors()
