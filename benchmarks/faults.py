@@ -529,6 +529,8 @@ class Mutations:
         types = ["f16"]
         if not toy:  # which reads characters, as runs that are compiled already
             tokenizer.write_text(self._tokenizer())
+            names = made / "tokenizer_config.json"  # GGUF wants an end of a text
+            names.write_text(json.dumps({"eos_token": "</s>"}))
             # A block of GGUF's smallest ternary type has 64 weights.
             keys = {**SHORT, "data.tokenizer_file": tokenizer, "model.dim": 64}
             types += ["q2_0", "q8_0"]
