@@ -29,9 +29,10 @@ from vaani_jax.inference.model import (
 from vaani_jax.inference.sampling import SamplerConfig
 from vaani_jax.inference.tensors import ALIGNMENT, read_tensors, write_tensors
 from vaani_jax.model.cache import KVCache
+from vaani_jax.model.names import ternary_codes
 from vaani_jax.model.packing import pack_variables
 from vaani_jax.model.transformer import Vaani, init_variables
-from vaani_jax.quant.packed import PackedTernary
+from vaani_jax.quant.packed import PackedTernary, unpack
 from vaani_jax.runs import checkpoints as checkpoints_module
 from vaani_jax.runs.checkpoints import Checkpoints
 from vaani_jax.runs.metadata import Metadata
@@ -389,9 +390,9 @@ def test_a_packed_model_is_not_packed_again(folder, tmp_path, capsys):
     one_error(capsys, command, "packed already")
 
 
-def test_a_packed_model_is_not_exported(folder, tmp_path, capsys):
+def test_a_packed_model_is_exported_as_codes_only(folder, tmp_path, capsys):
     command = ["export", "--workdir", str(folder), "--format", "hf"]
-    one_error(capsys, [*command, "--output", str(tmp_path / "x")], "packed from")
+    one_error(capsys, [*command, "--output", str(tmp_path / "x")], "hf-packed")
     assert not (tmp_path / "x").exists()
 
 
@@ -442,14 +443,23 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read_is_looked_for_again(
         load(workdir)
 
 
-def test_packed_weights_are_no_start_for_training(run, folder, tmp_path):
+def test_packed_weights_are_a_start_for_training(run, folder, tmp_path):
+    """Masters that quantize to their codes, and to their scales up to a rounding."""
     summary = json.loads((run / "run.json").read_text())
-    config = from_dict(summary["config"] | {"init_from": str(folder)})
-    with (
-        open(os.devnull, "w") as sink,
-        pytest.raises(VaaniError, match="no weights to train"),
-    ):
+    changes = {"init_from": str(folder), "num_steps": 1, "learning_rate": 1e-12}
+    config = from_dict(summary["config"] | changes)
+    with open(os.devnull, "w") as sink:
         train(config, tmp_path / "new", console=Console(file=sink))
+    begun = load(tmp_path / "new", checkpoint="last")
+    packed = load(folder)
+    for name, (codes, scale) in ternary_codes(
+        begun.module.spec, begun.variables
+    ).items():
+        node = packed.params
+        for part in name.split("/"):
+            node = node[part]
+        np.testing.assert_array_equal(unpack(node["kernel"]), codes)
+        np.testing.assert_allclose(node["kernel"].scale, scale, rtol=1e-6)
 
 
 # -- Damage -------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from vaani_jax.interop import names
 from vaani_jax.interop import tokenizers as tokenizer_files
 from vaani_jax.interop.convert import export_model, import_model
 from vaani_jax.interop.formats import hf
+from vaani_jax.interop.formats import source as source_module
 from vaani_jax.model.config import Quantization
 from vaani_jax.model.names import ternary_codes
 from vaani_jax.model.transformer import init_variables
@@ -260,7 +261,13 @@ def test_gguf_carries_templates_with_names(tmp_path):
     import_model(folder, tmp_path / "imported", notify=notify)
     said: list[str] = []
     path = tmp_path / "model.gguf"
-    export_model(tmp_path / "imported", path, target="gguf", notify=said.append)
+    export_model(
+        tmp_path / "imported",
+        path,
+        target="gguf",
+        gguf_type="f16",
+        notify=said.append,
+    )
     fields = gguf.GGUFReader(path).fields
     named = {key: one.contents() for key, one in fields.items() if "chat_temp" in key}
     names = ["chat_templates", "additional_chat_templates"]
@@ -393,7 +400,7 @@ def test_codes_are_packed_without_masters(tmp_path, monkeypatch, capsys):
     """And full precision is refused, with nothing left behind."""
     run = make_run(tmp_path / "run", SMALL)
     export_model(run, tmp_path / "source", target="hf-packed", notify=notify)
-    monkeypatch.setattr(hf, "masters_of", None)
+    monkeypatch.setattr(source_module, "masters_of", None)
     command = ["import", "--packed", "--from"]
     target = ["--workdir", str(tmp_path / "packed")]
     assert main([*command, str(tmp_path / "source"), *target]) == 0
@@ -413,7 +420,7 @@ def test_an_import_can_be_packed(kind, tmp_path, capsys):
     else:
         run = make_run(tmp_path / "run", SMALL)
         export_model(run, source, target=kind, notify=notify)
-    assert main(["import", "--from", source, "--workdir", back]) == 0
+    assert main(["import", "--from", source, "--workdir", back, "--masters"]) == 0
     assert main(["pack", "--workdir", back, "--output", small]) == 0
     assert "next:" in capsys.readouterr().out
     # The scales are those that were imported, to the bit.
@@ -425,10 +432,11 @@ def test_an_import_can_be_packed(kind, tmp_path, capsys):
         for key in name.split("/"):
             node = node[key]
         np.testing.assert_array_equal(node["kernel"].scale, scale)
-    # Straight to packed, it is the same folder.
+    # Straight to packed, which codes are without being asked, it is the same folder.
     straight = str(tmp_path / "straight")
-    assert main(["import", "--from", source, "--workdir", straight, "--packed"]) == 0
-    assert "init_from" not in capsys.readouterr().err
+    flags = ["--packed"] if kind == "hf" else []
+    assert main(["import", "--from", source, "--workdir", straight, *flags]) == 0
+    assert "init_from" in capsys.readouterr().err
     for name in (PACKED_ARRAYS, PACKED_CONFIG):
         ours = (tmp_path / "straight" / name).read_bytes()
         assert ours == (tmp_path / "small" / name).read_bytes()
@@ -672,7 +680,7 @@ def mutate(rng, content):
 def outcome(folder, workdir):
     """What an import comes to: a model, or its error."""
     try:
-        return import_model(folder, workdir, notify=notify)
+        return import_model(folder, workdir, masters=True, notify=notify)
     except VaaniError as error:
         return error
 

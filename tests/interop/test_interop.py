@@ -118,7 +118,7 @@ def test_codes_and_scales_come_back_exactly(change, tmp_path):
     config = SMALL.changed(**change)
     run = make_run(tmp_path / "run", config)
     export_model(run, tmp_path / "out", target="hf-packed", notify=notify)
-    import_model(tmp_path / "out", tmp_path / "back", notify=notify)
+    import_model(tmp_path / "out", tmp_path / "back", masters=True, notify=notify)
     before = load(run, notify=notify)
     after = load(tmp_path / "back", notify=notify)
     ours = ternary_codes(before.module.spec, before.variables)
@@ -128,11 +128,14 @@ def test_codes_and_scales_come_back_exactly(change, tmp_path):
         np.testing.assert_array_equal(codes, theirs[name][0])
         # The one rounding is that of the mean, which compiled code sums otherwise.
         np.testing.assert_allclose(scale, theirs[name][1], rtol=3e-7)
-    # Again: now every bit stays.
-    export_model(tmp_path / "back", tmp_path / "again", target="hf-packed")
-    for file in ("config.json", hf.SINGLE, "tokenizer.json"):
-        a, b = (tmp_path / d / file for d in ("out", "again"))
-        assert a.read_bytes() == b.read_bytes()
+    # Again, from masters and from a packed folder: now every bit stays.
+    import_model(tmp_path / "out", tmp_path / "small", notify=notify)
+    assert load(tmp_path / "small", notify=notify).packed
+    for place in ("back", "small"):
+        export_model(tmp_path / place, tmp_path / f"{place}-again", target="hf-packed")
+        for file in ("config.json", hf.SINGLE, "tokenizer.json"):
+            a, b = (tmp_path / d / file for d in ("out", f"{place}-again"))
+            assert a.read_bytes() == b.read_bytes()
     # As masters, the weights of an import have the codes and the scale at tau 0.5.
     plain = after.module.changed(weight_scale="absmean")
     for name, (codes, scale) in ternary_codes(plain.spec, after.variables).items():

@@ -36,7 +36,7 @@ KEYS = [
 
 
 def model_of(keys, **more):
-    return Vaani().changed(max_seq_len=32, **SIZES, **{**keys, **more})
+    return Vaani().changed(max_seq_len=32, **{**SIZES, **keys, **more})
 
 
 def variables_of(model):

@@ -11,7 +11,7 @@ A packed kernel comes back as codes and a scale; for training, as masters of the
 
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from vaani_jax.interop.formats.source import (
     Found,
     Source,
     look,
+    survey_of,
 )
 from vaani_jax.interop.names import (
     Storage,
@@ -496,12 +497,25 @@ class Folder(Source):
 
     def _look(self) -> None:
         """Finds out whether every kernel is ternary as it is; see `interop.ternary`."""
-        found = look(self, tensors(self.module.architecture))
+        among = tensors(self.module.architecture)
+        found = look(self, among)
+        if found is None and self.storage == "masters":
+            self._check_are_masters(among)
         if found is None:
             return
         self._found, self.storage, self.grouping = found, "multiply", found.grouping
         self.reason = f"ternary, as all its kernels hold {found.described} only"
         self.module = found.module(self.module.architecture)
+
+    def _check_are_masters(self, among: Sequence[Tensor]) -> None:
+        """Refuses a kernel of three values: its scale is no mean of magnitudes."""
+        for tensor in among:
+            if tensor.kind == "linear" and survey_of(self, tensor) is not None:
+                raise VaaniError(
+                    f"{tensor.hf} holds three values, so it is a ternary kernel and no"
+                    " master of one, as others are: leave --weights ternary out to"
+                    " compute with all of them as they are, in full precision"
+                )
 
     def is_ternary(self, tensor: Tensor) -> bool:
         """Whether a tensor is codes and scales."""

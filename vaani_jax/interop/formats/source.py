@@ -275,7 +275,7 @@ def look(source: Source, among: Sequence[Tensor]) -> Found | None:
     found = Found()
     for tensor in among:
         if tensor.kind == "linear":
-            survey = _survey(source, tensor)
+            survey = survey_of(source, tensor)
             if survey is None:
                 return None
             found.surveys[tensor.path] = survey
@@ -285,7 +285,7 @@ def look(source: Source, among: Sequence[Tensor]) -> Found | None:
     found.grouping = grouping
     for tensor in among:
         if tensor.kind in ("embedding", "head"):
-            survey = _survey(source, tensor)
+            survey = survey_of(source, tensor)
             if survey is not None and grouping in survey.fits:
                 found.surveys[tensor.path] = survey
     found.kinds = {t.kind for t in among if t.path in found.surveys}
@@ -293,7 +293,7 @@ def look(source: Source, among: Sequence[Tensor]) -> Found | None:
     return found
 
 
-def _survey(source: Source, tensor: Tensor) -> Survey | None:
+def survey_of(source: Source, tensor: Tensor) -> Survey | None:
     """Which weights of a matrix share scales; None where it isn't ternary."""
     survey: Survey | None = None
     for rows in source.float_rows(tensor):

@@ -178,6 +178,7 @@ bool always() { return true; }
 // beyond the end of the buffer.
 constexpr int64_t kFew = 4;
 constexpr int64_t kAhead = 8192;
+constexpr int64_t kScalesAhead = 2048;  // of groups, which take fewer bytes
 
 inline void ask_for([[maybe_unused]] const void* address) {
 #if defined(__GNUC__)
