@@ -4,13 +4,13 @@ Hugging Face spreads them over many files beside ``tokenizer.json``, and models 
 some of these only. One reader puts them together, for training, generation, chat,
 import and export alike:
 
-  names of tokens   ``tokenizer_config.json``, else ``special_tokens_map.json``, else
-                    the ids of the next row
-  ids               ``generation_config.json``, else ``config.json``
-  further tokens    ``added_tokens_decoder`` of ``tokenizer_config.json``, else
-                    ``added_tokens.json``: those that ``tokenizer.json`` lacks
-  chat templates    ``chat_template.jinja`` and the files of ``TEMPLATE_FOLDERS``, else
-                    ``tokenizer_config.json``
+* names of tokens: ``tokenizer_config.json``, else ``special_tokens_map.json``, else the
+  ids of the next row;
+* ids: ``generation_config.json``, else ``config.json``;
+* further tokens: ``added_tokens_decoder`` of ``tokenizer_config.json``, else
+  ``added_tokens.json``, for those that ``tokenizer.json`` lacks;
+* chat templates: ``chat_template.jinja`` and the files of ``TEMPLATE_FOLDERS``, else
+  ``tokenizer_config.json``.
 """
 
 import contextlib
