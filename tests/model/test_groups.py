@@ -24,6 +24,9 @@ KEYS = [
     {**GROUPED, "activation_tracking": "ema"},
     {"activation_tracking": "group", "weight_granularity": "channel"},
     {"activation_tracking": "group"},
+    # A group that is all of K is a group all the same.
+    {"activation_tracking": "group", "activation_group": 64, "dim": 64, "ffn_dim": 64},
+    {**GROUPED, "activation_tracking": "group", "dim": 64, "ffn_dim": 64},
     {**GROUPED, "activation_tracking": "none", "ternary_embedding": True},
     {**GROUPED, "ternary_embedding": True, "weight_group": 32},
     {**GROUPED, "ternary_embedding": True, "tie_embeddings": False},

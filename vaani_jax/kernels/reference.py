@@ -29,6 +29,7 @@ def reference(
             bound,
             x.shape,
             jnp.float32,
+            grouped=activation_group > 0,
         )
         for kernel in packed
     ]

@@ -13,8 +13,9 @@ of the smaller, then the groups, each sum times the scale of the larger:
     A >= G:   y = sum_a (sum_{g in a} S_g s_g) d_a
     A <  G:   y = sum_g (sum_{p in g} S_p d_p) s_g
 
-An activation scale per token is A = K, a weight scale per tensor or channel G = K. So
-the product is the same to the bit here, in every kernel, and on every machine.
+An activation scale per token is A = K, a weight scale per tensor or channel G = K;
+where activations have a group of all K beside such a scale, theirs comes first. So the
+product is the same to the bit here, in every kernel, and on every machine.
 """
 
 from typing import Any
@@ -59,13 +60,15 @@ def grouped_product(q: Array, t: Array, weight: Array, token: Array) -> Array:
     """
     m, k = q.shape
     n = t.shape[1]
-    weight = jnp.broadcast_to(weight, (1, n)) if weight.ndim < 2 else weight
+    by_groups = weight.ndim == 2
+    weight = weight if by_groups else jnp.broadcast_to(weight, (1, n))
     group, span = k // weight.shape[0], k // token.shape[1]
     check_groups(k, group, span)
     fine, coarse = min(group, span), max(group, span)
     weights = weight[:, None, :]  # [K / G, 1, N]
     tokens = token.T[:, :, None]  # [K / A, M, 1]
-    inner, outer = (weights, tokens) if span >= group else (tokens, weights)
+    weights_first = span > group or (span == group and by_groups)
+    inner, outer = (weights, tokens) if weights_first else (tokens, weights)
     inner = inner.reshape(k // coarse, coarse // fine, *inner.shape[1:])
     integer = q.dtype == jnp.int8
 

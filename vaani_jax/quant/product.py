@@ -72,7 +72,14 @@ def integers_of(
 
 
 def scaled_product(
-    q: Array, t: Array, scale: Array, bound: Array, shape: tuple[int, ...], total: Any
+    q: Array,
+    t: Array,
+    scale: Array,
+    bound: Array,
+    shape: tuple[int, ...],
+    total: Any,
+    *,
+    grouped: bool,
 ) -> Array:
     """``q @ t`` times its scales.
 
@@ -82,12 +89,13 @@ def scaled_product(
       scale: of the weights, [], [N] or [K / group, N].
       bound: of the activations, see `integers_of`.
       total: dtype of sums of products of integers.
+      grouped: whether activations have a scale per group, even if that is all of K.
 
     Returns:
       [..., N] float32.
     """
     shape = (*shape[:-1], t.shape[-1])
-    if scale.ndim < 2 and (bound.ndim == 0 or bound.shape[-1] == 1):
+    if scale.ndim < 2 and not grouped:
         sums = jnp.dot(q, t, precision="highest", preferred_element_type=total)
         sums = sums.astype(jnp.float32).reshape(shape)
         return sums * output_scale(bound, scale, len(shape))
@@ -204,7 +212,7 @@ def _ternary_dot_fwd(
         else:
             sent = ready.codes
         t = _multiplied(sent, ready, dtype, split)
-        y = scaled_product(q, t, scale, bound, x.shape, total)
+        y = scaled_product(q, t, scale, bound, x.shape, total, grouped=spec.pieces > 0)
         outputs.append(to_dtype(y, x.dtype))
         quantized.append((sent, scale))  # cut, so that no kernel is kept whole
     rest_of_arguments = (thresholds, stored, activation_range, mix)
